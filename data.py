@@ -2,10 +2,10 @@
 
     manifest line → Clip → load_audio → waveform (samples,) → collate → Batch (mel, lengths, prompt ids)
 
-A manifest is JSON Lines in UTF-8, one clip a line (README, "Data format"). Audio is read by soundfile, whole files or
-segments, from plain files or from a byte range of a container such as an uncompressed tar; `load_audio` is the only
-place that opens audio. Features are Whisper's log-mel with 128 bins (METHOD in README: front end), computed per clip
-on the clip alone. The order of the clips is a pure function of (seed, step): see `batch_indices`.
+A manifest is JSON Lines in UTF-8, one clip a line (README, "Data format"). Audio is read by soundfile, whole
+files or segments, from plain files or from a byte range of a container such as an uncompressed tar;
+`load_audio` is the only place that opens audio. Features are Whisper's log-mel with 128 bins, computed on
+each clip alone. The order of the clips is a pure function of (seed, step): see `batch_indices`.
 
     python data.py check example/train.jsonl          # reads every clip, reports every defect with its line
 """
@@ -35,19 +35,21 @@ DURATION_TOLERANCE_S = 0.1      # manifest against decoded audio; codecs pad by 
 
 
 class InputError(ValueError):
-    """A mistake in what the user gave: shown as one line (what, where, remedy), exit status 2, no traceback."""
+    """A mistake in what the user gave: shown as one line (what, where, remedy),
+    exit status 2, no traceback."""
 
 
 class AudioError(InputError):
     """A clip that cannot be used. Raised on the rank that met it, so every rank may print it."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Manifest
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 @dataclasses.dataclass(slots=True)
 class Clip:
-    """One manifest line. Times in seconds, `offset`/`nbytes` in bytes; `fields` is the line as it was read."""
+    """One manifest line. Times in seconds, `offset`/`nbytes` in bytes;
+    `fields` is the line as it was read."""
     audio: str                      # path, made absolute against the manifest's folder
     duration: float                 # s, of the clip itself: end − begin for a segment
     where: str                      # "train.jsonl:12", for messages
@@ -62,15 +64,19 @@ class Clip:
     @property
     def key(self):
         """What makes two lines the same clip."""
-        return (self.audio, self.offset, self.begin_time, self.end_time)
+        return (self.audio, self.offset, max(self.begin_time, 0), max(self.end_time, -1))
 
 
 def parse_line(line, where, folder, text_field="text"):
     """A `Clip` from one line of JSON. Raises InputError that names `where` and the field."""
     try:
         fields = json.loads(line)
+        json.dumps(fields, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not JSON ({error.msg} at column {error.colno}); a manifest has one object a line")
+        raise InputError(f"{where}: not JSON ({error.msg} at column {error.colno}); "
+                         "a manifest has one object a line") from None
+    except (ValueError, RecursionError) as error:   # a number of 5,000 digits, half a surrogate pair, 1,000 brackets
+        raise InputError(f"{where}: unusable JSON ({error})") from None
     if not isinstance(fields, dict):
         raise InputError(f"{where}: expected a JSON object, found {type(fields).__name__}")
 
@@ -82,25 +88,30 @@ def parse_line(line, where, folder, text_field="text"):
             return None
         if not isinstance(value, kinds) or isinstance(value, bool):
             raise InputError(f'{where}: "{key}" must be {what}, found {json.dumps(value)[:60]}')
-        if isinstance(value, float) and not math.isfinite(value):
-            raise InputError(f'{where}: "{key}" must be finite, found {value}')
+        if not isinstance(value, str) and not abs(value) < 2**62:         # NaN, infinity, what no file can have
+            raise InputError(f'{where}: "{key}" must be finite, found {str(value)[:20]}')
         return value
 
     clip = Clip(audio=get("audio", str, 'a path, "audio"', required=True),
-                duration=float(get("duration", (int, float), 'a number of seconds, "duration"', required=True)),
+                duration=float(get("duration", (int, float), 'a number of seconds, "duration"',
+                                   required=True)),
                 where=where, fields=fields, text=get(text_field, str, "a string"),
                 language=get("language", str, "a string"),
                 begin_time=float(get("begin_time", (int, float), "a number of seconds") or 0),
-                end_time=float(-1 if get("end_time", (int, float), "a number of seconds") is None else fields["end_time"]),
-                offset=get("offset", int, "a whole number of bytes"), nbytes=get("nbytes", int, "a whole number of bytes"))
+                end_time=float(-1 if get("end_time", (int, float), "a number of seconds") is None
+                               else fields["end_time"]),
+                offset=get("offset", int, "a whole number of bytes"),
+                nbytes=get("nbytes", int, "a whole number of bytes"))
     clip.begin_time = max(clip.begin_time, -1.0)
     if "\0" in clip.audio or not clip.audio:
         raise InputError(f'{where}: "audio" is not a path: {clip.audio!r}')
     if clip.duration <= 0:
         raise InputError(f'{where}: "duration" must be above 0 s, found {clip.duration:g}')
     if clip.end_time >= 0 and clip.end_time <= max(clip.begin_time, 0):
-        raise InputError(f"{where}: end_time {clip.end_time:g} s is not after begin_time {clip.begin_time:g} s")
-    if (clip.offset is None) != (clip.nbytes is None) or (clip.offset is not None and (clip.offset < 0 or clip.nbytes <= 0)):
+        raise InputError(f"{where}: end_time {clip.end_time:g} s is not after "
+                         f"begin_time {clip.begin_time:g} s")
+    if ((clip.offset is None) != (clip.nbytes is None)
+            or (clip.offset is not None and (clip.offset < 0 or clip.nbytes <= 0))):
         raise InputError(f'{where}: "offset" and "nbytes" go together, offset ≥ 0 and nbytes > 0')
     clip.audio = os.path.join(folder, clip.audio)
     return clip
@@ -109,7 +120,8 @@ def parse_line(line, where, folder, text_field="text"):
 def read_manifest(path, text_field="text", errors=None):
     """All clips of a manifest, in order. Blank lines, CRLF and a byte-order mark are accepted.
 
-    With `errors` (a list) defects are appended to it as text and the line is left out, for `check`; else InputError.
+    With `errors` (a list) defects are appended to it as text and the line is left out, for `check`;
+    else InputError.
     """
     try:
         raw = open(path, "rb").read()
@@ -122,65 +134,74 @@ def read_manifest(path, text_field="text", errors=None):
             try:
                 line = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
             except UnicodeDecodeError as error:
-                raise InputError(f"{where}: not UTF-8 (byte {error.start}); save the manifest as UTF-8") from None
+                raise InputError(f"{where}: not UTF-8 (byte {error.start}); "
+                                 "save the manifest as UTF-8") from None
             if line:
                 clips.append(parse_line(line, where, folder, text_field))
         except InputError as error:
             if errors is None:
                 raise
             errors.append(str(error))
-    if not clips and errors is None:
+    if not clips and not errors:
         raise InputError(f"manifest {path}: holds no clip")
     return clips
 
 
 def drop_long(clips, max_seconds):
-    """(clips of at most max_seconds, number left out): training leaves longer clips out and shows how many."""
+    """(clips of at most max_seconds, number left out):
+    training leaves longer clips out and shows how many."""
     kept = [clip for clip in clips if clip.duration <= max_seconds]
     return kept, len(clips) - len(kept)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Audio
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 @functools.lru_cache(maxsize=16)
 def resampler(rate):
     return torchaudio.transforms.Resample(rate, SAMPLE_RATE)
 
 
 def load_audio(clip):
-    """The waveform of a clip: (samples,) float32 at 16 kHz, channels averaged. Raises AudioError with line and remedy.
+    """The waveform of a clip: (samples,) float32 at 16 kHz, channels averaged.
+    Raises AudioError with line and remedy.
 
-    libsndfile shortens damaged files silently, so the decoded length is compared with the manifest's `duration`.
+    libsndfile shortens damaged files silently,
+    so the decoded length is compared with the manifest's `duration`.
     """
     def bad(reason):
         return AudioError(f"{clip.where}: {clip.audio}: {reason}")
 
     try:
-        source = clip.audio
-        if clip.offset is not None:
-            with open(clip.audio, "rb") as container:
-                container.seek(clip.offset)
-                source = io.BytesIO(container.read(clip.nbytes))
-            if source.getbuffer().nbytes < clip.nbytes:
-                raise bad(f"ends before byte {clip.offset + clip.nbytes}; the shard is shorter than the manifest says")
-        else:
-            source = io.BytesIO(open(clip.audio, "rb").read())     # by content, whatever the name's extension claims
-        with soundfile.SoundFile(source) as file:
+        with open(clip.audio, "rb") as file:        # by content, whatever the name's extension claims
+            size, offset = os.fstat(file.fileno()).st_size, clip.offset or 0
+            nbytes = size if clip.nbytes is None else clip.nbytes
+            if offset + nbytes > size:
+                raise bad(f"ends before byte {offset + nbytes}; the shard is shorter than the manifest says")
+            file.seek(offset)
+            content = io.BytesIO(file.read(nbytes))
+        with soundfile.SoundFile(content) as file:
             rate, n_frames = file.samplerate, file.frames
+            if n_frames > 2**40 or rate // math.gcd(rate, SAMPLE_RATE) > 5_000:
+                raise bad(f"states {n_frames} samples at {rate} Hz; a streamed or damaged header, re-encode it")
             begin = round(max(clip.begin_time, 0) * rate)
             end = round(clip.end_time * rate) if clip.end_time >= 0 else n_frames
             if n_frames and (begin >= n_frames or end > n_frames + round(DURATION_TOLERANCE_S * rate)):
-                raise bad(f"the segment {clip.begin_time:g}–{clip.end_time:g} s is outside its {n_frames / rate:.2f} s")
+                raise bad(f"the segment {clip.begin_time:g}–{clip.end_time:g} s is outside its "
+                          f"{n_frames / rate:.2f} s")
             end = min(end, n_frames)
-            file.seek(begin)
-            channels = file.read(end - begin, dtype="float32", always_2d=True)     # (samples, channels)
+            # libsndfile's seek misplaces Vorbis by a fraction of a second and spoils the first frame of MP3.
+            first = 0 if file.subtype == "VORBIS" or file.subtype.startswith("MPEG") else begin
+            file.seek(first)
+            channels = file.read(end - first, dtype="float32", always_2d=True)[begin - first:]   # (samples, channels)
     except OSError as error:
-        raise bad(f"{error.strerror or error}; check the path (relative paths start at the manifest's folder)") from None
+        raise bad(f"{error.strerror or error}; "
+                  "check the path (relative paths start at the manifest's folder)") from None
     except soundfile.LibsndfileError as error:
-        raise bad(f"libsndfile cannot read it ({error.error_string}); convert it to wav, flac, ogg or mp3") from None
+        raise bad(f"libsndfile cannot read it ({error.error_string}); "
+                  "convert it to wav, flac, ogg or mp3") from None
     if len(channels) == 0:
-        raise bad("holds no samples; remove the line")
+        raise bad("holds no samples; re-encode it or remove the line")
     if len(channels) < end - begin:
         raise bad(f"is damaged: {len(channels)} of {end - begin} samples could be decoded")
     if not np.isfinite(channels).all():
@@ -190,7 +211,8 @@ def load_audio(clip):
         raise bad("its channels cancel when averaged (opposite phase); extract one channel")
     decoded_s = len(waveform) / rate
     if abs(decoded_s - clip.duration) > DURATION_TOLERANCE_S + 0.01 * clip.duration:
-        raise bad(f"{decoded_s:.2f} s decoded, the manifest says {clip.duration:.2f} s; truncated file or wrong duration")
+        raise bad(f"{decoded_s:.2f} s decoded, the manifest says {clip.duration:.2f} s; "
+                  "truncated file or wrong duration")
     waveform = torch.from_numpy(np.ascontiguousarray(waveform))
     return waveform if rate == SAMPLE_RATE else resampler(rate)(waveform)
 
@@ -199,41 +221,44 @@ def clip_from_file(path):
     """A `Clip` for a bare audio file, its duration from the header."""
     try:
         info = soundfile.info(path)
-    except (OSError, soundfile.LibsndfileError) as error:
-        raise InputError(f"{path}: neither a .jsonl manifest nor audio that libsndfile reads ({error})") from None
-    return Clip(os.path.abspath(path), max(info.duration, 1e-3), path, {"audio": path, "duration": info.duration})
+    except (OSError, TypeError, soundfile.LibsndfileError) as error:     # TypeError: what soundfile says of *.raw
+        raise InputError(f"{path}: neither a .jsonl manifest nor audio that libsndfile reads "
+                         f"({error})") from None
+    return Clip(os.path.abspath(path), max(info.duration, 1e-3), path,
+                {"audio": path, "duration": info.duration})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Features
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 @functools.lru_cache(maxsize=1)
 def mel_filters():
-    return torchaudio.functional.melscale_fbanks(N_FFT // 2 + 1, 0.0, 8000.0, N_MELS, SAMPLE_RATE, norm="slaney",
-                                                 mel_scale="slaney").T                        # (128, 201)
+    return torchaudio.functional.melscale_fbanks(N_FFT // 2 + 1, 0.0, 8000.0, N_MELS, SAMPLE_RATE,
+                                                 norm="slaney", mel_scale="slaney").T         # (128, 201)
 
 
 def log_mel(waveform):
-    """Whisper's log-mel of one clip: (samples,) float32 → (128, F), F a multiple of 8 (METHOD section 2).
+    """Whisper's log-mel of one clip: (samples,) float32 → (128, F), F a multiple of 8.
 
     The clip is zero-padded to a multiple of 1,280 samples (80 ms), so F is 8 per audio token. Equal to
     `WhisperFeatureExtractor(feature_size=128)` on the padded clip.
     """
     waveform = torch.nn.functional.pad(waveform, (0, -len(waveform) % BLOCK))
-    spectrum = torch.stft(waveform, N_FFT, HOP, window=torch.hann_window(N_FFT), center=True, pad_mode="reflect",
-                          return_complex=True)[:, :-1]                                        # (201, F)
+    spectrum = torch.stft(waveform, N_FFT, HOP, window=torch.hann_window(N_FFT), center=True,
+                          pad_mode="reflect", return_complex=True)[:, :-1]                    # (201, F)
     mel = (mel_filters() @ spectrum.abs().square()).clamp(min=1e-10).log10()
     return (mel.maximum(mel.max() - 8.0) + 4.0) / 4.0
 
 
 def n_audio_tokens(n_samples):
-    """Audio tokens of a clip of n_samples at 16 kHz, 12.5 a second: 48,000 → 37, 112,400 → 88, 480,000 → 375."""
+    """Audio tokens of a clip of n_samples at 16 kHz, 12.5 a second:
+    48,000 → 37, 112,400 → 88, 480,000 → 375."""
     return max((-(-n_samples // HOP) + 1) // 2 // 4, 1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Batches
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 @dataclasses.dataclass
 class Batch:
     """B clips as a model takes them. Prompts are padded on the left, so transcripts start in one column."""
@@ -249,7 +274,8 @@ class Batch:
 
 
 def collate(waveforms, front_end, mels=None):
-    """`Batch` from waveforms [(samples,)] or from ready `mels` [(128, F)] beside them. front_end: see model.FrontEnd."""
+    """`Batch` from waveforms [(samples,)] or from ready `mels` [(128, F)] beside them.
+    front_end: see model.FrontEnd."""
     mels = [front_end.features(w) for w in waveforms] if mels is None else mels
     prompts = [front_end.prompt(len(w)) for w in waveforms]
     mel_lens = torch.tensor([mel.shape[1] for mel in mels])
@@ -261,16 +287,16 @@ def collate(waveforms, front_end, mels=None):
         mel[b, :, :mel_lens[b]] = mels[b]
         prompt_ids[b, S - len(prompt):] = torch.tensor(prompt)
         prompt_mask[b, S - len(prompt):] = True
-    return Batch(mel, mel_lens, torch.tensor([front_end.n_audio_tokens(len(w)) for w in waveforms]), prompt_ids, prompt_mask,
-                 torch.tensor([len(w) / SAMPLE_RATE for w in waveforms]))
+    return Batch(mel, mel_lens, torch.tensor([front_end.n_audio_tokens(len(w)) for w in waveforms]),
+                 prompt_ids, prompt_mask, torch.tensor([len(w) / SAMPLE_RATE for w in waveforms]))
 
 
 def batch_indices(durations, batch_size, seed, step, pool_batches=50):
     """Clip indices (batch_size,) of the global batch of `step` (from 0): a pure function of (seed, step).
 
-    The clips form one endless stream, a fresh permutation each epoch. It is cut into pools of `pool_batches` batches (at
-    most an epoch); each pool is sorted by duration, cut into batches of similar length, and the batches are shuffled. No
-    clip is dropped at the end of an epoch.
+    The clips form one endless stream, a fresh permutation each epoch. It is cut into pools of `pool_batches`
+    batches (at most an epoch); each pool is sorted by duration, cut into batches of similar length, and the
+    batches are shuffled. No clip is dropped at the end of an epoch.
     """
     pool_batches = max(min(pool_batches, len(durations) // batch_size), 1)
     pool, place = divmod(step, pool_batches)
@@ -283,14 +309,17 @@ def pool_order(durations, batch_size, seed, pool, pool_batches):
     durations = np.frombuffer(durations)
     n, size = len(durations), batch_size * pool_batches
     first, last = pool * size // n, ((pool + 1) * size - 1) // n        # epochs that this pool touches
-    stream = np.concatenate([np.random.default_rng((seed, 0, epoch)).permutation(n) for epoch in range(first, last + 1)])
+    stream = np.concatenate([np.random.default_rng((seed, 0, epoch)).permutation(n)
+                             for epoch in range(first, last + 1)])
     stream = stream[pool * size - first * n:][:size]
-    batches = stream[np.argsort(durations[stream], kind="stable")].reshape(pool_batches, batch_size)
+    epoch = np.arange(pool * size, (pool + 1) * size) // n      # sorted within an epoch: no clip twice in a batch
+    batches = stream[np.lexsort((durations[stream], epoch))].reshape(pool_batches, batch_size)
     return batches[np.random.default_rng((seed, 1, pool)).permutation(pool_batches)]
 
 
 def micro_batches(indices, durations, micro_seconds):
-    """Cuts a rank's clips, longest first, so that clips × longest stays within micro_seconds (one clip may exceed it)."""
+    """Cuts a rank's clips, longest first, so that clips × longest stays within micro_seconds
+    (one clip may exceed it)."""
     cut, current = [], []
     for i in sorted(indices, key=lambda i: (-durations[i], i)):
         if current and (len(current) + 1) * durations[current[0]] > micro_seconds:
@@ -305,25 +334,40 @@ class StepLoader(torch.utils.data.Dataset):
 
     def __init__(self, clips, batch_size, micro_seconds, seed, rank, world, make):
         self.durations = np.array([clip.duration for clip in clips])
-        self.batch_size, self.micro_seconds, self.seed, self.rank, self.world = batch_size, micro_seconds, seed, rank, world
+        self.batch_size, self.micro_seconds, self.seed, self.rank, self.world = (
+            batch_size, micro_seconds, seed, rank, world)
         self.make = make
 
     def __getitem__(self, step):
         mine = batch_indices(self.durations, self.batch_size, self.seed, step)[self.rank::self.world]
-        return [self.make(cut, step) for cut in micro_batches(mine.tolist(), self.durations, self.micro_seconds)]
+        try:
+            return [self.make(cut, step)
+                    for cut in micro_batches(mine.tolist(), self.durations, self.micro_seconds)]
+        except InputError as error:  # a worker would wrap it in its traceback; step_batches raises it plainly
+            return error
 
 
 def step_batches(dataset, first_step, last_step, workers):
-    """Iterates `dataset` over steps [first_step, last_step), prefetching in `workers` processes (0: in this one)."""
-    return torch.utils.data.DataLoader(dataset, batch_size=None, sampler=range(first_step, last_step), num_workers=workers,
-                                       worker_init_fn=lambda _: torch.set_num_threads(1))
+    """Yields `dataset` over steps [first_step, last_step),
+    prefetched by `workers` processes (0: by this one)."""
+    loader = torch.utils.data.DataLoader(dataset, batch_size=None, sampler=range(first_step, last_step),
+                                         num_workers=workers, worker_init_fn=one_thread)
+    for item in loader:
+        if isinstance(item, InputError):
+            raise item
+        yield item
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def one_thread(worker_id):
+    torch.set_num_threads(1)
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Processes, output folders, errors: the plumbing that every script shares
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def setup_distributed():
-    """(rank, world size, device). Under torchrun joins the group: LOCAL_RANK picks the device, RANK the data."""
+    """(rank, world size, device).
+    Under torchrun joins the group: LOCAL_RANK picks the device, RANK the data."""
     cuda = torch.cuda.is_available()
     local = int(os.environ.get("LOCAL_RANK", 0))
     if "RANK" in os.environ and not dist.is_initialized():
@@ -348,10 +392,11 @@ def barrier():
 
 
 def start_run(args, rank, first_step=0):
-    """Makes the output folder (refuses an existing run unless --resume) and returns log(metrics), which writes metrics.jsonl.
+    """Makes the output folder (refuses an existing run unless --resume) and returns log(metrics),
+    which writes metrics.jsonl.
 
-    config.json holds the arguments, versions, git commit, world size and a hash of each training manifest. On resume
-    metrics.jsonl is cut back to `first_step`, so that it holds each step once.
+    config.json holds the arguments, versions, git commit, world size and a hash of each training manifest.
+    On resume metrics.jsonl is cut back to `first_step`, so that it holds each step once.
     """
     path = os.path.join(args.out, "metrics.jsonl")
     if not args.resume and os.path.exists(os.path.join(args.out, "config.json")):
@@ -359,10 +404,15 @@ def start_run(args, rank, first_step=0):
     barrier()                                   # every rank has looked before rank 0 writes
     if rank > 0:
         return lambda metrics: None
-    os.makedirs(args.out, exist_ok=True)
-    git = subprocess.run(["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"], capture_output=True, text=True)
-    config = dict(script=os.path.basename(sys.argv[0]), args=vars(args), git=git.stdout.strip() or None, python=sys.version.split()[0],
-                  torch=torch.__version__, world_size=int(os.environ.get("WORLD_SIZE", 1)), threads=torch.get_num_threads(),
+    try:
+        os.makedirs(args.out, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {args.out}: {error.strerror}; give a folder that can be written") from None
+    git = subprocess.run(["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"],
+                         capture_output=True, text=True)
+    config = dict(script=os.path.basename(sys.argv[0]), args=vars(args), git=git.stdout.strip() or None,
+                  python=sys.version.split()[0], torch=torch.__version__,
+                  world_size=int(os.environ.get("WORLD_SIZE", 1)), threads=torch.get_num_threads(),
                   device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
                   manifest_sha256={m: hashlib.sha256(open(m, "rb").read()).hexdigest() for m in args.train})
     with open(os.path.join(args.out, "config.json"), "w") as file:
@@ -386,12 +436,9 @@ def run_script(main, args):
     except InputError as error:
         if int(os.environ.get("RANK", 0)) == 0 or isinstance(error, AudioError):
             print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
-        status = 2
-    else:
-        status = 0
+        sys.exit(2)
     if dist.is_initialized():
         dist.destroy_process_group()
-    sys.exit(status)
 
 
 class Parser(argparse.ArgumentParser):
@@ -405,30 +452,34 @@ class Parser(argparse.ArgumentParser):
         return line.split("#")[0].split()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # python data.py check
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def check(path, max_seconds):
-    """Reads every clip of a manifest; prints counts, hours, languages and every defect with its line. → defect count"""
+    """Reads every clip of a manifest; prints counts, hours, languages and every defect with its line.
+    → defect count"""
     defects, seconds, languages, first_line = [], 0.0, collections.Counter(), {}
     clips = read_manifest(path, errors=defects)
     for clip in clips:
         if first_line.setdefault(clip.key, clip.where) != clip.where:
             defects.append(f"{clip.where}: the same clip as {first_line[clip.key]}")
         if clip.duration > max_seconds:
-            defects.append(f"{clip.where}: {clip.duration:.1f} s is over --max-seconds {max_seconds:g}; split it")
+            defects.append(f"{clip.where}: {clip.duration:.1f} s is over --max-seconds {max_seconds:g}; "
+                           "split it")
         try:
             waveform = load_audio(clip)
         except AudioError as error:
             defects.append(str(error))
             continue
-        if not waveform.any():
+        if clip.text != "" and not waveform.any():
             defects.append(f"{clip.where}: {clip.audio}: every sample is zero")
         if len(waveform) < N_FFT:
-            defects.append(f"{clip.where}: {clip.audio}: {len(waveform)} samples, shorter than one 25 ms window")
+            defects.append(f"{clip.where}: {clip.audio}: {len(waveform)} samples, "
+                           "shorter than one 25 ms window")
         seconds += len(waveform) / SAMPLE_RATE
         languages[clip.language or "(none)"] += 1
-    print(f"{path}: {len(clips)} clips, {seconds / 3600:.3f} hours, with text {sum(c.text is not None for c in clips)}, "
+    print(f"{path}: {len(clips)} clips, {seconds / 3600:.3f} hours, "
+          f"with text {sum(c.text is not None for c in clips)}, "
           f"empty text {sum(c.text == '' for c in clips)}, languages "
           + (", ".join(f"{name} {n}" for name, n in languages.most_common()) or "none"))
     for defect in defects:
@@ -440,9 +491,11 @@ def check(path, max_seconds):
 def parse_args(argv=None):
     parser = Parser(prog="data.py", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    checker = commands.add_parser("check", help="read every clip of manifests and report every defect; exit status 1 if any")
+    checker = commands.add_parser(
+        "check", help="read every clip of manifests and report every defect; exit status 1 if any")
     checker.add_argument("manifests", nargs="+", metavar="m.jsonl", help="manifests to read")
-    checker.add_argument("--max-seconds", type=float, default=30.0, help="longest clip that counts as sound, in seconds")
+    checker.add_argument("--max-seconds", type=float, default=30.0,
+                         help="longest clip that counts as sound, in seconds")
     return parser.parse_args(argv)
 
 

@@ -1,15 +1,18 @@
 """Student and teacher speech-LMs, their sampling, and the on-policy distillation loss (arXiv 2605.28139).
 
-    mel → encoder → LayerNorm → 4 frames merged → MLP → audio embeddings → prompt → Qwen causal LM → hidden rows → scores
+    mel → encoder → LayerNorm → 4 frames merged → MLP → audio embeddings
+        → prompt → Qwen causal LM → hidden rows → scores
 
-`ArkASR` keeps its weights in transformers' own GlmAsr classes, so a folder on disk is a stock GlmAsr folder, and adds
-what they lack: an encoder whose result does not depend on the padding of the batch, hidden rows at transcript
-positions only, and batched sampling that keeps the top-k ids of every step. A teacher is the same class. The loss is
-pure functions on tensors: `union_support`, `support_kl` and the two that score the support, `teacher_support` and
-`student_scores`. At the end: optimizer, schedule and checkpoints, shared by the training scripts.
+`ArkASR` keeps its weights in transformers' own GlmAsr classes, so a folder on disk is a stock GlmAsr folder,
+and adds what they lack: an encoder whose result does not depend on the padding of the batch, hidden rows at
+transcript positions only, and batched sampling that keeps the top-k ids of every step. A teacher is the same
+class. The loss is pure functions on tensors: `union_support`, `support_kl` and the two that score the
+support, `teacher_support` and `student_scores`. At the end: optimizer, schedule and checkpoints, shared by
+the training scripts.
 
 Legend: B clips, S prompt tokens, T transcript tokens, A audio tokens, F mel frames, V vocabulary, K top-k,
-N transcript rows (clip, position) of a batch, U = 2K support entries, H hidden size of the LM, D encoder width.
+N transcript rows (clip, position) of a batch, U = 2K support entries, H hidden size of the LM,
+D encoder width.
 """
 import dataclasses
 import json
@@ -24,8 +27,8 @@ import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError
 from torch import nn
-from transformers import (AutoConfig, AutoTokenizer, GenerationConfig, GlmAsrConfig, GlmAsrForConditionalGeneration,
-                          GlmAsrProcessor, WhisperFeatureExtractor)
+from transformers import (AutoConfig, AutoTokenizer, GenerationConfig, GlmAsrConfig,
+                          GlmAsrForConditionalGeneration, GlmAsrProcessor, WhisperFeatureExtractor)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from data import Batch, InputError, N_MELS, barrier, log_mel, n_audio_tokens
@@ -36,24 +39,27 @@ PROMPT_TEXT = "Please transcribe this audio."
 AUDIO_TOKEN, STOP_TOKEN, PAD_TOKEN = "<|audio|>", "<|im_end|>", "<|endoftext|>"
 PROMPT_TOKENS = ["<|user|>", "<|begin_of_audio|>", AUDIO_TOKEN, "<|end_of_audio|>", "<|assistant|>"]
 # The same prompt for stock transformers' processor: user turns, each content item in its place, no newlines.
-CHAT_TEMPLATE = ("{% for message in messages %}{% if message['role'] == 'user' %}<|user|>{% for part in message['content'] %}"
-                 "{% if part['type'] == 'audio' %}<|begin_of_audio|><|audio|><|end_of_audio|>{% else %}{{ part['text'] }}"
-                 "{% endif %}{% endfor %}{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")
+CHAT_TEMPLATE = ("{% for message in messages %}{% if message['role'] == 'user' %}<|user|>"
+                 "{% for part in message['content'] %}{% if part['type'] == 'audio' %}"
+                 "<|begin_of_audio|><|audio|><|end_of_audio|>{% else %}{{ part['text'] }}{% endif %}"
+                 "{% endfor %}{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Front end: what a model wants to hear and read before the transcript
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 class FrontEnd:
     """Features, prompt and token ids of an Ark/GlmAsr model. Small and picklable: data workers carry it."""
 
     def __init__(self, tokenizer):
-        missing = [token for token in (*PROMPT_TOKENS, STOP_TOKEN, PAD_TOKEN) if token not in tokenizer.get_vocab()]
+        missing = [token for token in (*PROMPT_TOKENS, STOP_TOKEN, PAD_TOKEN)
+                   if token not in tokenizer.get_vocab()]
         if missing:
             raise InputError(f"tokenizer {tokenizer.name_or_path} lacks the token(s) {' '.join(missing)}; "
                              "a new student gets them from sft.py --tokenizer")
         self.tokenizer = tokenizer
-        self.pad_id, self.stop_id, self.audio_id = (tokenizer.convert_tokens_to_ids(t) for t in (PAD_TOKEN, STOP_TOKEN, AUDIO_TOKEN))
+        self.pad_id, self.stop_id, self.audio_id = (tokenizer.convert_tokens_to_ids(t)
+                                                    for t in (PAD_TOKEN, STOP_TOKEN, AUDIO_TOKEN))
         user, begin, _, end, assistant = tokenizer.convert_tokens_to_ids(PROMPT_TOKENS)
         self.prompt_head, self.prompt_tail = [user, begin], [end, *self.encode_text(PROMPT_TEXT), assistant]
 
@@ -61,37 +67,45 @@ class FrontEnd:
     n_audio_tokens = staticmethod(n_audio_tokens)
 
     def prompt(self, n_samples):
-        """Prompt ids (S,) of a clip: user, begin_of_audio, audio × A, end_of_audio, the request, assistant."""
+        """Prompt ids (S,) of a clip:
+        user, begin_of_audio, audio × A, end_of_audio, the request, assistant."""
         return self.prompt_head + [self.audio_id] * n_audio_tokens(n_samples) + self.prompt_tail
 
     def encode_text(self, text):
-        """Token ids of a text. Control tokens written out in it ("<|im_end|>") stay text: they are split after the "<"."""
+        """Token ids of a text. Control tokens written out in it ("<|im_end|>") stay text:
+        they are split after the "<"."""
         added = "|".join(re.escape(token.content) for token in self.tokenizer.added_tokens_decoder.values())
         pieces = re.split(f"({added})", text) if added else [text]
-        parts = [part for i, piece in enumerate(pieces) for part in ((piece[:1], piece[1:]) if i % 2 else (piece,))]
-        return [i for part in parts if part for i in self.tokenizer(part, add_special_tokens=False)["input_ids"]]
+        parts = [part for i, piece in enumerate(pieces)
+                 for part in ((piece[:1], piece[1:]) if i % 2 else (piece,))]
+        return [i for part in parts if part
+                for i in self.tokenizer(part, add_special_tokens=False)["input_ids"]]
 
     def decode(self, ids):
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def transcripts(self, texts):
-        """`Rollout` of given texts: their ids and the stop token, for supervised training and teacher forcing."""
+        """`Rollout` of given texts: their ids and the stop token,
+        for supervised training and teacher forcing."""
         ids = [self.encode_text(text) for text in texts]
         padded = torch.full((len(ids), max(map(len, ids)) + 1), self.pad_id)
         for b, row in enumerate(ids):
             padded[b, :len(row) + 1] = torch.tensor(row + [self.stop_id])
-        return Rollout(padded, torch.tensor([len(row) for row in ids]), torch.ones(len(ids), dtype=torch.bool))
+        return Rollout(padded, torch.tensor([len(row) for row in ids]),
+                       torch.ones(len(ids), dtype=torch.bool))
 
 
 def add_audio_tokens(tokenizer):
-    """Adds the prompt's control tokens that a stock Qwen tokenizer lacks. Changes the tokenizer; returns how many."""
+    """Adds the prompt's control tokens that a stock Qwen tokenizer lacks. Changes the tokenizer;
+    returns how many."""
     return tokenizer.add_special_tokens({"additional_special_tokens": [
         token for token in (*PROMPT_TOKENS, STOP_TOKEN, PAD_TOKEN) if token not in tokenizer.get_vocab()]},
         replace_extra_special_tokens=False)
 
 
 def forbidden_ids(tokenizer, vocab_size, stop_id):
-    """(V,) bool, True = never a transcript token: special ids, added `<…>` tokens, rows without a token; not the stop."""
+    """(V,) bool, True = never a transcript token: special ids, added `<…>` tokens, rows without a token;
+    not the stop."""
     mask = torch.ones(vocab_size, dtype=torch.bool)
     mask[[i for i in tokenizer.get_vocab().values() if i < vocab_size]] = False
     added = [i for i, token in tokenizer.added_tokens_decoder.items() if re.fullmatch("<.*>", token.content)]
@@ -100,19 +114,20 @@ def forbidden_ids(tokenizer, vocab_size, stop_id):
     return mask
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Model
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 @dataclasses.dataclass
 class Rollout:
     """Transcripts of B clips. Row (b, t) is scored for t < lens[b], and at t = lens[b] where stopped[b].
 
     Masks come from the lengths, never from `ids == pad`: the pad id may be a text's end.
     """
-    ids: torch.Tensor               # (B, T) int64; the stop token at [b, lens[b]] where stopped; padding after it
-    lens: torch.Tensor              # (B,) transcript tokens, without the stop token
-    stopped: torch.Tensor           # (B,) bool, False = cut by the length cap
-    topk_ids: torch.Tensor | None = None     # (B, T, K) the sampler's top-k ids, −1 where not scored or not valid
+    ids: torch.Tensor           # (B, T) int64; the stop token at [b, lens[b]] where stopped; padding after it
+    lens: torch.Tensor          # (B,) transcript tokens, without the stop token
+    stopped: torch.Tensor       # (B,) bool, False = cut by the length cap
+    # (B, T, K) the sampler's top-k ids, −1 where not scored or not valid
+    topk_ids: torch.Tensor | None = None
 
     def row_mask(self):
         """(B, T) bool, True = a scored position; `x[mask]` gives the N rows, clip by clip."""
@@ -122,12 +137,15 @@ class Rollout:
         return Rollout(*(None if value is None else value.to(device) for value in vars(self).values()))
 
 
-def key_masked_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, key_mask=None, **kwargs):
+def key_masked_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, key_mask=None,
+                         **kwargs):
     """The encoder's attention with padded key positions left out: (B, heads, T', d) → (B, T', heads, d).
 
-    Stock GlmAsr has no such mask (its attention_mask is always None), and its embeddings depend on the batch's padding.
+    Stock GlmAsr has no such mask (its attention_mask is always None),
+    and its embeddings depend on the batch's padding.
     """
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=key_mask, dropout_p=dropout, scale=scaling)
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=key_mask, dropout_p=dropout,
+                                         scale=scaling)
     return out.transpose(1, 2), None
 
 
@@ -135,27 +153,33 @@ ALL_ATTENTION_FUNCTIONS.register("key_masked", key_masked_attention)
 
 
 class ArkASR(nn.Module):
-    """A speech-LM: GlmAsr encoder and adapter, Qwen causal LM, tokenizer (METHOD section 2: README, "The method")."""
+    """A speech-LM: GlmAsr encoder and adapter, Qwen causal LM, tokenizer."""
 
     def __init__(self, net, tokenizer):
         super().__init__()
-        self.net = net                                   # GlmAsrForConditionalGeneration: the weights and their names
+        self.net = net               # GlmAsrForConditionalGeneration: the weights and their names
         self.front_end = FrontEnd(tokenizer)
         self.encoder, self.adapter = net.model.audio_tower, net.model.multi_modal_projector
         self.lm, self.head = net.model.language_model, net.lm_head
         self.encoder.config._attn_implementation = "key_masked"
         config = net.config
         if config.audio_config.intermediate_size != 4 * config.audio_config.hidden_size:
-            raise InputError("the encoder's intermediate_size must be 4 × hidden_size: the adapter merges 4 frames by a reshape")
+            raise InputError("the encoder's intermediate_size must be 4 × hidden_size: "
+                             "the adapter merges 4 frames by a reshape")
         if config.audio_token_id != self.front_end.audio_id or config.text_config.vocab_size < len(tokenizer):
-            raise InputError(f"model and tokenizer do not match: audio token {config.audio_token_id} and {config.text_config.vocab_size} "
-                             f"rows in config.json, {self.front_end.audio_id} and {len(tokenizer)} tokens in the tokenizer")
+            raise InputError(f"model and tokenizer do not match: audio token {config.audio_token_id} and "
+                             f"{config.text_config.vocab_size} rows in config.json, "
+                             f"{self.front_end.audio_id} and {len(tokenizer)} tokens in the tokenizer")
         forbidden = forbidden_ids(tokenizer, config.text_config.vocab_size, self.front_end.stop_id)
         self.register_buffer("forbidden", forbidden, persistent=False)      # (V,)
 
     @classmethod
     def from_config(cls, config, tokenizer):
-        """A model with random weights. `config`: the dict of a GlmAsr config.json; vocabulary ids come from the tokenizer."""
+        """A model with random weights. `config`: the dict of a GlmAsr config.json;
+        vocabulary ids come from the tokenizer."""
+        if not isinstance(config, dict) or not {"audio_config", "text_config"} <= set(config):
+            raise InputError("--config: expected the config.json of a GlmAsr model, "
+                             'with "audio_config" and "text_config"')
         add_audio_tokens(tokenizer)
         front_end = FrontEnd(tokenizer)
         audio, text = dict(config["audio_config"]), dict(config["text_config"])
@@ -169,7 +193,8 @@ class ArkASR(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, dtype=torch.float32):
-        """A model from a GlmAsr folder (config.json, safetensors, tokenizer). Raises InputError that says what is missing.
+        """A model from a GlmAsr folder (config.json, safetensors, tokenizer).
+        Raises InputError that says what is missing.
 
         Weights are kept in `dtype` whatever the file holds: training wants float32 masters.
         """
@@ -178,71 +203,86 @@ class ArkASR(nn.Module):
         try:
             config = AutoConfig.from_pretrained(folder)
             if config.model_type != "glmasr":
-                raise InputError(f"{folder}: model_type is {config.model_type!r}; a student or teacher is a glmasr folder")
+                raise InputError(f"{folder}: model_type is {config.model_type!r}; "
+                                 "a student or teacher is a glmasr folder")
             tokenizer = AutoTokenizer.from_pretrained(folder)
-            net, info = GlmAsrForConditionalGeneration.from_pretrained(folder, config=config, dtype=dtype, use_safetensors=True,
-                                                                       output_loading_info=True)
+            net, info = GlmAsrForConditionalGeneration.from_pretrained(
+                folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True)
         except InputError:
             raise
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError,
+                SafetensorError) as error:
             raise InputError(f"{folder} is no model folder: {' '.join(str(error).split())[:300]}") from error
-        wrong = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"]) + sorted(map(str, info["mismatched_keys"]))
+        wrong = (sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
+                 + sorted(map(str, info["mismatched_keys"])))
         if wrong:
-            raise InputError(f"{folder}: weights and config.json do not match: {', '.join(wrong[:3])} ({len(wrong)} in all)")
+            raise InputError(f"{folder}: weights and config.json do not match: {', '.join(wrong[:3])} "
+                             f"({len(wrong)} in all)")
         return cls(net, tokenizer)
 
     def save_pretrained(self, folder):
-        """Writes a stock GlmAsr folder: weights, config, tokenizer, processor, and generation settings with which stock
-        `generate` stops at the stop token and never writes a control token."""
+        """Writes a stock GlmAsr folder: weights, config, tokenizer, processor, and generation settings with
+        which stock `generate` stops at the stop token and never writes a control token."""
         front_end = self.front_end
-        self.net.generation_config = GenerationConfig(eos_token_id=front_end.stop_id, pad_token_id=front_end.pad_id, do_sample=False,
-                                                      suppress_tokens=self.forbidden.nonzero()[:, 0].tolist() or None)
-        self.net.save_pretrained(folder, save_original_format=False)     # the names of the classes, not of older files
-        GlmAsrProcessor(WhisperFeatureExtractor(feature_size=N_MELS), front_end.tokenizer, chat_template=CHAT_TEMPLATE,
-                        audio_token=AUDIO_TOKEN, default_transcription_prompt=PROMPT_TEXT).save_pretrained(folder)
+        self.net.generation_config = GenerationConfig(
+            eos_token_id=front_end.stop_id, pad_token_id=front_end.pad_id, do_sample=False,
+            suppress_tokens=self.forbidden.nonzero()[:, 0].tolist() or None)
+        # the names of the classes, not of older files
+        self.net.save_pretrained(folder, save_original_format=False)
+        GlmAsrProcessor(WhisperFeatureExtractor(feature_size=N_MELS), front_end.tokenizer,
+                        chat_template=CHAT_TEMPLATE, audio_token=AUDIO_TOKEN,
+                        default_transcription_prompt=PROMPT_TEXT).save_pretrained(folder)
 
     def encode(self, batch):
         """Encoder and adapter: → audio embeddings (B, A, H), encoder frames (B, T', D), frames per clip (B,).
 
-        A clip's result does not depend on its batch mates: mel is 0 beyond a clip's last block, which is what the
-        convolutions pad with, and encoder positions beyond it are masked as keys.
+        A clip's result does not depend on its batch mates: mel is 0 beyond a clip's last block,
+        which is what the convolutions pad with, and encoder positions beyond it are masked as keys.
         """
-        frame_lens = batch.mel_lens // 2                                                      # 50 frames a second
+        frame_lens = batch.mel_lens // 2                                                  # 50 frames a second
         positions = torch.arange(batch.mel.shape[2] // 2, device=batch.mel.device)
-        key_mask = (positions < frame_lens[:, None])[:, None, None, :]                        # (B, 1, 1, T')
-        frames = self.encoder(batch.mel, key_mask=key_mask).last_hidden_state                 # (B, T', D)
-        merged = frames.reshape(len(frames), -1, 4 * frames.shape[2])                         # (B, T'/4, 4D)
+        key_mask = (positions < frame_lens[:, None])[:, None, None, :]                    # (B, 1, 1, T')
+        frames = self.encoder(batch.mel, key_mask=key_mask).last_hidden_state             # (B, T', D)
+        merged = frames.reshape(len(frames), -1, 4 * frames.shape[2])                     # (B, T'/4, 4D)
         return self.adapter(merged), frames, frame_lens
 
     def embed_prompt(self, batch, audio_embeds):
         """Prompt embeddings (B, S, H): the placeholders' rows are replaced by the clip's audio embeddings."""
         embeds = self.lm.embed_tokens(batch.prompt_ids)
-        places = torch.arange(audio_embeds.shape[1], device=embeds.device) < batch.audio_lens[:, None]     # (B, A)
-        is_audio = ((batch.prompt_ids == self.front_end.audio_id) & batch.prompt_mask)[:, :, None]         # (B, S, 1)
+        # places (B, A), is_audio (B, S, 1)
+        places = torch.arange(audio_embeds.shape[1], device=embeds.device) < batch.audio_lens[:, None]
+        is_audio = ((batch.prompt_ids == self.front_end.audio_id) & batch.prompt_mask)[:, :, None]
         return embeds.masked_scatter(is_audio, audio_embeds[places].to(embeds.dtype))
 
     def forward(self, batch, rollout):
-        """Teacher forcing: hidden rows (N, H) at the scored positions of `rollout`, clip by clip, and the encoder's frames.
+        """Teacher forcing: hidden rows (N, H) at the scored positions of `rollout`, clip by clip,
+        and the encoder's frames.
 
-        Row (b, t) predicts token t of clip b: the last prompt column predicts token 0. Returns (rows, frames, frame_lens).
+        Row (b, t) predicts token t of clip b: the last prompt column predicts token 0.
+        Returns (rows, frames, frame_lens).
         """
         audio_embeds, frames, frame_lens = self.encode(batch)
         row_mask = rollout.row_mask()
         T, S = max(int((rollout.lens + rollout.stopped).max()), 1), batch.prompt_ids.shape[1]
-        embeds = torch.cat([self.embed_prompt(batch, audio_embeds), self.lm.embed_tokens(rollout.ids[:, :T - 1])], dim=1)
+        embeds = torch.cat([self.embed_prompt(batch, audio_embeds),
+                            self.lm.embed_tokens(rollout.ids[:, :T - 1])], dim=1)
         # Padding right of a transcript needs no mask: attention is causal and its rows are never read.
         mask = F.pad(batch.prompt_mask, (0, T - 1), value=True)                               # (B, S + T − 1)
-        hidden = self.lm(inputs_embeds=embeds, attention_mask=mask, position_ids=positions_of(mask), use_cache=False)
+        hidden = self.lm(inputs_embeds=embeds, attention_mask=mask, position_ids=positions_of(mask),
+                         use_cache=False)
         return hidden.last_hidden_state[:, S - 1:][row_mask[:, :T]], frames, frame_lens      # (N, H)
 
     @torch.no_grad()
-    def sample(self, batch, max_new_tokens, temperature=0.0, k=32, tokens_per_second=0.0, forbidden=None, uniforms=None):
-        """Writes transcripts: greedy at temperature 0, else sampling from softmax(logits / temperature). → `Rollout`
+    def sample(self, batch, max_new_tokens, temperature=0.0, k=32, tokens_per_second=0.0, forbidden=None,
+               uniforms=None):
+        """Writes transcripts: greedy at temperature 0, else sampling from softmax(logits / temperature).
+        → `Rollout`
 
-        batch: Batch of B clips; max_new_tokens: cap, the stop token counted; tokens_per_second: a row's cap is also
-        tokens_per_second × seconds + 16 (0: off), so that one looping row cannot hold the batch; forbidden: (V,) bool,
-        default the model's own; uniforms: (B, max_new_tokens) draws in [0, 1) that make sampling a pure function of
-        them. The top-k ids of a step are taken after forbidding. Not in the paper: the cap by seconds.
+        batch: Batch of B clips; max_new_tokens: cap, the stop token counted; tokens_per_second: a row's cap
+        is also tokens_per_second × seconds + 16 (0: off), so that one looping row cannot hold the batch;
+        forbidden: (V,) bool, default the model's own; uniforms: (B, max_new_tokens) draws in [0, 1) that make
+        sampling a pure function of them. The top-k ids of a step are taken after forbidding. Not in the
+        paper: the cap by seconds.
         """
         was_training = self.training
         self.eval()
@@ -258,13 +298,15 @@ class ArkASR(nn.Module):
         out = self.lm(inputs_embeds=self.embed_prompt(batch, self.encode(batch)[0]), attention_mask=mask,
                       position_ids=positions_of(mask), use_cache=True)                        # prefill
         for t in range(T):
-            logits = self.head(out.last_hidden_state[:, -1]).float().masked_fill(forbidden, -math.inf)       # (B, V)
+            logits = self.head(out.last_hidden_state[:, -1]).float().masked_fill(
+                forbidden, -math.inf)                                                         # (B, V)
             top = logits.topk(k)
             if temperature > 0:
                 cumulative = (logits.double() / temperature).softmax(-1).cumsum(-1)
                 draw = torch.rand(B, device=ids.device) if uniforms is None else uniforms[:, t].to(ids.device)
                 draw = draw.double()[:, None].contiguous()
-                # The last valid id ends the table at 1, so a draw of 0.999… cannot pick a forbidden id behind it.
+                # The last valid id ends the table at 1,
+                # so a draw of 0.999… cannot pick a forbidden id behind it.
                 token = torch.searchsorted(cumulative / cumulative[:, -1:], draw, right=True)[:, 0]
             else:
                 token = top.indices[:, 0]
@@ -277,7 +319,8 @@ class ArkASR(nn.Module):
                 break
             mask = F.pad(mask, (0, 1), value=True)
             out = self.lm(inputs_embeds=self.lm.embed_tokens(ids[:, t:t + 1]), attention_mask=mask,
-                          position_ids=positions_of(mask)[:, -1:], past_key_values=out.past_key_values, use_cache=True)
+                          position_ids=positions_of(mask)[:, -1:], past_key_values=out.past_key_values,
+                          use_cache=True)
         self.train(was_training)
         return Rollout(ids[:, :t + 1], n_tokens - stopped.long(), stopped, topk_ids[:, :t + 1])
 
@@ -287,20 +330,22 @@ def positions_of(mask):
     return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Loss: union-support KL (paper Eq. 1, METHOD section 5)
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# Loss: union-support KL (paper Eq. 1)
+# ------------------------------------------------------------------------------------------------------------
 @dataclasses.dataclass
 class Alignment:
-    """Ids of one vocabulary in the other, by identical token string; −1 where there is none. All on the model's device."""
+    """Ids of one vocabulary in the other, by identical token string; −1 where there is none.
+    All on the model's device."""
     to_teacher: torch.Tensor        # (V_student,)
     to_student: torch.Tensor        # (V_teacher,)
-    student_forbidden: torch.Tensor     # (V_student,) bool: forbidden in the student, or without a counterpart
-    teacher_forbidden: torch.Tensor     # (V_teacher,) bool, likewise
+    student_forbidden: torch.Tensor   # (V_student,) bool: forbidden in the student, or without a counterpart
+    teacher_forbidden: torch.Tensor   # (V_teacher,) bool, likewise
 
 
 def align_vocabularies(student, teacher):
-    """`Alignment` of two models. Raises InputError where over 1 % of the student's text tokens have no counterpart."""
+    """`Alignment` of two models.
+    Raises InputError where over 1 % of the student's text tokens have no counterpart."""
     student_vocab, teacher_vocab = (model.front_end.tokenizer.get_vocab() for model in (student, teacher))
     device = student.forbidden.device
     to_teacher = torch.full_like(student.forbidden, -1, dtype=torch.int64)
@@ -309,19 +354,22 @@ def align_vocabularies(student, teacher):
         j = teacher_vocab.get(token, -1)
         if j >= 0 and not student.forbidden[i] and not teacher.forbidden[j]:
             to_teacher[i], to_student[j] = j, i
-    to_teacher[student.front_end.stop_id], to_student[teacher.front_end.stop_id] = teacher.front_end.stop_id, student.front_end.stop_id
+    to_teacher[student.front_end.stop_id], to_student[teacher.front_end.stop_id] = (
+        teacher.front_end.stop_id, student.front_end.stop_id)
     text_ids, matched = int((~student.forbidden).sum()), int((to_teacher >= 0).sum())
     if matched < 0.99 * text_ids:
-        raise InputError(f"--student and --teacher: only {matched} of the student's {text_ids} text tokens are in the teacher's "
-                         "vocabulary; distillation compares token by token and needs one tokenizer for both")
-    return Alignment(to_teacher.to(device), to_student.to(device), (to_teacher < 0).to(device), (to_student < 0).to(device))
+        raise InputError(f"--student and --teacher: only {matched} of the student's {text_ids} text tokens "
+                         "are in the teacher's vocabulary; distillation compares token by token and needs "
+                         "one tokenizer for both")
+    return Alignment(to_teacher.to(device), to_student.to(device),
+                     (to_teacher < 0).to(device), (to_student < 0).to(device))
 
 
 def union_support(student_ids, teacher_ids):
     """U_t = S_t ∪ T_t without duplicates and invalid ids (Eq. 1).
 
-    student_ids, teacher_ids: (N, K) int64, ids < 0 invalid. → support_ids (N, 2K) int64, ascending, −1 where not
-    counted; support_mask (N, 2K) bool, True = counted.
+    student_ids, teacher_ids: (N, K) int64, ids < 0 invalid. → support_ids (N, 2K) int64, ascending,
+    −1 where not counted; support_mask (N, 2K) bool, True = counted.
     """
     ids = torch.cat([student_ids, teacher_ids], dim=1).sort(dim=1).values
     first = torch.ones_like(ids, dtype=torch.bool)
@@ -333,14 +381,16 @@ def union_support(student_ids, teacher_ids):
 def support_kl(student_logits, teacher_logits, support_mask, temperature=1.0):
     """KL(teacher ‖ student) on the support, both renormalised there (Eq. 1): τ² Σ_u p_u (log p_u − log q_u).
 
-    student_logits, teacher_logits: (N, U) raw scores of any float dtype, p = softmax_U(teacher/τ), q = softmax_U(student/τ);
-    support_mask: (N, U) bool. → kl (N,) nats × τ², float32 (float64 if an input is); counted (N,) bool, rows with at
-    least two valid entries. Other rows are 0 and give no gradient. The teacher gets none either.
+    student_logits, teacher_logits: (N, U) raw scores of any float dtype, p = softmax_U(teacher/τ),
+    q = softmax_U(student/τ); support_mask: (N, U) bool. → kl (N,) nats × τ², float32 (float64 if an input
+    is); counted (N,) bool, rows with at least two valid entries. Other rows are 0 and give no gradient. The
+    teacher gets none either.
     """
     dtype = torch.float64 if torch.float64 in (student_logits.dtype, teacher_logits.dtype) else torch.float32
     counted = support_mask.sum(dim=1) >= 2
     keep = support_mask & counted[:, None]
-    # −inf removes an entry from the softmax; rows that are not counted get zeros throughout, so that nothing is NaN.
+    # −inf removes an entry from the softmax; rows that are not counted get zeros throughout,
+    # so that nothing is NaN.
     outside = torch.zeros_like(keep, dtype=dtype).masked_fill(counted[:, None], -math.inf)
     log_p = torch.where(keep, teacher_logits.detach().to(dtype) / temperature, outside).log_softmax(dim=1)
     log_q = torch.where(keep, student_logits.to(dtype) / temperature, outside).log_softmax(dim=1)
@@ -353,13 +403,13 @@ def support_kl(student_logits, teacher_logits, support_mask, temperature=1.0):
 def teacher_support(teacher, hidden, student_topk, alignment, k, chunk=1024):
     """The union support of every row and the teacher's scores on it.
 
-    hidden: (N, H') teacher rows; student_topk: (N, K) student ids, −1 invalid. → support_ids, support_mask (N, 2K) in
-    student ids; teacher scores (N, 2K) float32, raw logits; teacher top-k (N, K) in student ids, −1 invalid.
-    `chunk` rows at a time reach the head, so no (N, V) tensor is kept.
+    hidden: (N, H') teacher rows; student_topk: (N, K) student ids, −1 invalid. → support_ids,
+    support_mask (N, 2K) in student ids; teacher scores (N, 2K) float32, raw logits; teacher top-k (N, K)
+    in student ids, −1 invalid. `chunk` rows at a time reach the head, so no (N, V) tensor is kept.
     """
     parts = []
     for rows, student_ids in zip(hidden.split(chunk), student_topk.split(chunk)):
-        logits = teacher.head(rows).float().masked_fill(alignment.teacher_forbidden, -math.inf)       # (chunk, V')
+        logits = teacher.head(rows).float().masked_fill(alignment.teacher_forbidden, -math.inf)  # (chunk, V')
         top = logits.topk(min(k, logits.shape[1]))
         teacher_ids = torch.where(top.values.isfinite(), alignment.to_student[top.indices], -1)
         support_ids, support_mask = union_support(student_ids, teacher_ids)
@@ -372,21 +422,23 @@ def teacher_support(teacher, hidden, student_topk, alignment, k, chunk=1024):
 
 
 def student_scores(head_weight, hidden, support_ids):
-    """Raw logits of the support only: (V, H) output matrix, (N, H) rows, (N, U) ids → (N, U). No (N, V) tensor is made."""
+    """Raw logits of the support only: (V, H) output matrix, (N, H) rows, (N, U) ids → (N, U).
+    No (N, V) tensor is made."""
     scores = torch.einsum("nh,nuh->nu", hidden, F.embedding(support_ids.clamp(min=0), head_weight))
     return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Optimizer, schedule, checkpoints
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def make_optimizer(modules, lr, weight_decay):
-    """AdamW (0.9, 0.95); no decay on norms, biases and embeddings. A tied matrix is one parameter and counted once."""
+    """AdamW (0.9, 0.95); no decay on norms, biases and embeddings.
+    A tied matrix is one parameter and counted once."""
     decay, no_decay = [], []
     for name, p in modules.named_parameters():
         (no_decay if p.ndim < 2 or "embed_tokens" in name or "lm_head" in name else decay).append(p)
-    return torch.optim.AdamW([dict(params=decay, weight_decay=weight_decay), dict(params=no_decay, weight_decay=0.0)],
-                             lr=lr, betas=(0.9, 0.95))
+    return torch.optim.AdamW([dict(params=decay, weight_decay=weight_decay),
+                              dict(params=no_decay, weight_decay=0.0)], lr=lr, betas=(0.9, 0.95))
 
 
 def cosine_lr(step, steps, warmup_steps, lr):
@@ -397,7 +449,8 @@ def cosine_lr(step, steps, warmup_steps, lr):
 
 
 def all_reduce_gradients(parameters):
-    """Sums gradients over the ranks, once per update. A rank without a counted position takes part with zeros."""
+    """Sums gradients over the ranks, once per update.
+    A rank without a counted position takes part with zeros."""
     parameters = list(parameters)
     for p in parameters:
         if p.grad is None:
@@ -410,9 +463,11 @@ def all_reduce_gradients(parameters):
 
 
 def save_checkpoint(out, step, model, optimizer, extra=None, keep=2):
-    """Writes out/checkpoints/step-N (HF folder `model`, `state.pt`), complete or not at all, and points out/model at it.
+    """Writes out/checkpoints/step-N (HF folder `model`, `state.pt`), complete or not at all,
+    and points out/model at it.
 
-    Written beside and renamed; the link is replaced in one step; the last `keep` stay. `extra`: further state (tensors).
+    Written beside and renamed; the link is replaced in one step; the last `keep` stay.
+    `extra`: further state (tensors).
     """
     final = os.path.join(out, "checkpoints", f"step-{step:07d}")
     partial, link = final + ".partial", os.path.join(out, "model")
@@ -420,7 +475,8 @@ def save_checkpoint(out, step, model, optimizer, extra=None, keep=2):
         shutil.rmtree(leftover, ignore_errors=True)
     os.makedirs(partial)
     model.save_pretrained(os.path.join(partial, "model"))
-    torch.save({"step": step, "optimizer": optimizer.state_dict(), "extra": extra or {}}, os.path.join(partial, "state.pt"))
+    torch.save({"step": step, "optimizer": optimizer.state_dict(), "extra": extra or {}},
+               os.path.join(partial, "state.pt"))
     os.rename(partial, final)
     if os.path.lexists(link + ".new"):
         os.remove(link + ".new")
@@ -432,7 +488,8 @@ def save_checkpoint(out, step, model, optimizer, extra=None, keep=2):
 
 
 def load_state(out):
-    """The state.pt beside the weights that out/model names. Raises InputError where the run has no checkpoint."""
+    """The state.pt beside the weights that out/model names.
+    Raises InputError where the run has no checkpoint."""
     path = os.path.join(os.path.dirname(os.path.realpath(os.path.join(out, "model"))), "state.pt")
     if not os.path.exists(path):
         raise InputError(f"--resume: {out} holds no checkpoint; start it without --resume")

@@ -1,16 +1,17 @@
-"""On-policy distillation for speech recognition (arXiv 2605.28139; METHOD sections 3–6: README, "The method").
+"""On-policy distillation for speech recognition (arXiv 2605.28139; README, "The method").
 
     torchrun --nproc_per_node=2 opd.py                     # without arguments: those in example/opd.args
     python opd.py --train my.jsonl --student DIR --teacher DIR --eval test.jsonl --out runs/x
     torchrun --nproc_per_node=8 opd.py --train m.jsonl --student DIR --teacher DIR
 
-The student transcribes each clip by itself, the frozen teacher scores those very tokens, and the student is pulled
-toward the teacher by KL on the union of both top-k supports. No transcript is read: `text` may be absent.
-Deviations from the release, each on purpose: the mean is over the positions of the whole global batch, not per rank;
-both sides of the KL are raw logits; token ids go to the teacher as they are, never through text; the stop token is
-scored where the rollout stopped by itself; a length cap by audio; float32 master weights.
-Prints a progress bar (loss, KL, VUSS, clips/s), then errors before and after, VUSS first and last, seconds per phase
-and the path of the model. The example takes about 4 minutes on two cores.
+The student transcribes each clip by itself, the frozen teacher scores those very tokens, and the student is
+pulled toward the teacher by KL on the union of both top-k supports. No transcript is read: `text` may be
+absent.
+Deviations from the release, each on purpose: the mean is over the positions of the whole global batch, not
+per rank; both sides of the KL are raw logits; token ids go to the teacher as they are, never through text;
+the stop token is scored where the rollout stopped by itself; a length cap by audio; float32 master weights.
+Prints a progress bar (loss, KL, VUSS, clips/s), then errors before and after, VUSS first and last,
+seconds per phase and the path of the model. The example takes about 4 minutes on two cores.
 """
 import dataclasses
 import json
@@ -23,19 +24,19 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import (Batch, InputError, Parser, StepLoader, all_reduce_sum, barrier, collate, drop_long, load_audio, read_manifest, run_script,
-                  setup_distributed, start_run, step_batches)
+from data import (Batch, InputError, Parser, StepLoader, all_reduce_sum, barrier, collate, drop_long,
+                  load_audio, read_manifest, run_script, setup_distributed, start_run, step_batches)
 from eval import evaluate, print_table, read_sets
-from model import (ArkASR, Rollout, align_vocabularies, all_reduce_gradients, cosine_lr, load_state, make_optimizer, save_checkpoint,
-                   student_scores, support_kl, teacher_support)
+from model import (ArkASR, Rollout, align_vocabularies, all_reduce_gradients, cosine_lr, load_state,
+                   make_optimizer, save_checkpoint, student_scores, support_kl, teacher_support)
 from overlap import set_overlap, teacher_rollout
 
 PHASES = ("data", "rollout", "teacher", "update")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The method: rollout → teacher rows → union KL → gradient
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 @dataclasses.dataclass
 class Scored:
     """A micro-batch of rollouts with what the teacher says of them, N rows."""
@@ -50,7 +51,8 @@ class Scored:
 
 @torch.no_grad()
 def score_rollout(teacher, alignment, batch, teacher_batch, rollout, k):
-    """The frozen teacher on the student's own tokens: top-k ids, union support and raw logits there. → `Scored`"""
+    """The frozen teacher on the student's own tokens: top-k ids, union support and raw logits there.
+    → `Scored`"""
     hidden = teacher(teacher_batch, teacher_rollout(rollout, alignment))[0]                   # (N, H')
     student_topk = rollout.topk_ids[rollout.row_mask()]                                       # (N, K)
     ids, mask, scores, teacher_topk = teacher_support(teacher, hidden, student_topk, alignment, k)
@@ -60,10 +62,12 @@ def score_rollout(teacher, alignment, batch, teacher_batch, rollout, k):
 def backward_kl(student, scored, tau, device):
     """Gradient of L = Σ_t KL_t / |𝒯| (Eq. 1), 𝒯 counted over all micro-batches and ranks of the step.
 
-    Every rank's gradients end as the global sum; a rank, or all of them, without a counted position takes part with 0.
+    Every rank's gradients end as the global sum;
+    a rank, or all of them, without a counted position takes part with 0.
     → per micro-batch the KL of its rows (N,) at τ and at temperature 1, nats, and |𝒯|.
     """
-    n_counted = int(all_reduce_sum([sum(int((s.support_mask.sum(dim=1) >= 2).sum()) for s in scored)], device)[0])
+    n_counted = int(all_reduce_sum([sum(int((s.support_mask.sum(dim=1) >= 2).sum()) for s in scored)],
+                                   device)[0])
     losses, plain = [], []
     for s in scored:
         hidden = student(s.batch, s.rollout)[0]                                               # (N, H)
@@ -82,14 +86,15 @@ def rollout_sums(scored):
     sums = dict.fromkeys(names, 0.0)
     for s in scored:
         overlap = set_overlap(s.student_topk, s.teacher_topk, s.support_mask)
-        values = (len(s.support_ids), *(overlap[name].sum() for name in names[1:4]), len(s.rollout.lens), s.rollout.lens.sum(),
-                  (s.rollout.lens == 0).sum(), (~s.rollout.stopped).sum())
+        values = (len(s.support_ids), *(overlap[name].sum() for name in names[1:4]), len(s.rollout.lens),
+                  s.rollout.lens.sum(), (s.rollout.lens == 0).sum(), (~s.rollout.stopped).sum())
         sums = {name: sums[name] + float(value) for name, value in zip(names, values)}
     return sums
 
 
 def write_samples(path, step, clips, front_end, rollout, teacher_texts, kl, n=2):
-    """A few rollouts to read: reference if there is one, student, teacher's own greedy text, KL per token in nats."""
+    """A few rollouts to read: reference if there is one, student, teacher's own greedy text,
+    KL per token in nats."""
     per_clip = kl.split((rollout.lens + rollout.stopped).tolist())
     with open(path, "a", encoding="utf-8") as file:
         for b, clip in enumerate(clips[:n]):
@@ -101,63 +106,75 @@ def write_samples(path, step, clips, front_end, rollout, teacher_texts, kl, n=2)
                 kl=[round(x, 4) for x in per_clip[b].tolist()]), ensure_ascii=False) + "\n")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Command
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def parse_args(argv=None):
-    parser = Parser(prog="opd.py", description=__doc__.splitlines()[0] + " Every default is the paper's or the release's value, "
-                    "where they state one. @FILE reads arguments from a file, as example/opd.args.")
+    parser = Parser(prog="opd.py", description=__doc__.splitlines()[0]
+                    + " Every default is the paper's or the release's value, where they state one. "
+                    "@FILE reads arguments from a file, as example/opd.args.")
     add = parser.add_argument_group("data").add_argument
-    add("--train", nargs="+", required=True, metavar="m.jsonl", help="training manifests; transcripts are not read")
-    add("--eval", nargs="*", default=[], metavar="m.jsonl", help="manifests decoded and scored before and after; none by default")
-    add("--max-seconds", type=float, default=30.0, help="longer clips are left out of training and counted, in seconds; in --eval an error")
+    add("--train", nargs="+", required=True, metavar="m.jsonl",
+        help="training manifests; transcripts are not read")
+    add("--eval", nargs="*", default=[], metavar="m.jsonl",
+        help="manifests decoded and scored before and after; none by default")
+    add("--max-seconds", type=float, default=30.0,
+        help="longer clips are left out of training and counted, in seconds; in --eval an error")
     add("--workers", type=int, default=2, help="processes per rank that read audio ahead; 0 = none")
     add = parser.add_argument_group("models").add_argument
     add("--student", required=True, help="folder of the student to distil into (not changed)")
     add("--teacher", required=True, help="folder of the frozen teacher")
     add = parser.add_argument_group("objective").add_argument
     add("--k", type=int, default=32, help="top-k ids per model; the support is the union of both")
-    add("--tau", type=float, default=1.0, help="temperature of both distributions; the loss carries tau squared")
+    add("--tau", type=float, default=1.0,
+        help="temperature of both distributions; the loss carries tau squared")
     add = parser.add_argument_group("rollout").add_argument
     add("--temperature", type=float, default=0.0, help="sampling temperature of the rollout; 0 = greedy")
     add("--max-new-tokens", type=int, default=64, help="cap on a rollout's tokens, the stop token counted")
-    add("--tokens-per-second", type=float, default=8.0, help="a clip's cap is also this × its seconds + 16 tokens; 0 = off")
+    add("--tokens-per-second", type=float, default=8.0,
+        help="a clip's cap is also this × its seconds + 16 tokens; 0 = off")
     add = parser.add_argument_group("optimization").add_argument
     add("--steps", type=int, default=10_000, help="optimizer updates")
     add("--batch-size", type=int, default=960, help="clips per update over all ranks (paper: 24 GPUs × 40)")
-    add("--micro-seconds", type=float, default=600.0, help="padded audio per forward pass and rank, in seconds; does not change results")
+    add("--micro-seconds", type=float, default=600.0,
+        help="padded audio per forward pass and rank, in seconds; does not change results")
     add("--lr", type=float, default=1e-4, help="peak learning rate")
-    add("--warmup-steps", type=int, default=1_000, help="updates of linear warm-up; then cosine to 0 at --steps")
+    add("--warmup-steps", type=int, default=1_000,
+        help="updates of linear warm-up; then cosine to 0 at --steps")
     add("--weight-decay", type=float, default=0.005, help="AdamW decay; not on norms, biases and embeddings")
     add("--clip", type=float, default=1.0, help="gradient norm is clipped to this; 0 = off")
     add = parser.add_argument_group("run").add_argument
     add("--out", default="runs/opd", help="output folder; an existing run is refused unless --resume")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
     add("--save-every", type=int, default=1_000, help="steps between checkpoints; one more at the end")
-    add("--eval-every", type=int, default=0, help="steps between evaluations on --eval; 0 = only before and after")
+    add("--eval-every", type=int, default=0,
+        help="steps between evaluations on --eval; 0 = only before and after")
     add("--sample-every", type=int, default=100, help="steps between lines in samples.jsonl; 0 = off")
     add("--seed", type=int, default=0, help="seed of the order of clips and of sampling")
     return parser.parse_args(argv)
 
 
 def main(args):
-    # ---- distributed ------------------------------------------------------------------------------------------------
+    # ---- distributed ---------------------------------------------------------------------------------------
     rank, world, device = setup_distributed()
-    if args.batch_size % world:
-        raise InputError(f"--batch-size {args.batch_size} is not divisible by the {world} processes")
+    if args.batch_size < 1 or args.batch_size % world or args.steps < 1:
+        raise InputError(f"--batch-size {args.batch_size} is not divisible by the {world} processes, "
+                         f"or --steps {args.steps} is below 1")
     if args.k < 1 or args.tau <= 0 or args.max_new_tokens < 1:
-        raise InputError(f"--k {args.k}, --tau {args.tau:g}, --max-new-tokens {args.max_new_tokens}: each must be positive")
-    # ---- data -------------------------------------------------------------------------------------------------------
+        raise InputError(f"--k {args.k}, --tau {args.tau:g}, --max-new-tokens {args.max_new_tokens}: "
+                         "each must be positive")
+    # ---- data ----------------------------------------------------------------------------------------------
     clips, n_long = drop_long([clip for path in args.train for clip in read_manifest(path, text_field=None)],
                               args.max_seconds)
     if not clips:
         raise InputError(f"--train: no clip of at most --max-seconds {args.max_seconds:g}")
     eval_sets = read_sets(args.eval, args.max_seconds)
-    # ---- models -----------------------------------------------------------------------------------------------------
+    # ---- models --------------------------------------------------------------------------------------------
     teacher = ArkASR.from_pretrained(args.teacher).to(device).eval().requires_grad_(False)
-    student = ArkASR.from_pretrained(os.path.join(args.out, "model") if args.resume else args.student).to(device).train()
+    student = ArkASR.from_pretrained(
+        os.path.join(args.out, "model") if args.resume else args.student).to(device).train()
     alignment = align_vocabularies(student, teacher)
-    # ---- optimizer, resume, output folder ---------------------------------------------------------------------------
+    # ---- optimizer, resume, output folder ------------------------------------------------------------------
     optimizer = make_optimizer(student, args.lr, args.weight_decay)
     first_step = 0
     if args.resume:
@@ -167,102 +184,117 @@ def main(args):
     log = start_run(args, rank, first_step)
     if rank == 0:
         hours = sum(clip.duration for clip in clips) / 3600
-        print(f"train: {len(clips)} clips, {hours:.2f} h, {n_long} left out as longer than {args.max_seconds:g} s; {args.steps} steps of "
-              f"{args.batch_size} clips = {args.steps * args.batch_size / len(clips):.1f} epochs; student "
-              f"{sum(p.numel() for p in student.parameters()) / 1e6:.2f} M and teacher {sum(p.numel() for p in teacher.parameters()) / 1e6:.2f} M "
-              f"parameters, {world} process(es) on {device.type}", flush=True)
+        print(f"train: {len(clips)} clips, {hours:.2f} h, {n_long} left out as longer than "
+              f"{args.max_seconds:g} s; {args.steps} steps of {args.batch_size} clips = "
+              f"{args.steps * args.batch_size / len(clips):.1f} epochs; "
+              f"student {sum(p.numel() for p in student.parameters()) / 1e6:.2f} M "
+              f"and teacher {sum(p.numel() for p in teacher.parameters()) / 1e6:.2f} M parameters, "
+              f"{world} process(es) on {device.type}", flush=True)
+
+    student_end, teacher_end = student.front_end, teacher.front_end
+    same_features = student_end.features is teacher_end.features
 
     def make(indices, step):
-        """One micro-batch: clip indices, the student's and the teacher's Batch, uniforms (B, T) for sampling."""
+        """One micro-batch: clip indices, the student's and the teacher's Batch,
+        uniforms (B, T) for sampling."""
         waveforms = [load_audio(clips[i]) for i in indices]
-        mels = [student.front_end.features(w) for w in waveforms]
-        same = teacher.front_end.features is student.front_end.features
-        uniforms = torch.from_numpy(np.stack([np.random.default_rng((args.seed, 2, step, i)).random(args.max_new_tokens) for i in indices]))
-        return indices, collate(waveforms, student.front_end, mels), collate(waveforms, teacher.front_end, mels if same else None), uniforms
+        mels = [student_end.features(w) for w in waveforms]
+        uniforms = np.stack([np.random.default_rng((args.seed, 2, step, i)).random(args.max_new_tokens)
+                             for i in indices])
+        return (indices, collate(waveforms, student_end, mels),
+                collate(waveforms, teacher_end, mels if same_features else None), torch.from_numpy(uniforms))
 
     def run_eval(step):
         folder = os.path.join(args.out, f"eval-{step}")
         if step == 0 and first_step > 0:
             return json.load(open(os.path.join(folder, "summary.json")))
-        return evaluate(student, eval_sets, device, args.micro_seconds, 256, args.tokens_per_second, folder)
+        return evaluate(student, eval_sets, device, args.micro_seconds, folder)
 
     before = run_eval(0) if eval_sets else {}
-    # ---- training loop ----------------------------------------------------------------------------------------------
+    # ---- training loop -------------------------------------------------------------------------------------
     loader = StepLoader(clips, args.batch_size, args.micro_seconds, args.seed, rank, world, make)
-    batches = iter(step_batches(loader, first_step, args.steps, args.workers))
-    bar = tqdm(range(first_step, args.steps), initial=first_step, total=args.steps, disable=rank > 0, desc="opd", mininterval=1)
+    batches = step_batches(loader, first_step, args.steps, args.workers)
+    bar = tqdm(range(first_step, args.steps), initial=first_step, total=args.steps, disable=rank > 0,
+               desc="opd", mininterval=1)
     for step in bar:
         clock = [time.perf_counter()]
         micros = next(batches)
         clock.append(time.perf_counter())
-        # ---- rollout: the student writes, no gradient ---------------------------------------------------------------
+        # ---- rollout: the student writes, no gradient ------------------------------------------------------
         rolled = []
         for indices, batch, teacher_batch, uniforms in micros:
             batch, teacher_batch = batch.to(device), teacher_batch.to(device)
-            rollout = student.sample(batch, args.max_new_tokens, args.temperature, args.k, args.tokens_per_second,
-                                     alignment.student_forbidden, uniforms)
+            rollout = student.sample(batch, args.max_new_tokens, args.temperature, args.k,
+                                     args.tokens_per_second, alignment.student_forbidden, uniforms)
             rolled.append((batch, teacher_batch, rollout))
         clock.append(time.perf_counter())
-        # ---- teacher: scores of the very same tokens, no gradient ---------------------------------------------------
+        # ---- teacher: scores of the very same tokens, no gradient ------------------------------------------
         scored = [score_rollout(teacher, alignment, *parts, args.k) for parts in rolled]
         clock.append(time.perf_counter())
-        # ---- loss, backward -----------------------------------------------------------------------------------------
+        # ---- loss, backward --------------------------------------------------------------------------------
         losses, plain, n_counted = backward_kl(student, scored, args.tau, device)
-        # ---- step ---------------------------------------------------------------------------------------------------
+        # ---- step ------------------------------------------------------------------------------------------
         grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), args.clip or float("inf")).item()
         for group in optimizer.param_groups:
             group["lr"] = cosine_lr(step, args.steps, args.warmup_steps, args.lr)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        # ---- log, eval, save ----------------------------------------------------------------------------------------
+        # ---- log, eval, save -------------------------------------------------------------------------------
         sums = rollout_sums(scored)
-        loss, kl, *totals = all_reduce_sum([sum(x.sum().item() for x in losses), sum(x.sum().item() for x in plain),
-                                            *sums.values()], device)
+        loss, kl, *totals = all_reduce_sum([sum(x.sum().item() for x in losses),
+                                            sum(x.sum().item() for x in plain), *sums.values()], device)
         sums = dict(zip(sums, totals))
         clock.append(time.perf_counter())
         done, per_clip = step + 1, 1 / sums["clips"]
         metrics = dict(step=done, loss=loss / max(n_counted, 1), kl=kl / max(n_counted, 1),
-                       **{name: sums[name] / max(sums["rows"], 1) for name in ("vuss", "overlap_ratio", "top1")},
-                       positions=n_counted, mean_tokens=sums["tokens"] * per_clip, empty=sums["empty"] * per_clip,
-                       capped=sums["capped"] * per_clip, grad_norm=grad_norm,
+                       **{name: sums[name] / max(sums["rows"], 1)
+                          for name in ("vuss", "overlap_ratio", "top1")},
+                       positions=n_counted, mean_tokens=sums["tokens"] * per_clip,
+                       empty=sums["empty"] * per_clip, capped=sums["capped"] * per_clip, grad_norm=grad_norm,
                        lr=optimizer.param_groups[0]["lr"], clips_per_s=sums["clips"] / (clock[-1] - clock[0]),
                        **{f"{phase}_s": b - a for phase, a, b in zip(PHASES, clock, clock[1:])},
                        rss_gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
         log(metrics)
         bar.set_postfix({name: f"{metrics[key]:{spec}}" for name, key, spec in (
-            ("loss", "loss", ".3f"), ("kl", "kl", ".3f"), ("vuss", "vuss", ".1f"), ("clips/s", "clips_per_s", ".0f"))},
-            refresh=False)
+            ("loss", "loss", ".3f"), ("kl", "kl", ".3f"), ("vuss", "vuss", ".1f"),
+            ("clips/s", "clips_per_s", ".0f"))}, refresh=False)
         if not metrics["loss"] < float("inf") or not grad_norm < float("inf"):
-            raise RuntimeError(f"step {done}: loss {metrics['loss']}, gradient norm {grad_norm}: not finite; lower --lr")
+            raise RuntimeError(f"step {done}: loss {metrics['loss']}, gradient norm {grad_norm}: "
+                               "not finite; lower --lr")
         if rank == 0 and args.sample_every and (step % args.sample_every == 0 or done == args.steps):
             indices, _, teacher_batch, _ = micros[0]
-            written = teacher.sample(teacher_batch.to(device), args.max_new_tokens, k=1, tokens_per_second=args.tokens_per_second)
-            texts = [teacher.front_end.decode(ids[:m]) for ids, m in zip(written.ids.tolist(), written.lens.tolist())]
-            write_samples(os.path.join(args.out, "samples.jsonl"), done, [clips[i] for i in indices], student.front_end, rolled[0][2],
-                          texts, plain[0])
+            written = teacher.sample(teacher_batch.to(device), args.max_new_tokens, k=1,
+                                     tokens_per_second=args.tokens_per_second)
+            texts = [teacher_end.decode(ids[:m])
+                     for ids, m in zip(written.ids.tolist(), written.lens.tolist())]
+            write_samples(os.path.join(args.out, "samples.jsonl"), done, [clips[i] for i in indices],
+                          student_end, rolled[0][2], texts, plain[0])
         if rank == 0 and (done % args.save_every == 0 or done == args.steps):
             save_checkpoint(args.out, done, student, optimizer)
         if eval_sets and args.eval_every and done % args.eval_every == 0 and done < args.steps:
             summaries = run_eval(done)
             if rank == 0:
-                print_table([[stem, s["metric"], s["value"]] for stem, s in summaries.items()], [f"step {done}", "metric", "%"])
+                print_table([[stem, s["metric"], s["value"]] for stem, s in summaries.items()],
+                            [f"step {done}", "metric", "%"])
     after = run_eval(args.steps) if eval_sets else {}
-    # ---- summary ----------------------------------------------------------------------------------------------------
+    # ---- summary -------------------------------------------------------------------------------------------
     if rank == 0:
         lines = [json.loads(line) for line in open(os.path.join(args.out, "metrics.jsonl"))]
         ends = [float(np.mean([line["vuss"] for line in part])) for part in (lines[:10], lines[-10:])]
         seconds = {phase: sum(line[f"{phase}_s"] for line in lines) for phase in PHASES}
-        summary = dict(steps=args.steps, before=before, after=after, vuss_first=ends[0], vuss_last=ends[1], seconds=seconds,
-                       model=os.path.join(args.out, "model"))
+        summary = dict(steps=args.steps, before=before, after=after, vuss_first=ends[0], vuss_last=ends[1],
+                       seconds=seconds, model=os.path.join(args.out, "model"))
         with open(os.path.join(args.out, "summary.json"), "w") as file:
             json.dump(summary, file, indent=1)
-        rows = [[stem, s["metric"], s["value"], after[stem]["value"]] for stem, s in before.items() if s["value"] is not None]
+        rows = [[stem, s["metric"], s["value"], after[stem]["value"]]
+                for stem, s in before.items() if s["value"] is not None]
         if len(rows) > 1:
             rows.append(["mean", "", *(float(np.mean([row[c] for row in rows])) for c in (2, 3))])
         print_table([[*row, f"{100 * (row[3] / row[2] - 1):+.1f} %" if row[2] else None] for row in rows],
                     ["set", "metric", "before %", "after %", "change"])
         print(f"VUSS {ends[0]:.2f} → {ends[1]:.2f} (first and last 10 steps)   "
-              + "   ".join(f"{phase} {s:.1f} s" for phase, s in seconds.items()) + f"   peak {lines[-1]['rss_gb']:.2f} GB")
+              + "   ".join(f"{phase} {s:.1f} s" for phase, s in seconds.items())
+              + f"   peak {lines[-1]['rss_gb']:.2f} GB")
         print(f"model: {summary['model']}")
     barrier()
 

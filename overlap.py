@@ -1,11 +1,12 @@
-"""Overlap diagnostics at student-visited positions: does the teacher agree where the student goes? (METHOD section 7)
+r"""Overlap diagnostics at student-visited positions: does the teacher agree where the student goes?
 
-    python overlap.py --student example/base --teacher example/teacher --data example/dev.jsonl --out runs/overlap.json
+    python overlap.py --student example/base --teacher example/teacher --data example/dev.jsonl \
+        --out runs/overlap.json
 
-The student transcribes each clip by itself, the teacher scores those very tokens; p = student, q = teacher, S and T
-their top-k ids, U = S ∪ T, I = S ∩ T. All probabilities are over the ids that both models may write. Prints a table,
-in all, by language and by quarter of the transcript; --out stores it as JSON. Values are sums over rows divided by
-counts over all ranks. Not in the paper: everything but VUSS.
+The student transcribes each clip by itself, the teacher scores those very tokens; p = student, q = teacher, S
+and T their top-k ids, U = S ∪ T, I = S ∩ T. All probabilities are over the ids that both models may write.
+Prints a table, in all, by language and by quarter of the transcript; --out stores it as JSON. Values are sums
+over rows divided by counts over all ranks. Not in the paper: everything but VUSS.
 """
 import json
 import os
@@ -18,7 +19,8 @@ from data import InputError, Parser, collate, load_audio, micro_batches, run_scr
 from eval import print_table, read_sets
 from model import ArkASR, Rollout, align_vocabularies, support_kl, teacher_support, union_support
 
-MEASURES = ("vuss", "overlap_ratio", "jaccard", "top1", "mass_student", "mass_teacher", "advantage", "entropy_gap", "kl_union", "kl_full")
+MEASURES = ("vuss", "overlap_ratio", "jaccard", "top1", "mass_student", "mass_teacher", "advantage",
+            "entropy_gap", "kl_union", "kl_full")
 
 
 def teacher_rollout(rollout, alignment):
@@ -27,21 +29,25 @@ def teacher_rollout(rollout, alignment):
 
 
 def set_overlap(student_topk, teacher_topk, support_mask):
-    """Per-row set measures from top-k ids (N, K) (student ids, −1 invalid, best first) and the union's mask (N, 2K).
+    """Per-row set measures from top-k ids (N, K) (student ids, −1 invalid, best first)
+    and the union's mask (N, 2K).
 
-    → dict of (N,) float64: vuss = |U|, overlap_ratio = |I| / K, jaccard = |I| / |U|, top1 = both put the same id first.
+    → dict of (N,) float64: vuss = |U|, overlap_ratio = |I| / K, jaccard = |I| / |U|,
+    top1 = both put the same id first.
     """
     union = support_mask.sum(1).double()
-    both = (student_topk >= 0).sum(1).double() + (teacher_topk >= 0).sum(1) - union          # |I| = |S| + |T| − |U|
+    both = (student_topk >= 0).sum(1).double() + (teacher_topk >= 0).sum(1) - union    # |I| = |S| + |T| − |U|
     return dict(vuss=union, overlap_ratio=both / student_topk.shape[1], jaccard=both / union.clamp(min=1),
                 top1=((student_topk[:, 0] == teacher_topk[:, 0]) & (student_topk[:, 0] >= 0)).double())
 
 
 def probability_overlap(student_logits, teacher_logits, student_topk, teacher_topk):
-    """Per-row measures on probabilities. Logits (N, V) in one id space, −inf where forbidden; top-k ids (N, K).
+    """Per-row measures on probabilities.
+    Logits (N, V) in one id space, −inf where forbidden; top-k ids (N, K).
 
-    → dict of (N,) float64: mass_student, mass_teacher = Σ_I p, Σ_I q; advantage = Σ_I p̄ (log q̄ − log p̄) / |I|, p̄ and q̄
-    renormalised on I (≤ 0); entropy_gap = |H(q) − H(p)|; kl_union, kl_full = KL(q ‖ p) on U and on all ids, in nats.
+    → dict of (N,) float64: mass_student, mass_teacher = Σ_I p, Σ_I q;
+    advantage = Σ_I p̄ (log q̄ − log p̄) / |I|, p̄ and q̄ renormalised on I (≤ 0);
+    entropy_gap = |H(q) − H(p)|; kl_union, kl_full = KL(q ‖ p) on U and on all ids, in nats.
     """
     log_p, log_q = student_logits.double().log_softmax(1), teacher_logits.double().log_softmax(1)
     p, q = log_p.exp(), log_q.exp()
@@ -53,7 +59,8 @@ def probability_overlap(student_logits, teacher_logits, student_topk, teacher_to
     both = in_s & in_t                                                                        # (N, V)
     mass_p, mass_q = (p * both).sum(1), (q * both).sum(1)
     p_bar = p * both / mass_p.clamp(min=1e-300)[:, None]
-    log_ratio = (log_q - mass_q.clamp(min=1e-300).log()[:, None]) - (log_p - mass_p.clamp(min=1e-300).log()[:, None])
+    log_ratio = ((log_q - mass_q.clamp(min=1e-300).log()[:, None])
+                 - (log_p - mass_p.clamp(min=1e-300).log()[:, None]))
     entropy_p, entropy_q = -(p * plain(log_p, p)).sum(1), -(q * plain(log_q, q)).sum(1)
     support_ids, support_mask = union_support(student_topk, teacher_topk)
     columns = support_ids.clamp(min=0)
@@ -66,10 +73,12 @@ def probability_overlap(student_logits, teacher_logits, student_topk, teacher_to
 
 @torch.no_grad()
 def measure(student, teacher, alignment, waveforms, k, max_new_tokens, tokens_per_second, device, chunk=1024):
-    """All measures of a batch of clips. → {name: (N,) float64}, clip of each row (N,), quarter 0–3 of each row (N,)."""
+    """All measures of a batch of clips. → {name: (N,) float64}, clip of each row (N,),
+    quarter 0–3 of each row (N,)."""
     student_batch = collate(waveforms, student.front_end).to(device)
     teacher_batch = collate(waveforms, teacher.front_end).to(device)
-    rollout = student.sample(student_batch, max_new_tokens, k=k, tokens_per_second=tokens_per_second, forbidden=alignment.student_forbidden)
+    rollout = student.sample(student_batch, max_new_tokens, k=k, tokens_per_second=tokens_per_second,
+                             forbidden=alignment.student_forbidden)
     row_mask = rollout.row_mask()
     student_topk = rollout.topk_ids[row_mask]
     student_hidden = student(student_batch, rollout)[0]
@@ -78,10 +87,13 @@ def measure(student, teacher, alignment, waveforms, k, max_new_tokens, tokens_pe
     values = set_overlap(student_topk, teacher_topk, support_mask)
     parts = []
     for rows in torch.arange(len(student_hidden), device=device).split(chunk):
-        student_logits = student.head(student_hidden[rows]).masked_fill(alignment.student_forbidden, -torch.inf)
-        teacher_logits = teacher.head(teacher_hidden[rows])[:, alignment.to_teacher.clamp(min=0)]     # in student ids
+        student_logits = student.head(student_hidden[rows]).masked_fill(
+            alignment.student_forbidden, -torch.inf)
+        # in student ids
+        teacher_logits = teacher.head(teacher_hidden[rows])[:, alignment.to_teacher.clamp(min=0)]
         teacher_logits = teacher_logits.masked_fill(alignment.student_forbidden, -torch.inf)
-        parts.append(probability_overlap(student_logits, teacher_logits, student_topk[rows], teacher_topk[rows]))
+        parts.append(probability_overlap(student_logits, teacher_logits, student_topk[rows],
+                                         teacher_topk[rows]))
     for name in parts[0]:
         values[name] = torch.cat([part[name] for part in parts])
     clip, position = row_mask.nonzero(as_tuple=True)
@@ -92,13 +104,17 @@ def parse_args(argv=None):
     parser = Parser(prog="overlap.py", description=__doc__.splitlines()[0])
     parser.add_argument("--student", required=True, help="student folder")
     parser.add_argument("--teacher", required=True, help="teacher folder")
-    parser.add_argument("--data", required=True, nargs="+", metavar="m.jsonl", help="manifests or audio files; text is not read")
+    parser.add_argument("--data", required=True, nargs="+", metavar="m.jsonl",
+                        help="manifests or audio files; text is not read")
     parser.add_argument("--out", help="JSON file for the table; without it the table is only printed")
     parser.add_argument("--k", type=int, default=32, help="ids per model in the support")
-    parser.add_argument("--batch-seconds", type=float, default=600.0, help="audio scored at once per process, in seconds")
-    parser.add_argument("--max-seconds", type=float, default=30.0, help="longest clip accepted, in seconds; longer is an error")
+    parser.add_argument("--batch-seconds", type=float, default=600.0,
+                        help="audio scored at once per process, in seconds")
+    parser.add_argument("--max-seconds", type=float, default=30.0,
+                        help="longest clip accepted, in seconds; longer is an error")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="cap on a rollout's tokens")
-    parser.add_argument("--tokens-per-second", type=float, default=8.0, help="a clip's cap is also this × its seconds + 16 tokens; 0 = off")
+    parser.add_argument("--tokens-per-second", type=float, default=8.0,
+                        help="a clip's cap is also this × its seconds + 16 tokens; 0 = off")
     return parser.parse_args(argv)
 
 
@@ -107,13 +123,16 @@ def main(args):
     if args.k < 1:
         raise InputError(f"--k {args.k}: the support needs at least one id per model")
     clips = [clip for clips in read_sets(args.data, args.max_seconds).values() for clip in clips]
-    student, teacher = (ArkASR.from_pretrained(folder).to(device).eval() for folder in (args.student, args.teacher))
+    student, teacher = (ArkASR.from_pretrained(folder).to(device).eval()
+                        for folder in (args.student, args.teacher))
     alignment = align_vocabularies(student, teacher)
     durations = [clip.duration for clip in clips]
     sums, counts = {}, {}                                        # {group: {measure: sum}}, {group: rows}
-    for indices in tqdm(micro_batches(range(rank, len(clips), world), durations, args.batch_seconds), disable=rank > 0, desc="overlap"):
-        values, row_clip, row_quarter = measure(student, teacher, alignment, [load_audio(clips[i]) for i in indices], args.k,
-                                                args.max_new_tokens, args.tokens_per_second, device)
+    for indices in tqdm(micro_batches(range(rank, len(clips), world), durations, args.batch_seconds),
+                        disable=rank > 0, desc="overlap"):
+        values, row_clip, row_quarter = measure(
+            student, teacher, alignment, [load_audio(clips[i]) for i in indices], args.k,
+            args.max_new_tokens, args.tokens_per_second, device)
         groups = [("all", f"language {clips[indices[b]].language or '(none)'}", f"quarter {quarter + 1}")
                   for b, quarter in zip(row_clip, row_quarter)]
         for group in sorted({g for row in groups for g in row}):
@@ -133,13 +152,16 @@ def main(args):
                 counts[group] = counts.get(group, 0) + share_counts[group]
     if rank > 0:
         return
-    table = {group: dict(positions=counts[group], **{name: sums[group][name] / counts[group] for name in MEASURES}) for group in sorted(sums)}
-    print_table([[group, row["positions"], *(f"{row[name]:.4f}" for name in MEASURES)] for group, row in table.items()],
-                ["rows", "n", *MEASURES])
+    table = {group: dict(positions=counts[group],
+                         **{name: sums[group][name] / counts[group] for name in MEASURES})
+             for group in sorted(sums)}
+    print_table([[group, row["positions"], *(f"{row[name]:.4f}" for name in MEASURES)]
+                 for group, row in table.items()], ["rows", "n", *MEASURES])
     if args.out:
         os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
         with open(args.out, "w") as file:
-            json.dump(dict(student=args.student, teacher=args.teacher, data=args.data, k=args.k, clips=len(clips), measures=table), file, indent=1)
+            json.dump(dict(student=args.student, teacher=args.teacher, data=args.data, k=args.k,
+                           clips=len(clips), measures=table), file, indent=1)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
-"""Supervised fine-tuning: cross-entropy on transcripts (the paper's Base and TD stages; METHOD section 6).
+r"""Supervised fine-tuning: cross-entropy on transcripts (the paper's Base and TD stages).
 
-    torchrun --nproc_per_node=2 sft.py --train train.jsonl --config example/base/config.json --tokenizer example/base --out runs/base
+    torchrun --nproc_per_node=2 sft.py --train train.jsonl --config example/base/config.json \
+        --tokenizer example/base --out runs/base
     python sft.py --train td.jsonl --text-field hyp --model runs/base/model --out runs/td
 
-With --model it starts from a folder; with --config and --tokenizer from random weights. The loss is the mean over the
-transcript tokens and the stop token of the whole global batch, counted over all micro-batches and ranks. From random
-weights a CTC loss on the encoder's 50 Hz output (UTF-8 bytes, head dropped when saving) makes the model listen:
-without it the LM learns the text's statistics first. Not in the paper: CTC, SpecAugment. Prints a progress bar with
-loss and clips per second, and the error on --eval sets; writes OUT/model, metrics.jsonl, config.json, summary.json.
+With --model it starts from a folder; with --config and --tokenizer from random weights. The loss is the mean
+over the transcript tokens and the stop token of the whole global batch, counted over all micro-batches and
+ranks. From random weights a CTC loss on the encoder's 50 Hz output (UTF-8 bytes, head dropped when saving)
+makes the model listen: without it the LM learns the text's statistics first. Not in the paper: CTC,
+SpecAugment. Prints a progress bar with loss and clips per second, and the error on --eval sets; writes
+OUT/model, metrics.jsonl, config.json, summary.json.
 """
 import json
 import os
@@ -20,30 +22,38 @@ import transformers
 from torch import nn
 from tqdm import tqdm
 
-from data import (InputError, Parser, StepLoader, all_reduce_sum, collate, drop_long, load_audio, read_manifest, run_script, setup_distributed,
-                  start_run, step_batches)
+from data import (InputError, Parser, StepLoader, all_reduce_sum, collate, drop_long, load_audio,
+                  read_manifest, run_script, setup_distributed, start_run, step_batches)
 from eval import evaluate, print_table, read_sets
 from model import ArkASR, all_reduce_gradients, cosine_lr, load_state, make_optimizer, save_checkpoint
 
 
 def parse_args(argv=None):
-    parser = Parser(prog="sft.py", description=__doc__.splitlines()[0] + " Every default is the paper's or the release's value.")
+    parser = Parser(prog="sft.py", description=__doc__.splitlines()[0]
+                    + " Every default is the paper's or the release's value.")
     add = parser.add_argument_group("data").add_argument
-    add("--train", nargs="+", required=True, metavar="m.jsonl", help="training manifests; every line needs --text-field")
-    add("--text-field", default="text", help='manifest key to learn from; "hyp" for a result file of eval.py (teacher data)')
-    add("--eval", nargs="*", default=[], metavar="m.jsonl", help="manifests decoded and scored every --eval-every steps and at the end")
+    add("--train", nargs="+", required=True, metavar="m.jsonl",
+        help="training manifests; every line needs --text-field")
+    add("--text-field", default="text",
+        help='manifest key to learn from; "hyp" for a result file of eval.py (teacher data)')
+    add("--eval", nargs="*", default=[], metavar="m.jsonl",
+        help="manifests decoded and scored every --eval-every steps and at the end")
     add("--max-seconds", type=float, default=30.0, help="longer clips are left out and counted, in seconds")
     add("--workers", type=int, default=2, help="processes per rank that read audio ahead; 0 = none")
     add = parser.add_argument_group("model").add_argument
     add("--model", help="folder to start from")
-    add("--config", help="config.json of a GlmAsr model: start from random weights of these sizes (with --tokenizer)")
-    add("--tokenizer", help="tokenizer folder for --config; the prompt's control tokens are added where it lacks them")
+    add("--config",
+        help="config.json of a GlmAsr model: start from random weights of these sizes (with --tokenizer)")
+    add("--tokenizer",
+        help="tokenizer folder for --config; the prompt's control tokens are added where it lacks them")
     add = parser.add_argument_group("optimization").add_argument
     add("--steps", type=int, default=10_000, help="optimizer updates")
     add("--batch-size", type=int, default=960, help="clips per update over all ranks (paper: 24 GPUs × 40)")
-    add("--micro-seconds", type=float, default=600.0, help="padded audio per forward pass and rank, in seconds; does not change results")
+    add("--micro-seconds", type=float, default=600.0,
+        help="padded audio per forward pass and rank, in seconds; does not change results")
     add("--lr", type=float, default=1e-4, help="peak learning rate")
-    add("--warmup-steps", type=int, default=1_000, help="updates of linear warm-up; then cosine to 0 at --steps")
+    add("--warmup-steps", type=int, default=1_000,
+        help="updates of linear warm-up; then cosine to 0 at --steps")
     add("--weight-decay", type=float, default=0.005, help="AdamW decay; not on norms, biases and embeddings")
     add("--clip", type=float, default=1.0, help="gradient norm is clipped to this; 0 = off")
     add("--ctc-weight", type=float, default=0.0, help="weight of the CTC loss on the encoder output; 0 = off")
@@ -62,17 +72,20 @@ def parse_args(argv=None):
 
 
 def augment(mel, args, step, clip):
-    """SpecAugment on one clip's mel (128, F), a pure function of (seed, step, clip). The mask value 0 is near the mean."""
+    """SpecAugment on one clip's mel (128, F), a pure function of (seed, step, clip).
+    The mask value 0 is near the mean."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(hash((args.seed, step, clip)))
-        for axis, masks, width in ((1, args.time_masks, min(args.time_width, mel.shape[1] // 4)), (0, args.freq_masks, args.freq_width)):
+        for axis, masks, width in ((1, args.time_masks, min(args.time_width, mel.shape[1] // 4)),
+                                   (0, args.freq_masks, args.freq_width)):
             for _ in range(masks):
                 mel = torchaudio.functional.mask_along_axis(mel[None], width, 0.0, axis + 1)[0]
     return mel
 
 
 def ctc_loss(ctc_head, frames, frame_lens, texts):
-    """Sum over clips of CTC / characters on UTF-8 bytes: frames (B, T', D), lens (B,). → loss, clips too short for their text.
+    """Sum over clips of CTC / characters on UTF-8 bytes: frames (B, T', D), lens (B,).
+    → loss, clips too short for their text.
 
     Byte b is class b + 1, 0 is blank; 257 classes fit every language and need no vocabulary.
     """
@@ -86,35 +99,44 @@ def ctc_loss(ctc_head, frames, frame_lens, texts):
 
 
 def main(args):
-    # ---- distributed ------------------------------------------------------------------------------------------------
+    # ---- distributed ---------------------------------------------------------------------------------------
     rank, world, device = setup_distributed()
-    if args.batch_size % world:
-        raise InputError(f"--batch-size {args.batch_size} is not divisible by the {world} processes")
-    # ---- data -------------------------------------------------------------------------------------------------------
+    if args.batch_size < 1 or args.batch_size % world or args.steps < 1:
+        raise InputError(f"--batch-size {args.batch_size} is not divisible by the {world} processes, "
+                         f"or --steps {args.steps} is below 1")
+    # ---- data ----------------------------------------------------------------------------------------------
     clips = [clip for path in args.train for clip in read_manifest(path, args.text_field)]
     for clip in clips:
         if clip.text is None:
-            raise InputError(f'{clip.where}: no "{args.text_field}"; supervised training needs it on every line (--text-field)')
+            raise InputError(f'{clip.where}: no "{args.text_field}"; '
+                             "supervised training needs it on every line (--text-field)")
     clips, n_long = drop_long(clips, args.max_seconds)
     if not clips:
         raise InputError(f"--train: no clip of at most --max-seconds {args.max_seconds:g}")
     eval_sets = read_sets(args.eval, args.max_seconds)
-    # ---- model ------------------------------------------------------------------------------------------------------
+    # ---- model ---------------------------------------------------------------------------------------------
     torch.manual_seed(args.seed)                    # the same initial weights on every rank
     if args.model:
         if args.config or args.tokenizer:
-            raise InputError("--model starts from a folder, --config with --tokenizer from random weights: give one of them")
+            raise InputError("--model starts from a folder, --config with --tokenizer from random weights: "
+                             "give one of them")
         model = ArkASR.from_pretrained(os.path.join(args.out, "model") if args.resume else args.model)
     elif args.resume:
         model = ArkASR.from_pretrained(os.path.join(args.out, "model"))
     elif args.config and args.tokenizer:
-        model = ArkASR.from_config(json.load(open(args.config)), transformers.AutoTokenizer.from_pretrained(args.tokenizer))
+        try:
+            config, tokenizer = (json.load(open(args.config)),
+                                 transformers.AutoTokenizer.from_pretrained(args.tokenizer))
+        except (OSError, ValueError) as error:
+            raise InputError(f"--config {args.config}, --tokenizer {args.tokenizer}: "
+                             f"{' '.join(str(error).split())[:300]}") from None
+        model = ArkASR.from_config(config, tokenizer)
     else:
         raise InputError("nothing to train: give --model DIR, or --config FILE and --tokenizer DIR")
     ctc_head = nn.Linear(model.net.config.audio_config.hidden_size, 257)
     model.to(device).train(), ctc_head.to(device)
     trained = nn.ModuleList([model, ctc_head]) if args.ctc_weight else nn.ModuleList([model])
-    # ---- output folder, optimizer, resume ---------------------------------------------------------------------------
+    # ---- output folder, optimizer, resume ------------------------------------------------------------------
     optimizer = make_optimizer(trained, args.lr, args.weight_decay)
     first_step = 0
     if args.resume:
@@ -126,59 +148,72 @@ def main(args):
     log = start_run(args, rank, first_step)
     if rank == 0:
         hours = sum(clip.duration for clip in clips) / 3600
-        print(f"train: {len(clips)} clips, {hours:.2f} h, {n_long} left out as longer than {args.max_seconds:g} s; {args.steps} steps of "
-              f"{args.batch_size} clips = {args.steps * args.batch_size / len(clips):.1f} epochs; "
-              f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {world} process(es) on {device.type}", flush=True)
+        print(f"train: {len(clips)} clips, {hours:.2f} h, {n_long} left out as longer than "
+              f"{args.max_seconds:g} s; {args.steps} steps of {args.batch_size} clips = "
+              f"{args.steps * args.batch_size / len(clips):.1f} epochs; "
+              f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
+              f"{world} process(es) on {device.type}", flush=True)
+
+    front_end = model.front_end
 
     def make(indices, step):
-        waveforms = [load_audio(clips[i]) for i in indices]
-        mels = [augment(model.front_end.features(w), args, step, i) for i, w in zip(indices, waveforms)]
-        return collate(waveforms, model.front_end, mels), model.front_end.transcripts([clips[i].text for i in indices]), \
-            [clips[i].text for i in indices]
+        """One micro-batch: Batch, the transcripts as a Rollout, their texts."""
+        waveforms, texts = [load_audio(clips[i]) for i in indices], [clips[i].text for i in indices]
+        mels = [augment(front_end.features(w), args, step, i) for i, w in zip(indices, waveforms)]
+        return collate(waveforms, front_end, mels), front_end.transcripts(texts), texts
 
     def run_eval(step):
-        summaries = evaluate(model, eval_sets, device, args.micro_seconds, 256, 8.0, os.path.join(args.out, f"eval-{step}"))
+        summaries = evaluate(model, eval_sets, device, args.micro_seconds,
+                             os.path.join(args.out, f"eval-{step}"))
         if rank == 0:
             log({"step": step, **{f"{stem}/{s['metric']}": s["value"] for stem, s in summaries.items()}})
-            print_table([[stem, s["metric"], s["value"]] for stem, s in summaries.items()], [f"step {step}", "metric", "%"])
+            print_table([[stem, s["metric"], s["value"]] for stem, s in summaries.items()],
+                        [f"step {step}", "metric", "%"])
         return summaries
 
-    # ---- training loop ----------------------------------------------------------------------------------------------
+    # ---- training loop -------------------------------------------------------------------------------------
     loader = StepLoader(clips, args.batch_size, args.micro_seconds, args.seed, rank, world, make)
-    bar = tqdm(range(first_step, args.steps), initial=first_step, total=args.steps, disable=rank > 0, desc="sft", mininterval=2)
+    bar = tqdm(range(first_step, args.steps), initial=first_step, total=args.steps, disable=rank > 0,
+               desc="sft", mininterval=2)
     for step, micros in zip(bar, step_batches(loader, first_step, args.steps, args.workers)):
         start = time.perf_counter()
         n_tokens = all_reduce_sum([sum(int(targets.row_mask().sum()) for _, targets, _ in micros)], device)[0]
-        # ---- loss: Σ cross-entropy over tokens / tokens of the global batch, plus the weighted CTC loss per clip -----
+        # ---- loss ------------------------------------------------------------------------------------------
+        # Σ cross-entropy over tokens / tokens of the global batch, plus the weighted CTC loss per clip
         loss_sum = ctc_sum = n_short = 0
         for batch, targets, texts in micros:
             batch, targets = batch.to(device), targets.to(device)
             hidden, frames, frame_lens = model(batch, targets)
             ce = F.cross_entropy(model.head(hidden).float(), targets.ids[targets.row_mask()], reduction="sum")
-            ctc, short = ctc_loss(ctc_head, frames, frame_lens, texts) if args.ctc_weight else (ce.new_zeros(()), 0)
+            ctc, short = (ctc_loss(ctc_head, frames, frame_lens, texts) if args.ctc_weight
+                          else (ce.new_zeros(()), 0))
             (ce / n_tokens + args.ctc_weight * ctc / args.batch_size).backward()
             loss_sum, ctc_sum, n_short = loss_sum + ce.item(), ctc_sum + ctc.item(), n_short + short
-        # ---- step ---------------------------------------------------------------------------------------------------
+        # ---- step ------------------------------------------------------------------------------------------
         all_reduce_gradients(trained.parameters())
         norm = nn.utils.clip_grad_norm_(trained.parameters(), args.clip or float("inf")).item()
         for group in optimizer.param_groups:
             group["lr"] = cosine_lr(step, args.steps, args.warmup_steps, args.lr)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        # ---- log, eval, save ----------------------------------------------------------------------------------------
+        # ---- log, eval, save -------------------------------------------------------------------------------
         loss_sum, ctc_sum, n_short = all_reduce_sum([loss_sum, ctc_sum, n_short], device)
         seconds = time.perf_counter() - start
-        metrics = dict(step=step + 1, loss=loss_sum / n_tokens, ctc=ctc_sum / args.batch_size, ctc_too_short=n_short, grad_norm=norm,
-                       lr=optimizer.param_groups[0]["lr"], tokens=n_tokens, clips_per_s=args.batch_size / seconds, step_s=seconds)
+        metrics = dict(step=step + 1, loss=loss_sum / n_tokens, ctc=ctc_sum / args.batch_size,
+                       ctc_too_short=n_short, grad_norm=norm, lr=optimizer.param_groups[0]["lr"],
+                       tokens=n_tokens, clips_per_s=args.batch_size / seconds, step_s=seconds)
         if not args.ctc_weight:
             del metrics["ctc"], metrics["ctc_too_short"]
         log(metrics)
-        bar.set_postfix({"loss": f"{metrics['loss']:.3f}", "clips/s": f"{metrics['clips_per_s']:.1f}"}, refresh=False)
+        bar.set_postfix({"loss": f"{metrics['loss']:.3f}", "clips/s": f"{metrics['clips_per_s']:.1f}"},
+                        refresh=False)
         if not metrics["loss"] < float("inf") or not norm < float("inf"):
-            raise RuntimeError(f"step {step + 1}: loss {metrics['loss']}, gradient norm {norm}: not finite; lower --lr")
+            raise RuntimeError(f"step {step + 1}: loss {metrics['loss']}, gradient norm {norm}: "
+                               "not finite; lower --lr")
         done = step + 1
         if (done % args.save_every == 0 or done == args.steps) and rank == 0:
-            save_checkpoint(args.out, done, model, optimizer, ctc_head.state_dict() if args.ctc_weight else None)
+            save_checkpoint(args.out, done, model, optimizer,
+                            ctc_head.state_dict() if args.ctc_weight else None)
         if eval_sets and args.eval_every and done % args.eval_every == 0 and done < args.steps:
             run_eval(done)
     summaries = run_eval(args.steps) if eval_sets else {}
