@@ -35,13 +35,15 @@ def byte_tokenizer(extra=()):
     core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = tokenizers.decoders.ByteLevel()
     core.add_special_tokens([*SPECIALS, *extra])
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>",
+                                                pad_token="<|endoftext|>")
 
 
 def tiny_config(width=32, hidden=32, tied=True, model_type="qwen2", spread=0.3):
     text = dict(model_type=model_type, hidden_size=hidden, intermediate_size=64, num_hidden_layers=2,
-                num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048, initializer_range=spread,
-                rope_parameters=dict(rope_type="default", rope_theta=1e6), tie_word_embeddings=tied, head_dim=hidden // 4)
+                num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
+                initializer_range=spread, rope_parameters=dict(rope_type="default", rope_theta=1e6),
+                tie_word_embeddings=tied, head_dim=hidden // 4)
     audio = dict(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=2, num_attention_heads=2,
                  initializer_range=0.2)
     return dict(audio_config=audio, text_config=text, tie_word_embeddings=tied)
@@ -72,5 +74,6 @@ def clips_dir(tmp_path):
         for i in range(12):
             wave = noise(0.3 + 0.17 * i, seed=i)
             soundfile.write(tmp_path / f"{i}.wav", wave.numpy(), 16000, subtype="FLOAT")
-            file.write(json.dumps(dict(audio=f"{i}.wav", duration=len(wave) / 16000, text=f"clip {i}", language="en")) + "\n")
+            file.write(json.dumps(dict(audio=f"{i}.wav", duration=len(wave) / 16000, text=f"clip {i}",
+                                       language="en")) + "\n")
     return tmp_path

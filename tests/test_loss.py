@@ -1,4 +1,5 @@
-"""union_support, support_kl, teacher_support, student_scores: exact values, brute force in float64, gradients."""
+"""union_support, support_kl, teacher_support, student_scores:
+exact values, brute force in float64, gradients."""
 import math
 
 import pytest
@@ -12,7 +13,8 @@ from model import Alignment, align_vocabularies, student_scores, support_kl, tea
 def brute_force(student_ids, teacher_ids, student_logits, teacher_logits, tau):
     """Eq. 1 row by row in plain Python; logits are over the vocabulary."""
     values = []
-    for s_ids, t_ids, s, t in zip(student_ids.tolist(), teacher_ids.tolist(), student_logits.tolist(), teacher_logits.tolist()):
+    for s_ids, t_ids, s, t in zip(student_ids.tolist(), teacher_ids.tolist(), student_logits.tolist(),
+                                  teacher_logits.tolist()):
         support = sorted({i for i in s_ids + t_ids if i >= 0})
         if len(support) < 2:
             values.append((0.0, False))
@@ -30,7 +32,8 @@ def random_ids(n, k, v, generator):
 
 
 def test_union_support_lists_each_valid_id_once():
-    ids, mask = union_support(torch.tensor([[3, 1, -1], [5, 5, 5], [-1, -1, -1]]), torch.tensor([[1, 7, 3], [5, -1, 5], [-1, -5, -1]]))
+    ids, mask = union_support(torch.tensor([[3, 1, -1], [5, 5, 5], [-1, -1, -1]]),
+                              torch.tensor([[1, 7, 3], [5, -1, 5], [-1, -5, -1]]))
     assert [row[m].tolist() for row, m in zip(ids, mask)] == [[1, 3, 7], [5], []]
     assert ids.shape == mask.shape == (3, 6) and ids.dtype == torch.int64 and mask.dtype == torch.bool
     assert (ids[~mask] == -1).all()
@@ -42,7 +45,8 @@ def test_union_support_against_sets():
     before = s.clone(), t.clone()
     ids, mask = union_support(s, t)
     for row in range(200):
-        assert ids[row][mask[row]].tolist() == sorted({i for i in s[row].tolist() + t[row].tolist() if i >= 0})
+        assert ids[row][mask[row]].tolist() == sorted(
+            {i for i in s[row].tolist() + t[row].tolist() if i >= 0})
     assert torch.equal(s, before[0]) and torch.equal(t, before[1])
 
 
@@ -56,15 +60,18 @@ def test_kl_against_brute_force(tau):
     kl, counted = support_kl(s.gather(1, ids.clamp(min=0)), t.gather(1, ids.clamp(min=0)), mask, tau)
     want = brute_force(s_ids, t_ids, s, t, tau)
     assert counted.tolist() == [c for _, c in want] and 0 < sum(counted.tolist()) < n
-    torch.testing.assert_close(kl, torch.tensor([x for x, _ in want], dtype=torch.float64), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(kl, torch.tensor([x for x, _ in want], dtype=torch.float64),
+                               rtol=1e-12, atol=1e-12)
 
 
 def test_direction_is_teacher_to_student():
     """p = (3/4, 1/4), q = (1/2, 1/2): KL(p‖q) = 0.1308, the other way round 0.1438."""
     teacher, student = torch.tensor([[math.log(3.0), 0.0]]), torch.zeros(1, 2)
     mask = torch.ones(1, 2, dtype=torch.bool)
-    assert support_kl(student, teacher, mask)[0].item() == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5), abs=1e-7)
-    assert support_kl(teacher, student, mask)[0].item() == pytest.approx(0.5 * math.log(2 / 3) + 0.5 * math.log(2), abs=1e-7)
+    assert support_kl(student, teacher, mask)[0].item() == pytest.approx(
+        0.75 * math.log(1.5) + 0.25 * math.log(0.5), abs=1e-7)
+    assert support_kl(teacher, student, mask)[0].item() == pytest.approx(
+        0.5 * math.log(2 / 3) + 0.5 * math.log(2), abs=1e-7)
 
 
 @pytest.mark.parametrize("tau", [0.7, 1.0, 2.0])
@@ -76,15 +83,18 @@ def test_gradcheck(tau):
     mask[0], mask[1] = False, torch.arange(8) == 3
     assert torch.autograd.gradcheck(lambda s: support_kl(s, teacher, mask, tau)[0], (student,))
     support_kl(student, teacher, mask, tau)[0].sum().backward()
-    assert (student.grad[~mask] == 0).all() and (student.grad[:2] == 0).all() and (student.grad[2:][mask[2:]] != 0).any()
+    assert ((student.grad[~mask] == 0).all() and (student.grad[:2] == 0).all()
+            and (student.grad[2:][mask[2:]] != 0).any())
 
 
 def test_gradient_is_tau_times_q_minus_p():
     generator = torch.Generator().manual_seed(3)
     student = torch.randn(4, 5, generator=generator, dtype=torch.float64, requires_grad=True)
-    teacher, mask, tau = torch.randn(4, 5, generator=generator, dtype=torch.float64), torch.ones(4, 5, dtype=torch.bool), 2.0
+    teacher, mask, tau = (torch.randn(4, 5, generator=generator, dtype=torch.float64),
+                          torch.ones(4, 5, dtype=torch.bool), 2.0)
     support_kl(student, teacher, mask, tau)[0].sum().backward()
-    torch.testing.assert_close(student.grad, tau * ((student / tau).softmax(1) - (teacher / tau).softmax(1)).detach())
+    torch.testing.assert_close(student.grad,
+                               tau * ((student / tau).softmax(1) - (teacher / tau).softmax(1)).detach())
 
 
 def test_teacher_gets_no_gradient_and_inputs_stay():
@@ -113,15 +123,16 @@ def test_masked_entries_never_matter():
     student, teacher = torch.randn(2, 4), torch.randn(2, 4)
     mask = torch.tensor([[True, True, False, True], [False, True, True, False]])
     want = support_kl(student, teacher, mask)[0]
-    dirty = [x.masked_fill(~mask, bad).requires_grad_() for x, bad in ((student, float("nan")), (teacher, float("inf")))]
+    dirty = [x.masked_fill(~mask, bad).requires_grad_()
+             for x, bad in ((student, float("nan")), (teacher, float("inf")))]
     kl, _ = support_kl(*dirty, mask)
     kl.sum().backward()
     assert torch.equal(kl, want) and dirty[0].grad.isfinite().all() and (dirty[0].grad[~mask] == 0).all()
 
 
-@pytest.mark.parametrize("student, teacher, want", [("float32", "float32", "float32"), ("bfloat16", "float32", "float32"),
-                                                    ("float16", "bfloat16", "float32"), ("float64", "float32", "float64"),
-                                                    ("bfloat16", "float64", "float64")])
+@pytest.mark.parametrize("student, teacher, want", [
+    ("float32", "float32", "float32"), ("bfloat16", "float32", "float32"), ("float16", "bfloat16", "float32"),
+    ("float64", "float32", "float64"), ("bfloat16", "float64", "float64")])
 def test_dtypes(student, teacher, want):
     s, t = torch.randn(3, 4, dtype=getattr(torch, student)), torch.randn(3, 4, dtype=getattr(torch, teacher))
     kl, counted = support_kl(s, t, torch.ones(3, 4, dtype=torch.bool))
@@ -139,7 +150,8 @@ def test_no_rows():
 
 
 def test_large_scores_do_not_overflow():
-    kl, _ = support_kl(torch.tensor([[0.0, 1e4]]), torch.tensor([[1e4, 0.0]]), torch.ones(1, 2, dtype=torch.bool))
+    kl, _ = support_kl(torch.tensor([[0.0, 1e4]]), torch.tensor([[1e4, 0.0]]),
+                       torch.ones(1, 2, dtype=torch.bool))
     assert kl.item() == pytest.approx(1e4)
 
 
@@ -156,16 +168,18 @@ def fake_teacher(v, h, seed=0):
 def test_k_at_least_v_is_the_full_vocabulary_kl():
     v, h = 11, 6
     teacher, hidden, student_logits = fake_teacher(v, h), torch.randn(9, h), torch.randn(9, v)
-    ids, mask, scores, _ = teacher_support(teacher, hidden, student_logits.topk(v).indices, identity_alignment(v), k=50)
+    ids, mask, scores, _ = teacher_support(teacher, hidden, student_logits.topk(v).indices,
+                                           identity_alignment(v), k=50)
     kl, counted = support_kl(student_logits.gather(1, ids.clamp(min=0)), scores, mask)
-    want = torch.nn.functional.kl_div(student_logits.log_softmax(1), teacher.head(hidden).log_softmax(1), log_target=True,
-                                      reduction="none").sum(1)
+    want = torch.nn.functional.kl_div(student_logits.log_softmax(1), teacher.head(hidden).log_softmax(1),
+                                      log_target=True, reduction="none").sum(1)
     torch.testing.assert_close(kl, want.detach())
     assert counted.all() and (mask.sum(1) == v).all()
 
 
 def test_teacher_support_in_chunks_equals_one_piece_and_skips_forbidden_ids():
-    """The teacher's vocabulary is the student's in reverse order, without its ids 0 and 1, and its last id is forbidden."""
+    """The teacher's vocabulary is the student's in reverse order,
+    without its ids 0 and 1, and its last id is forbidden."""
     v, h, n, k = 20, 6, 23, 4
     teacher, hidden = fake_teacher(v, h), torch.randn(n, h)
     to_teacher = torch.arange(v - 1, -1, -1)
@@ -182,14 +196,17 @@ def test_teacher_support_in_chunks_equals_one_piece_and_skips_forbidden_ids():
     for row in range(n):
         best = [u for u in logits[row].argsort(descending=True).tolist() if u < v - 2][:k]
         assert teacher_ids[row].tolist() == [v - 1 - u for u in best]
-        assert ids[row][mask[row]].tolist() == sorted({*student_topk[row].tolist(), *teacher_ids[row].tolist()})
+        assert ids[row][mask[row]].tolist() == sorted(
+            {*student_topk[row].tolist(), *teacher_ids[row].tolist()})
         torch.testing.assert_close(scores[row][mask[row]], logits[row][v - 1 - ids[row][mask[row]]])
     assert not (ids[mask] < 2).any() and not scores.requires_grad
-    assert [x.shape[0] for x in teacher_support(teacher, hidden[:0], student_topk[:0], alignment, k)] == [0, 0, 0, 0]
+    assert [x.shape[0] for x in teacher_support(
+        teacher, hidden[:0], student_topk[:0], alignment, k)] == [0, 0, 0, 0]
 
 
 def test_student_scores_equal_the_heads_and_so_do_the_gradients():
-    weight, hidden = torch.randn(30, 8, dtype=torch.float64, requires_grad=True), torch.randn(7, 8, dtype=torch.float64, requires_grad=True)
+    weight, hidden = (torch.randn(30, 8, dtype=torch.float64, requires_grad=True),
+                      torch.randn(7, 8, dtype=torch.float64, requires_grad=True))
     ids = torch.randint(-1, 30, (7, 6))
     upstream = torch.randn(7, 6, dtype=torch.float64).masked_fill(ids < 0, 0)
     got = student_scores(weight, hidden, ids)
@@ -204,10 +221,12 @@ def test_alignment_is_the_identity_for_one_tokenizer_and_an_error_for_two():
     student, teacher = tiny_model(0), tiny_model(1)
     alignment = align_vocabularies(student, teacher)
     text = ~student.forbidden
-    assert torch.equal(alignment.to_teacher[text], text.nonzero()[:, 0]) and (alignment.to_teacher[~text] == -1).all()
+    assert (torch.equal(alignment.to_teacher[text], text.nonzero()[:, 0])
+            and (alignment.to_teacher[~text] == -1).all())
     assert torch.equal(alignment.student_forbidden, student.forbidden)
     other = byte_tokenizer()
-    other.get_vocab = lambda: {("x" + t if i < 256 else t): i for t, i in byte_tokenizer().get_vocab().items()}
+    other.get_vocab = lambda: {("x" + t if i < 256 else t): i
+                               for t, i in byte_tokenizer().get_vocab().items()}
     teacher.front_end.tokenizer = other
     with pytest.raises(InputError, match="--student and --teacher: only 1 of the student's 257"):
         align_vocabularies(student, teacher)

@@ -1,4 +1,5 @@
-"""ArkASR: padding invariance, teacher forcing, sampling, forbidden ids, and the folder in stock transformers."""
+"""ArkASR: padding invariance, teacher forcing, sampling, forbidden ids,
+and the folder in stock transformers."""
 import json
 import shutil
 
@@ -22,7 +23,7 @@ def given(model, texts):
     return model.front_end.transcripts(texts)
 
 
-# ---- padding --------------------------------------------------------------------------------------------------------
+# ---- padding -----------------------------------------------------------------------------------------------
 def test_padded_batch_equals_single_clips():
     """Audio embeddings and hidden rows of a mixed batch, each clip alone: 1e-5 in float32."""
     model = tiny_model()
@@ -55,27 +56,31 @@ def test_embeddings_depend_on_all_of_the_clip_and_nothing_else():
     assert torch.equal(a[0, :n], b[0, :n]) and (a[1] - b[1]).abs().max() > 0.1
 
 
-# ---- rows -----------------------------------------------------------------------------------------------------------
+# ---- rows --------------------------------------------------------------------------------------------------
 def test_row_mask_scores_the_stop_only_where_the_rollout_stopped():
     ids = torch.full((4, 3), 7)
     mask = Rollout(ids, torch.tensor([0, 2, 3, 3]), torch.tensor([True, True, False, False])).row_mask()
     assert mask.tolist() == [[True, False, False], [True] * 3, [True] * 3, [True] * 3]
-    assert Rollout(ids, torch.tensor([1]), torch.tensor([False])).row_mask().tolist() == [[True, False, False]]
+    assert Rollout(ids, torch.tensor([1]), torch.tensor([False])).row_mask().tolist() == [
+        [True, False, False]]
 
 
 def test_supervised_ids_of_one_example():
     front_end = FrontEnd(byte_tokenizer())
     targets = front_end.transcripts(["ab", ""])
     a, b = front_end.encode_text("ab")
-    assert targets.ids.tolist() == [[a, b, front_end.stop_id], [front_end.stop_id, front_end.pad_id, front_end.pad_id]]
+    assert targets.ids.tolist() == [[a, b, front_end.stop_id],
+                                    [front_end.stop_id, front_end.pad_id, front_end.pad_id]]
     assert targets.ids[targets.row_mask()].tolist() == [a, b, front_end.stop_id, front_end.stop_id]
-    assert front_end.prompt(16_000) == (front_end.tokenizer.convert_tokens_to_ids(["<|user|>", "<|begin_of_audio|>"]) + [front_end.audio_id] * 12
-                                        + [front_end.tokenizer.convert_tokens_to_ids("<|end_of_audio|>")]
-                                        + front_end.encode_text("Please transcribe this audio.")
-                                        + [front_end.tokenizer.convert_tokens_to_ids("<|assistant|>")])
+    assert front_end.prompt(16_000) == (
+        front_end.tokenizer.convert_tokens_to_ids(["<|user|>", "<|begin_of_audio|>"])
+        + [front_end.audio_id] * 12 + [front_end.tokenizer.convert_tokens_to_ids("<|end_of_audio|>")]
+        + front_end.encode_text("Please transcribe this audio.")
+        + [front_end.tokenizer.convert_tokens_to_ids("<|assistant|>")])
 
 
-@pytest.mark.parametrize("text", ["<|im_end|>", "a <|endoftext|> b<|audio|>", "<asr_text>", "language models are good", "请 transcribe <", ""])
+@pytest.mark.parametrize("text", ["<|im_end|>", "a <|endoftext|> b<|audio|>", "<asr_text>",
+                                  "language models are good", "请 transcribe <", ""])
 def test_text_is_never_control(text):
     front_end = FrontEnd(byte_tokenizer(extra=["<asr_text>"]))
     ids = front_end.encode_text(text)
@@ -92,9 +97,10 @@ def test_tokens_in_a_hidden_row_predict_the_next_one():
     assert same == [True, True, True, False, False]
 
 
-# ---- sampling -------------------------------------------------------------------------------------------------------
+# ---- sampling ----------------------------------------------------------------------------------------------
 def test_sample_equals_step_by_step_full_forward():
-    """Greedy ids and every step's top-k ids, from full forwards of one clip at a time on the growing prefix."""
+    """Greedy ids and every step's top-k ids,
+    from full forwards of one clip at a time on the growing prefix."""
     model, k, cap = tiny_model(3), 5, 12
     rollout = model.sample(batch_of(model), cap, k=k)
     for i, seconds in enumerate(LENGTHS_S):
@@ -111,11 +117,13 @@ def test_sample_equals_step_by_step_full_forward():
         stopped = prefix[-1] == model.front_end.stop_id
         assert rollout.ids[i, :len(prefix)].tolist() == prefix and bool(rollout.stopped[i]) == stopped
         assert int(rollout.lens[i]) == len(prefix) - stopped
-        assert (rollout.ids[i, len(prefix):] == model.front_end.pad_id).all() and (rollout.topk_ids[i, len(prefix):] == -1).all()
+        assert ((rollout.ids[i, len(prefix):] == model.front_end.pad_id).all()
+                and (rollout.topk_ids[i, len(prefix):] == -1).all())
 
 
 def test_stop_in_the_support_exactly_where_the_rollout_stopped():
-    """A head whose stop row follows the mean hidden state: some rows stop by themselves, others run into the cap."""
+    """A head whose stop row follows the mean hidden state: some rows stop by themselves,
+    others run into the cap."""
     model = tiny_model(1, tied=False)
     batch = batch_of(model, [0.4, 0.9, 1.3, 2.1, 0.2, 1.1, 1.9, 0.6])
     with torch.no_grad():
@@ -136,7 +144,8 @@ def test_stop_in_the_support_exactly_where_the_rollout_stopped():
 
 
 def dominant(model, token_id):
-    """Makes the head prefer token_id everywhere: its row is every hidden state's own direction, by a norm's bias-free trick."""
+    """Makes the head prefer token_id everywhere: its row is every hidden state's own direction,
+    by a norm's bias-free trick."""
     with torch.no_grad():
         model.lm.norm.weight.zero_()
         model.lm.norm.weight[0] = 1.0
@@ -148,13 +157,15 @@ def dominant(model, token_id):
 def test_immediate_stop_is_one_scored_row():
     model = tiny_model(0, tied=False)
     batch = batch_of(model, [0.5, 1.0])
-    with torch.no_grad():                   # every other row scores 0; the stop row must beat 0, whatever the sign
-        sign = model.lm(inputs_embeds=model.embed_prompt(batch, model.encode(batch)[0]), attention_mask=batch.prompt_mask).last_hidden_state[:, -1, 0].sign()
+    with torch.no_grad():         # every other row scores 0; the stop row must beat 0, whatever the sign
+        sign = model.lm(inputs_embeds=model.embed_prompt(batch, model.encode(batch)[0]),
+                        attention_mask=batch.prompt_mask).last_hidden_state[:, -1, 0].sign()
     dominant(model, model.front_end.stop_id)
     model.head.weight.data *= sign[0] if (sign == sign[0]).all() else 0
     assert (sign == sign[0]).all()
     rollout = model.sample(batch, 10)
-    assert rollout.lens.tolist() == [0, 0] and rollout.stopped.tolist() == [True, True] and rollout.ids.shape == (2, 1)
+    assert (rollout.lens.tolist() == [0, 0] and rollout.stopped.tolist() == [True, True]
+            and rollout.ids.shape == (2, 1))
     assert model(batch, rollout)[0].shape[0] == 2
 
 
@@ -164,7 +175,8 @@ def test_cap_is_exact_and_by_seconds():
     no_stop[model.front_end.stop_id] = True
     batch = batch_of(model, [0.5, 2.0, 1.0])
     rollout = model.sample(batch, 21, forbidden=no_stop)
-    assert rollout.lens.tolist() == [21] * 3 and rollout.stopped.tolist() == [False] * 3 and rollout.row_mask().all()
+    assert (rollout.lens.tolist() == [21] * 3 and rollout.stopped.tolist() == [False] * 3
+            and rollout.row_mask().all())
     rollout = model.sample(batch, 30, forbidden=no_stop, tokens_per_second=4)
     assert rollout.lens.tolist() == [18, 24, 20] and rollout.ids.shape == (3, 24)
     assert rollout.row_mask().sum(1).tolist() == [18, 24, 20]
@@ -174,7 +186,8 @@ def test_cap_is_exact_and_by_seconds():
 def test_forbidden_ids_are_never_sampled_nor_in_the_top_k(temperature):
     """All control tokens are made the likeliest by far; only the stop token may be written."""
     model = tiny_model(2, tied=False)
-    specials = [i for i in model.front_end.tokenizer.convert_tokens_to_ids(SPECIALS) if i != model.front_end.stop_id]
+    specials = [i for i in model.front_end.tokenizer.convert_tokens_to_ids(SPECIALS)
+                if i != model.front_end.stop_id]
     batch = batch_of(model)
     with torch.no_grad():
         model.head.weight[specials] *= 50
@@ -182,15 +195,18 @@ def test_forbidden_ids_are_never_sampled_nor_in_the_top_k(temperature):
     assert (raw.argmax(1)[:, None] == torch.tensor(specials)).any(1).float().mean() > 0.5
     rollout = model.sample(batch, 16, temperature=temperature, k=32)
     written = rollout.ids[rollout.row_mask()]
-    assert not model.forbidden[written].any() and not model.forbidden[rollout.topk_ids[rollout.topk_ids >= 0]].any()
-    assert model.forbidden[specials].all() and not model.forbidden[model.front_end.stop_id] and not model.forbidden[:256].any()
+    assert (not model.forbidden[written].any()
+            and not model.forbidden[rollout.topk_ids[rollout.topk_ids >= 0]].any())
+    assert (model.forbidden[specials].all() and not model.forbidden[model.front_end.stop_id]
+            and not model.forbidden[:256].any())
 
 
 def test_k_above_the_vocabulary_gives_minus_one():
     model = tiny_model()
     rollout = model.sample(batch_of(model, [0.5]), 2, k=10_000)
     assert rollout.topk_ids.shape[2] == len(model.forbidden)
-    assert sorted(rollout.topk_ids[0, 0].tolist()) == [-1] * int(model.forbidden.sum()) + (~model.forbidden).nonzero()[:, 0].tolist()
+    assert sorted(rollout.topk_ids[0, 0].tolist()) == (
+        [-1] * int(model.forbidden.sum()) + (~model.forbidden).nonzero()[:, 0].tolist())
 
 
 def test_sampling_is_a_function_of_its_uniforms_and_follows_the_distribution():
@@ -204,12 +220,14 @@ def test_sampling_is_a_function_of_its_uniforms_and_follows_the_distribution():
     many = collate([noise(0.2)] * n, model.front_end)
     first = model.sample(many, 1, temperature=0.8, uniforms=((torch.arange(n) + 0.5) / n)[:, None]).ids[:, 0]
     with torch.no_grad():
-        logits = model.head(model(batch_of(model, [0.2]), given(model, [""]))[0])[0].masked_fill(model.forbidden, -torch.inf)
+        logits = model.head(model(batch_of(model, [0.2]), given(model, [""]))[0])[0].masked_fill(
+            model.forbidden, -torch.inf)
     want, got = (logits / 0.8).softmax(0), torch.bincount(first, minlength=len(logits)) / n
-    assert (want - got).abs().max() <= 1.01 / n and 0.1 < want.max() < 0.99      # evenly spread draws: exact to one count
+    # evenly spread draws: exact to one count
+    assert (want - got).abs().max() <= 1.01 / n and 0.1 < want.max() < 0.99
 
 
-# ---- folders --------------------------------------------------------------------------------------------------------
+# ---- folders -----------------------------------------------------------------------------------------------
 def stock_inputs(processor, wave):
     return processor.apply_transcription_request(
         wave.numpy(), processor_kwargs=dict(audio_kwargs=dict(padding="longest", pad_to_multiple_of=BLOCK)))
@@ -217,7 +235,8 @@ def stock_inputs(processor, wave):
 
 @pytest.mark.parametrize("tied, model_type", [(True, "qwen2"), (False, "qwen3")])
 def test_saved_folder_is_stock_transformers(tmp_path, tied, model_type):
-    """Equal logits and equal greedy text from stock classes, clip by clip, 0.1 s to 30 s, odd lengths included."""
+    """Equal logits and equal greedy text from stock classes, clip by clip, 0.1 s to 30 s,
+    odd lengths included."""
     model = tiny_model(5, tied=tied, model_type=model_type)
     model.save_pretrained(tmp_path)
     net = transformers.GlmAsrForConditionalGeneration.from_pretrained(tmp_path)
@@ -228,12 +247,16 @@ def test_saved_folder_is_stock_transformers(tmp_path, tied, model_type):
         assert inputs["input_ids"].tolist() == batch.prompt_ids.tolist()
         with torch.no_grad():
             logits = model.head(model(batch, given(model, [""]))[0])
-            torch.testing.assert_close(logits, net(**inputs).logits[:, -1], rtol=0, atol=2e-5 * float(logits.abs().max()))
-            written = net.generate(**inputs, do_sample=False, max_new_tokens=8)[0, inputs["input_ids"].shape[1]:]
+            torch.testing.assert_close(logits, net(**inputs).logits[:, -1], rtol=0,
+                                       atol=2e-5 * float(logits.abs().max()))
+            written = net.generate(**inputs, do_sample=False,
+                                   max_new_tokens=8)[0, inputs["input_ids"].shape[1]:]
         rollout = model.sample(batch, 8)
         n = int(rollout.lens[0] + rollout.stopped[0])
-        assert written.tolist()[:n] == rollout.ids[0, :n].tolist() and set(written.tolist()[n:]) <= {model.front_end.pad_id}
-        assert processor.decode(written, skip_special_tokens=True) == model.front_end.decode(rollout.ids[0, :int(rollout.lens[0])].tolist())
+        assert (written.tolist()[:n] == rollout.ids[0, :n].tolist()
+                and set(written.tolist()[n:]) <= {model.front_end.pad_id})
+        assert processor.decode(written, skip_special_tokens=True) == model.front_end.decode(
+            rollout.ids[0, :int(rollout.lens[0])].tolist())
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -242,12 +265,14 @@ def test_round_trip(tmp_path, tied):
     model.save_pretrained(tmp_path)
     again = ArkASR.from_pretrained(tmp_path)
     names = set(safetensors.torch.load_file(tmp_path / "model.safetensors"))
-    assert ("lm_head.weight" in names) == (not tied) and "model.audio_tower.layers.0.self_attn.o_proj.weight" in names
+    assert (("lm_head.weight" in names) == (not tied)
+            and "model.audio_tower.layers.0.self_attn.o_proj.weight" in names)
     assert (again.head.weight is again.lm.embed_tokens.weight) == tied
     for (name, a), (_, b) in zip(model.named_parameters(), again.named_parameters(), strict=True):
         assert torch.equal(a, b), name
     assert torch.equal(model.forbidden, again.forbidden)
-    assert transformers.GenerationConfig.from_pretrained(tmp_path).suppress_tokens == model.forbidden.nonzero()[:, 0].tolist()
+    assert (transformers.GenerationConfig.from_pretrained(tmp_path).suppress_tokens
+            == model.forbidden.nonzero()[:, 0].tolist())
 
 
 def test_a_tied_folder_also_loads_with_lm_head_stored(tmp_path):
@@ -257,7 +282,8 @@ def test_a_tied_folder_also_loads_with_lm_head_stored(tmp_path):
     weights["lm_head.weight"] = weights["model.language_model.embed_tokens.weight"].clone()
     safetensors.torch.save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     again = ArkASR.from_pretrained(tmp_path)
-    assert again.head.weight is again.lm.embed_tokens.weight and torch.equal(again.head.weight, model.head.weight)
+    assert (again.head.weight is again.lm.embed_tokens.weight
+            and torch.equal(again.head.weight, model.head.weight))
 
 
 def break_folder(folder, how):
@@ -288,8 +314,9 @@ def break_folder(folder, how):
         safetensors.torch.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("how", ["no folder", "no weights", "no config", "bad config", "no tokenizer", "half weights", "other model",
-                                 "wrong audio token", "tensor missing", "shape"])
+@pytest.mark.parametrize("how", [
+    "no folder", "no weights", "no config", "bad config", "no tokenizer", "half weights", "other model",
+    "wrong audio token", "tensor missing", "shape"])
 def test_broken_folders_are_one_clear_line(tmp_path, how):
     folder = tmp_path / "broken"
     tiny_model().save_pretrained(folder)
@@ -305,8 +332,9 @@ def test_a_stock_tokenizer_gets_the_audio_tokens():
     data = json.loads(core)
     data["added_tokens"] = [t for t in data["added_tokens"] if t["content"] in SPECIALS[:3]]
     import tokenizers
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer.from_str(json.dumps(data)),
-                                                     eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer.from_str(json.dumps(data)), eos_token="<|im_end|>",
+        pad_token="<|endoftext|>")
     with pytest.raises(InputError, match=r"lacks the token\(s\) <\|user\|>"):
         FrontEnd(tokenizer)
     assert add_audio_tokens(tokenizer) == 5 and FrontEnd(tokenizer).prompt(1280)
@@ -320,5 +348,6 @@ def test_optimizer_sees_a_tied_matrix_once_and_decays_only_matrices():
     decay, rest = make_optimizer(model, 1e-3, 0.005).param_groups
     ids = [id(p) for group in (decay, rest) for p in group["params"]]
     assert len(ids) == len(set(ids)) == len(list(model.parameters()))
-    assert decay["weight_decay"] == 0.005 and rest["weight_decay"] == 0 and all(p.ndim >= 2 for p in decay["params"])
+    assert (decay["weight_decay"] == 0.005 and rest["weight_decay"] == 0
+            and all(p.ndim >= 2 for p in decay["params"]))
     assert id(model.lm.embed_tokens.weight) in {id(p) for p in rest["params"]}

@@ -1,4 +1,5 @@
-"""opd.py, sft.py, eval.py and overlap.py end to end on tiny models, and that results do not depend on how work is split."""
+"""opd.py, sft.py, eval.py and overlap.py end to end on tiny models,
+and that results do not depend on how work is split."""
 import json
 import os
 import shutil
@@ -20,14 +21,15 @@ from data import InputError, collate, read_manifest
 from model import ArkASR, align_vocabularies, cosine_lr, support_kl
 
 
-# ---- helpers --------------------------------------------------------------------------------------------------------
+# ---- helpers -----------------------------------------------------------------------------------------------
 def run(script, *args, nproc=0, check=True):
     """Runs a script as a user does, under torchrun where nproc > 0. → CompletedProcess with text output."""
-    launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={nproc}"] if nproc else [sys.executable]
+    launch = ([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={nproc}"] if nproc
+              else [sys.executable])
     if nproc:
         launch += ["--master-port", str(29500 + os.getpid() % 1000)]
-    done = subprocess.run([*launch, str(ROOT / script), *map(str, args)], capture_output=True, text=True, cwd=ROOT,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=280)
+    done = subprocess.run([*launch, str(ROOT / script), *map(str, args)], capture_output=True, text=True,
+                          cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=280)
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
 
@@ -45,8 +47,9 @@ def models(tmp_path):
 
 
 def opd_args(clips_dir, models, out, *more):
-    return ["--train", str(clips_dir / "m.jsonl"), "--student", str(models[0]), "--teacher", str(models[1]), "--out", str(out), "--workers", "0",
-            "--steps", "3", "--batch-size", "6", "--lr", "1e-3", "--warmup-steps", "1", "--k", "8", "--max-new-tokens", "12", *map(str, more)]
+    return ["--train", str(clips_dir / "m.jsonl"), "--student", str(models[0]), "--teacher", str(models[1]),
+            "--out", str(out), "--workers", "0", "--steps", "3", "--batch-size", "6", "--lr", "1e-3",
+            "--warmup-steps", "1", "--k", "8", "--max-new-tokens", "12", *map(str, more)]
 
 
 def opd_run(*args):
@@ -54,10 +57,12 @@ def opd_run(*args):
     return metrics_of(args[2])
 
 
-# ---- gradients do not depend on the split ---------------------------------------------------------------------------
+# ---- gradients do not depend on the split ------------------------------------------------------------------
 def fixed_micros(student, teacher, rank, world, size):
-    """This rank's share of 6 fixed rollouts of very different lengths, `size` clips at a time; one empty, one capped."""
-    texts, stopped = ["a", "a much longer transcript than the others", "", "bc", "capped", "xyz"], [True, True, True, True, False, True]
+    """This rank's share of 6 fixed rollouts of very different lengths, `size` clips at a time;
+    one empty, one capped."""
+    texts, stopped = (["a", "a much longer transcript than the others", "", "bc", "capped", "xyz"],
+                      [True, True, True, True, False, True])
     mine, alignment, micros = list(range(6))[rank::world], align_vocabularies(student, teacher), []
     for cut in (mine[i:i + size] for i in range(0, len(mine), size)):
         waves = [noise(0.4 + 0.3 * i, seed=i) for i in cut]
@@ -65,17 +70,21 @@ def fixed_micros(student, teacher, rank, world, size):
         rollout = student.front_end.transcripts([texts[i] for i in cut])
         rollout.stopped = torch.tensor([stopped[i] for i in cut])
         generator = torch.Generator().manual_seed(0)
-        table = torch.stack([torch.randperm(256, generator=generator)[:5] for _ in range(300)]).reshape(6, 50, 5)
+        table = torch.stack([torch.randperm(256, generator=generator)[:5]
+                             for _ in range(300)]).reshape(6, 50, 5)
         rollout.topk_ids = table[cut][:, :rollout.ids.shape[1]]
         micros.append(opd.score_rollout(teacher, alignment, batch, teacher_batch, rollout, 5))
     return micros
 
 
 def gradients(rank, world, size):
-    student, teacher = tiny_model(0, spread=0.1).train(), tiny_model(1, width=48, hidden=64, spread=0.1).requires_grad_(False)
-    losses, _, n = opd.backward_kl(student, fixed_micros(student, teacher, rank, world, size), 1.5, torch.device("cpu"))
+    student, teacher = (tiny_model(0, spread=0.1).train(),
+                        tiny_model(1, width=48, hidden=64, spread=0.1).requires_grad_(False))
+    losses, _, n = opd.backward_kl(student, fixed_micros(student, teacher, rank, world, size), 1.5,
+                                   torch.device("cpu"))
     assert all(p.grad is None for p in teacher.parameters())
-    return {name: p.grad.clone() for name, p in student.named_parameters()}, n, sum(float(x.sum()) for x in losses)
+    return ({name: p.grad.clone() for name, p in student.named_parameters()}, n,
+            sum(float(x.sum()) for x in losses))
 
 
 def gradient_worker(rank, world, size, folder):
@@ -104,20 +113,24 @@ def test_accumulation_equals_one_batch():
 def test_two_ranks_equal_one(tmp_path):
     want, n, loss = gradients(0, 1, 6)
     torch.multiprocessing.spawn(gradient_worker, (2, 2, tmp_path), nprocs=2)
-    (first, n0, loss0), (second, n1, loss1) = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    (first, n0, loss0), (second, n1, loss1) = (torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+                                               for rank in (0, 1))
     assert n0 == n1 == n and loss0 + loss1 == pytest.approx(loss, rel=1e-5)
     assert_same_gradients(first, want)
     assert_same_gradients(second, want)
 
 
 def test_gradient_against_plain_autograd_on_the_definition():
-    """Full logits, Python loop over positions, mean over positions with at least two ids: the same gradient."""
-    student, teacher = tiny_model(0, spread=0.1).train(), tiny_model(1, width=48, hidden=64, spread=0.1).requires_grad_(False)
+    """Full logits, Python loop over positions, mean over positions with at least two ids:
+    the same gradient."""
+    student, teacher = (tiny_model(0, spread=0.1).train(),
+                        tiny_model(1, width=48, hidden=64, spread=0.1).requires_grad_(False))
     scored, = fixed_micros(student, teacher, 0, 1, 6)
     got, _, _ = gradients(0, 1, 6)
     teacher_batch = collate([noise(0.4 + 0.3 * i, seed=i) for i in range(6)], teacher.front_end)
     student_logits = student.head(student(scored.batch, scored.rollout)[0])
-    teacher_logits = teacher.head(teacher(teacher_batch, scored.rollout)[0]).masked_fill(teacher.forbidden, -torch.inf)
+    teacher_logits = teacher.head(teacher(teacher_batch, scored.rollout)[0]).masked_fill(
+        teacher.forbidden, -torch.inf)
     terms = []
     for row in range(len(student_logits)):
         support = sorted({*scored.student_topk[row].tolist(), *teacher_logits[row].topk(5).indices.tolist()})
@@ -130,7 +143,8 @@ def test_gradient_against_plain_autograd_on_the_definition():
 
 
 def test_no_countable_position_anywhere_is_a_zero_step():
-    """k = 1 and a teacher that agrees: every support has one id, nothing is counted, and the step is a no-op, not a NaN."""
+    """k = 1 and a teacher that agrees: every support has one id, nothing is counted,
+    and the step is a no-op, not a NaN."""
     student = tiny_model(0).train()
     batch = collate([noise(0.5)], student.front_end)
     rollout = student.sample(batch, 4, k=1)
@@ -140,15 +154,17 @@ def test_no_countable_position_anywhere_is_a_zero_step():
     assert all(p.grad is not None and float(p.grad.abs().max()) == 0 for p in student.parameters())
 
 
-# ---- opd.py ---------------------------------------------------------------------------------------------------------
+# ---- opd.py ------------------------------------------------------------------------------------------------
 def test_opd_run_folder(clips_dir, models, tmp_path):
     out = tmp_path / "run"
     lines = opd_run(clips_dir, models, out, "--eval", clips_dir / "m.jsonl", "--sample-every", 2)
-    assert [line["step"] for line in lines] == [1, 2, 3] and all(line["loss"] > 0 and line["loss"] == line["kl"] for line in lines)
+    assert ([line["step"] for line in lines] == [1, 2, 3]
+            and all(line["loss"] > 0 and line["loss"] == line["kl"] for line in lines))
     assert all(8 <= line["vuss"] <= 16 for line in lines)
     ArkASR.from_pretrained(out / "model")
     summary = json.load(open(out / "summary.json"))
-    assert summary["before"]["m"]["n"] == summary["after"]["m"]["n"] == 12 and set(summary["seconds"]) == set(opd.PHASES)
+    assert (summary["before"]["m"]["n"] == summary["after"]["m"]["n"] == 12
+            and set(summary["seconds"]) == set(opd.PHASES))
     samples = [json.loads(line) for line in open(out / "samples.jsonl")]
     assert {s["step"] for s in samples} == {1, 3} and all(len(s["kl"]) == len(s["tokens"]) for s in samples)
     config = json.load(open(out / "config.json"))
@@ -188,7 +204,8 @@ def test_opd_pulls_the_student_to_the_teacher(clips_dir, models, tmp_path):
 
 
 def test_micro_batches_do_not_change_the_run(clips_dir, models, tmp_path):
-    runs = [opd_run(clips_dir, models, tmp_path / str(s), "--micro-seconds", s, "--lr", 1e-5) for s in (1000, 3, 0.1)]
+    runs = [opd_run(clips_dir, models, tmp_path / str(s), "--micro-seconds", s, "--lr", 1e-5)
+            for s in (1000, 3, 0.1)]
     for key in ("loss", "grad_norm", "vuss", "positions"):
         for other in runs[1:]:
             assert [m[key] for m in other] == pytest.approx([m[key] for m in runs[0]], rel=2e-4), key
@@ -198,11 +215,13 @@ def test_resume_is_the_straight_run(clips_dir, models, tmp_path):
     out, again = tmp_path / "run", tmp_path / "again"
     straight = opd_run(clips_dir, models, out, "--steps", 4, "--save-every", 2, "--temperature", 0.7)
     shutil.copytree(out, again, symlinks=True)
-    shutil.rmtree(again / "checkpoints" / "step-0000004")                   # killed after step 3, saved after step 2
+    shutil.rmtree(again / "checkpoints" / "step-0000004")         # killed after step 3, saved after step 2
     os.remove(again / "model")
     os.symlink("checkpoints/step-0000002/model", again / "model")
-    resumed = opd_run(clips_dir, models, again, "--steps", 4, "--save-every", 2, "--temperature", 0.7, "--resume")
-    timeless = lambda lines: [{k: v for k, v in m.items() if not k.endswith("_s") and k != "rss_gb"} for m in lines]
+    resumed = opd_run(clips_dir, models, again, "--steps", 4, "--save-every", 2, "--temperature", 0.7,
+                      "--resume")
+    timeless = lambda lines: [{k: v for k, v in m.items() if not k.endswith("_s") and k != "rss_gb"}
+                              for m in lines]
     assert timeless(resumed) == timeless(straight)
     assert (again / "model/model.safetensors").read_bytes() == (out / "model/model.safetensors").read_bytes()
 
@@ -218,9 +237,11 @@ def test_a_checkpoint_killed_while_written_is_never_picked_up(clips_dir, models,
     monkeypatch.setattr(torch, "save", killed)
     with pytest.raises(KeyboardInterrupt):
         opd_run(clips_dir, models, out, "--save-every", 1, "--steps", 5, "--resume")
-    assert os.path.realpath(out / "model") == kept and open(os.path.join(kept, "model.safetensors"), "rb").read() == weights
+    assert (os.path.realpath(out / "model") == kept
+            and open(os.path.join(kept, "model.safetensors"), "rb").read() == weights)
     monkeypatch.undo()
-    assert len(opd_run(clips_dir, models, out, "--save-every", 1, "--steps", 5, "--resume")) == 5 and len(before) == 3
+    assert (len(opd_run(clips_dir, models, out, "--save-every", 1, "--steps", 5, "--resume")) == 5
+            and len(before) == 3)
     assert sorted(os.listdir(out / "checkpoints")) == ["step-0000004", "step-0000005"]
 
 
@@ -242,7 +263,8 @@ def test_wrong_input_is_one_line(clips_dir, models, tmp_path, change, message):
 def test_vocabularies_that_do_not_match(clips_dir, models, tmp_path):
     other = byte_tokenizer()
     state = json.loads(other.backend_tokenizer.to_str())
-    state["model"]["vocab"] = {("x" + token if i > 99 else token): i for token, i in state["model"]["vocab"].items()}
+    state["model"]["vocab"] = {("x" + token if i > 99 else token): i
+                               for token, i in state["model"]["vocab"].items()}
     ArkASR.from_config(tiny_config(), byte_tokenizer()).save_pretrained(tmp_path / "other")
     (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(state))
     with pytest.raises(InputError, match="needs one tokenizer for both"):
@@ -256,21 +278,25 @@ def test_torchrun_equals_one_process_and_prints_errors_once(clips_dir, models, t
     done = run("opd.py", *opd_args(clips_dir, models, tmp_path / "two", *more), nproc=2)
     one, two = metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two")
     for key in ("loss", "grad_norm", "vuss", "overlap_ratio", "positions", "mean_tokens", "capped"):
-        assert [m[key] for m in two] == pytest.approx([m[key] for m in one], rel=1e-3 if key == "grad_norm" else 1e-4), key
+        assert [m[key] for m in two] == pytest.approx(
+            [m[key] for m in one], rel=1e-3 if key == "grad_norm" else 1e-4), key
     assert one[0]["grad_norm"] == pytest.approx(two[0]["grad_norm"], rel=1e-5)
     summaries = [json.load(open(tmp_path / name / "summary.json")) for name in ("one", "two")]
     assert summaries[0]["before"] == summaries[1]["before"]
     assert "before %" in done.stdout and str(tmp_path / "two" / "model") in done.stdout
-    done = run("opd.py", *opd_args(clips_dir, models, tmp_path / "three", "--batch-size", 7), nproc=2, check=False)
-    assert done.returncode != 0 and (done.stdout + done.stderr).count("--batch-size 7 is not divisible by the 2 processes") == 1
+    done = run("opd.py", *opd_args(clips_dir, models, tmp_path / "three", "--batch-size", 7), nproc=2,
+               check=False)
+    assert done.returncode != 0 and (done.stdout + done.stderr).count(
+        "--batch-size 7 is not divisible by the 2 processes") == 1
 
 
-# ---- sft.py, eval.py, overlap.py ------------------------------------------------------------------------------------
+# ---- sft.py, eval.py, overlap.py ---------------------------------------------------------------------------
 def sft_args(clips_dir, out, *more):
     (out.parent / "config.json").write_text(json.dumps(tiny_config()))
     byte_tokenizer().save_pretrained(out.parent / "tokenizer")
-    return ["--train", str(clips_dir / "m.jsonl"), "--config", str(out.parent / "config.json"), "--tokenizer", str(out.parent / "tokenizer"),
-            "--out", str(out), "--workers", "0", "--steps", "3", "--batch-size", "4", "--lr", "1e-4", "--warmup-steps", "1", *map(str, more)]
+    return ["--train", str(clips_dir / "m.jsonl"), "--config", str(out.parent / "config.json"),
+            "--tokenizer", str(out.parent / "tokenizer"), "--out", str(out), "--workers", "0", "--steps", "3",
+            "--batch-size", "4", "--lr", "1e-4", "--warmup-steps", "1", *map(str, more)]
 
 
 def sft_run(*args):
@@ -280,19 +306,25 @@ def sft_run(*args):
 
 def test_sft_learns_by_heart_then_transcribes_and_feeds_the_next_stage(clips_dir, tmp_path, capsys):
     """12 clips by heart, eval.py finds no error, its result file is a TD manifest as it stands."""
-    lines = sft_run(clips_dir, tmp_path / "sft", "--steps", 150, "--batch-size", 12, "--lr", 6e-3, "--ctc-weight", 0.3)
+    lines = sft_run(clips_dir, tmp_path / "sft", "--steps", 150, "--batch-size", 12, "--lr", 6e-3,
+                    "--ctc-weight", 0.3)
     assert lines[-1]["loss"] < 0.05 < lines[0]["loss"]
-    evaluation.main(evaluation.parse_args(["--model", str(tmp_path / "sft/model"), "--data", str(clips_dir / "m.jsonl"), "--out", str(tmp_path / "hyp")]))
+    evaluation.main(evaluation.parse_args([
+        "--model", str(tmp_path / "sft/model"), "--data", str(clips_dir / "m.jsonl"),
+        "--out", str(tmp_path / "hyp")]))
     summary = json.load(open(tmp_path / "hyp/summary.json"))["m"]
-    assert summary["metric"] == "WER" and summary["errors"] == 0 and summary["units"] == 24 and summary["value"] == 0 and summary["n"] == 12
+    assert (summary["metric"] == "WER" and summary["errors"] == 0 and summary["units"] == 24
+            and summary["value"] == 0 and summary["n"] == 12)
     results = [json.loads(line) for line in open(tmp_path / "hyp/m.jsonl")]
     assert [r["hyp"] for r in results] == [r["text"] for r in results] == [f"clip {i}" for i in range(12)]
     capsys.readouterr()
-    evaluation.main(evaluation.parse_args(["--model", str(tmp_path / "sft/model"), "--data", str(clips_dir / "7.wav")]))
+    evaluation.main(evaluation.parse_args(["--model", str(tmp_path / "sft/model"),
+                                           "--data", str(clips_dir / "7.wav")]))
     assert capsys.readouterr().out == "clip 7\n"
     (tmp_path / "td").mkdir()
-    sft.main(sft.parse_args(["--train", str(tmp_path / "hyp/m.jsonl"), "--text-field", "hyp", "--model", str(tmp_path / "sft/model"), "--out",
-                             str(tmp_path / "td/run"), "--steps", "1", "--batch-size", "4", "--workers", "0"]))
+    sft.main(sft.parse_args(["--train", str(tmp_path / "hyp/m.jsonl"), "--text-field", "hyp",
+                             "--model", str(tmp_path / "sft/model"), "--out", str(tmp_path / "td/run"),
+                             "--steps", "1", "--batch-size", "4", "--workers", "0"]))
     assert metrics_of(tmp_path / "td/run")[0]["loss"] < 0.1
 
 
@@ -328,7 +360,8 @@ def test_ctc_loss_of_one_path():
     want = -(p[0, a] * p[1, a] + p[0, a] * p[1, blank] + p[0, blank] * p[1, a]).log()
     loss, short = sft.ctc_loss(head, frames, torch.tensor([2]), ["a"])
     assert float(loss) == pytest.approx(float(want), rel=1e-5) and short == 0
-    loss, short = sft.ctc_loss(head, frames, torch.tensor([2]), ["aa"])             # needs three frames: counted, not infinite
+    # needs three frames: counted, not infinite
+    loss, short = sft.ctc_loss(head, frames, torch.tensor([2]), ["aa"])
     assert float(loss) == 0 and short == 1
 
 
@@ -345,8 +378,9 @@ def test_overlap_measures_by_hand():
     kl = lambda a, b: float((a * (a / b).log()).sum())
     h = lambda a: float(-(a * a.log()).sum())
     union = [0, 1, 2]
-    want = dict(vuss=3, overlap_ratio=0.5, jaccard=1 / 3, top1=0, mass_student=0.3, mass_teacher=0.5, advantage=0, entropy_gap=abs(h(p) - h(q)),
-                kl_full=kl(q, p), kl_union=kl(q[:, union] / 0.9, p[:, union] / 0.9))
+    want = dict(vuss=3, overlap_ratio=0.5, jaccard=1 / 3, top1=0, mass_student=0.3, mass_teacher=0.5,
+                advantage=0, entropy_gap=abs(h(p) - h(q)), kl_full=kl(q, p),
+                kl_union=kl(q[:, union] / 0.9, p[:, union] / 0.9))
     assert set(want) == set(overlap.MEASURES)
     assert {k: float(v) for k, v in got.items()} == pytest.approx(want)
     got = overlap.probability_overlap(p.log(), q.log(), torch.tensor([[0, 1]]), torch.tensor([[0, 1]]))
@@ -355,46 +389,57 @@ def test_overlap_measures_by_hand():
 
 
 def test_overlap_of_a_model_with_itself(clips_dir, models, tmp_path):
-    overlap.main(overlap.parse_args(["--student", str(models[0]), "--teacher", str(models[0]), "--data", str(clips_dir / "m.jsonl"), "--k", "8",
+    overlap.main(overlap.parse_args(["--student", str(models[0]), "--teacher", str(models[0]),
+                                     "--data", str(clips_dir / "m.jsonl"), "--k", "8",
                                      "--out", str(tmp_path / "o.json"), "--max-new-tokens", "10"]))
     table = json.load(open(tmp_path / "o.json"))["measures"]
     row = table["all"]
     assert (row["vuss"], row["overlap_ratio"], row["jaccard"], row["top1"]) == (8, 1, 1, 1)
-    assert row["kl_union"] == row["entropy_gap"] == pytest.approx(0, abs=1e-6) and row["mass_student"] == pytest.approx(row["mass_teacher"])
-    assert row["positions"] == sum(table[f"quarter {i}"]["positions"] for i in (1, 2, 3, 4)) == table["language en"]["positions"]
+    assert (row["kl_union"] == row["entropy_gap"] == pytest.approx(0, abs=1e-6)
+            and row["mass_student"] == pytest.approx(row["mass_teacher"]))
+    assert (row["positions"] == sum(table[f"quarter {i}"]["positions"] for i in (1, 2, 3, 4))
+            == table["language en"]["positions"])
 
 
 def test_overlap_agrees_with_the_training_metrics(clips_dir, models, tmp_path):
     line = opd_run(clips_dir, models, tmp_path / "run", "--steps", 1, "--batch-size", 12)[0]
-    overlap.main(overlap.parse_args(["--student", str(models[0]), "--teacher", str(models[1]), "--data", str(clips_dir / "m.jsonl"), "--k", "8",
+    overlap.main(overlap.parse_args(["--student", str(models[0]), "--teacher", str(models[1]),
+                                     "--data", str(clips_dir / "m.jsonl"), "--k", "8",
                                      "--out", str(tmp_path / "o.json"), "--max-new-tokens", "12"]))
     row = json.load(open(tmp_path / "o.json"))["measures"]["all"]
-    for ours, theirs in (("vuss", "vuss"), ("overlap_ratio", "overlap_ratio"), ("top1", "top1"), ("kl_union", "kl")):
+    for ours, theirs in (("vuss", "vuss"), ("overlap_ratio", "overlap_ratio"), ("top1", "top1"),
+                         ("kl_union", "kl")):
         assert row[ours] == pytest.approx(line[theirs], rel=1e-4)
 
 
-# ---- people's recordings --------------------------------------------------------------------------------------------
-@pytest.mark.skipif(not (DATA / "aishell_sample").exists(), reason=f"no recordings at {DATA} (set ASR_OPD_DATA)")
+# ---- people's recordings -----------------------------------------------------------------------------------
+@pytest.mark.skipif(not (DATA / "aishell_sample").exists(),
+                    reason=f"no recordings at {DATA} (set ASR_OPD_DATA)")
 def test_recordings_of_people_through_the_same_commands(tmp_path):
-    """en_prompts and aishell_sample together: SFT from random weights, TD transcripts, SFT on them, OPD, evaluation."""
+    """en_prompts and aishell_sample together:
+    SFT from random weights, TD transcripts, SFT on them, OPD, evaluation."""
     manifests = [DATA / "en_prompts/manifest.jsonl", DATA / "aishell_sample/manifest.jsonl"]
     (tmp_path / "config.json").write_text(json.dumps(tiny_config()))
     byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
     flags = ["--workers", "0", "--steps", "3", "--batch-size", "4", "--warmup-steps", "1"]
-    sft.main(sft.parse_args(["--train", *map(str, manifests), "--config", str(tmp_path / "config.json"), "--tokenizer", str(tmp_path / "tokenizer"),
-                             "--out", str(tmp_path / "teacher"), "--ctc-weight", "0.5", *flags]))
+    sft.main(sft.parse_args(["--train", *map(str, manifests), "--config", str(tmp_path / "config.json"),
+                             "--tokenizer", str(tmp_path / "tokenizer"), "--out", str(tmp_path / "teacher"),
+                             "--ctc-weight", "0.5", *flags]))
     assert len(metrics_of(tmp_path / "teacher")) == 3
     subset = tmp_path / "subset.jsonl"
     with open(subset, "w") as file:
         for manifest in manifests:
             for clip in read_manifest(manifest)[:4]:
                 file.write(json.dumps({**clip.fields, "audio": clip.audio}, ensure_ascii=False) + "\n")
-    evaluation.main(evaluation.parse_args(["--model", str(tmp_path / "teacher/model"), "--data", str(subset), "--out", str(tmp_path / "td"),
-                                           "--max-new-tokens", "16"]))
+    evaluation.main(evaluation.parse_args([
+        "--model", str(tmp_path / "teacher/model"), "--data", str(subset), "--out", str(tmp_path / "td"),
+        "--max-new-tokens", "16"]))
     summary = json.load(open(tmp_path / "td/summary.json"))["subset"]
     assert summary["metric"] == "MER" and summary["n"] == 8 and summary["units"] > 0
-    sft.main(sft.parse_args(["--train", str(tmp_path / "td/subset.jsonl"), "--text-field", "hyp", "--model", str(tmp_path / "teacher/model"),
-                             "--out", str(tmp_path / "student"), *flags]))
-    opd.main(opd.parse_args(["--train", *map(str, manifests), "--student", str(tmp_path / "student/model"), "--teacher", str(tmp_path / "teacher/model"),
-                             "--eval", str(subset), "--out", str(tmp_path / "opd"), *flags, "--max-new-tokens", "16"]))
+    sft.main(sft.parse_args(["--train", str(tmp_path / "td/subset.jsonl"), "--text-field", "hyp",
+                             "--model", str(tmp_path / "teacher/model"), "--out", str(tmp_path / "student"),
+                             *flags]))
+    opd.main(opd.parse_args(["--train", *map(str, manifests), "--student", str(tmp_path / "student/model"),
+                             "--teacher", str(tmp_path / "teacher/model"), "--eval", str(subset),
+                             "--out", str(tmp_path / "opd"), *flags, "--max-new-tokens", "16"]))
     assert len(metrics_of(tmp_path / "opd")) == 3 and (tmp_path / "opd/summary.json").exists()
