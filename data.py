@@ -18,6 +18,7 @@ import io
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 
@@ -219,6 +220,8 @@ def load_audio(clip):
 
 def clip_from_file(path):
     """A `Clip` for a bare audio file, its duration from the header."""
+    if not os.path.exists(path):
+        raise InputError(f"{path}: no such file")
     try:
         info = soundfile.info(path)
     except (OSError, TypeError, soundfile.LibsndfileError) as error:     # TypeError: what soundfile says of *.raw
@@ -449,7 +452,7 @@ class Parser(argparse.ArgumentParser):
                          formatter_class=lambda prog: argparse.ArgumentDefaultsHelpFormatter(prog, width=110))
 
     def convert_arg_line_to_args(self, line):
-        return line.split("#")[0].split()
+        return shlex.split(line, comments=True)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -58,6 +58,8 @@ class FrontEnd:
             raise InputError(f"tokenizer {tokenizer.name_or_path} lacks the token(s) {' '.join(missing)}; "
                              "a new student gets them from sft.py --tokenizer")
         self.tokenizer = tokenizer
+        added = [re.escape(token.content) for token in tokenizer.added_tokens_decoder.values()]
+        self.added = re.compile(f"({'|'.join(added)})")
         self.pad_id, self.stop_id, self.audio_id = (tokenizer.convert_tokens_to_ids(t)
                                                     for t in (PAD_TOKEN, STOP_TOKEN, AUDIO_TOKEN))
         user, begin, _, end, assistant = tokenizer.convert_tokens_to_ids(PROMPT_TOKENS)
@@ -72,14 +74,11 @@ class FrontEnd:
         return self.prompt_head + [self.audio_id] * n_audio_tokens(n_samples) + self.prompt_tail
 
     def encode_text(self, text):
-        """Token ids of a text. Control tokens written out in it ("<|im_end|>") stay text:
-        they are split after the "<"."""
-        added = "|".join(re.escape(token.content) for token in self.tokenizer.added_tokens_decoder.values())
-        pieces = re.split(f"({added})", text) if added else [text]
+        """Token ids of a text. Control tokens written out in it ("<|im_end|>") stay text: split after the "<"."""
+        pieces = self.added.split(text)                 # text, added token, text, added token, …, text
         parts = [part for i, piece in enumerate(pieces)
                  for part in ((piece[:1], piece[1:]) if i % 2 else (piece,))]
-        return [i for part in parts if part
-                for i in self.tokenizer(part, add_special_tokens=False)["input_ids"]]
+        return [i for part in parts if part for i in self.tokenizer(part, add_special_tokens=False)["input_ids"]]
 
     def decode(self, ids):
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -347,22 +346,26 @@ def align_vocabularies(student, teacher):
     """`Alignment` of two models.
     Raises InputError where over 1 % of the student's text tokens have no counterpart."""
     student_vocab, teacher_vocab = (model.front_end.tokenizer.get_vocab() for model in (student, teacher))
-    device = student.forbidden.device
-    to_teacher = torch.full_like(student.forbidden, -1, dtype=torch.int64)
-    to_student = torch.full_like(teacher.forbidden, -1, dtype=torch.int64)
-    for token, i in student_vocab.items():
-        j = teacher_vocab.get(token, -1)
-        if j >= 0 and not student.forbidden[i] and not teacher.forbidden[j]:
-            to_teacher[i], to_student[j] = j, i
-    to_teacher[student.front_end.stop_id], to_student[teacher.front_end.stop_id] = (
-        teacher.front_end.stop_id, student.front_end.stop_id)
-    text_ids, matched = int((~student.forbidden).sum()), int((to_teacher >= 0).sum())
+    student_forbidden, teacher_forbidden = student.forbidden.tolist(), teacher.forbidden.tolist()
+    pairs = {i: teacher_vocab[token] for token, i in student_vocab.items() if token in teacher_vocab
+             and not student_forbidden[i] and not teacher_forbidden[teacher_vocab[token]]}
+    pairs[student.front_end.stop_id] = teacher.front_end.stop_id
+    to_teacher = torch.full((len(student_forbidden),), -1)
+    to_student = torch.full((len(teacher_forbidden),), -1)
+    student_ids, teacher_ids = torch.tensor(list(pairs)), torch.tensor(list(pairs.values()))
+    to_teacher[student_ids], to_student[teacher_ids] = teacher_ids, student_ids
+    text_ids, matched = len(student_forbidden) - sum(student_forbidden), len(pairs)
     if matched < 0.99 * text_ids:
         raise InputError(f"--student and --teacher: only {matched} of the student's {text_ids} text tokens "
                          "are in the teacher's vocabulary; distillation compares token by token and needs "
                          "one tokenizer for both")
-    return Alignment(to_teacher.to(device), to_student.to(device),
-                     (to_teacher < 0).to(device), (to_student < 0).to(device))
+    maps = (to_teacher, to_student, to_teacher < 0, to_student < 0)
+    return Alignment(*(x.to(student.forbidden.device) for x in maps))
+
+
+def teacher_rollout(rollout, alignment):
+    """The same transcripts in the teacher's ids (padding becomes id 0; it is never read)."""
+    return Rollout(alignment.to_teacher[rollout.ids].clamp(min=0), rollout.lens, rollout.stopped)
 
 
 def union_support(student_ids, teacher_ids):

@@ -28,8 +28,8 @@ from data import (Batch, InputError, Parser, StepLoader, all_reduce_sum, barrier
                   load_audio, read_manifest, run_script, setup_distributed, start_run, step_batches)
 from eval import evaluate, print_table, read_sets
 from model import (ArkASR, Rollout, align_vocabularies, all_reduce_gradients, cosine_lr, load_state,
-                   make_optimizer, save_checkpoint, student_scores, support_kl, teacher_support)
-from overlap import set_overlap, teacher_rollout
+                   make_optimizer, save_checkpoint, student_scores, support_kl, teacher_rollout, teacher_support)
+from overlap import set_overlap
 
 PHASES = ("data", "rollout", "teacher", "update")
 

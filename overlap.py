@@ -17,15 +17,10 @@ from tqdm import tqdm
 
 from data import InputError, Parser, collate, load_audio, micro_batches, run_script, setup_distributed
 from eval import print_table, read_sets
-from model import ArkASR, Rollout, align_vocabularies, support_kl, teacher_support, union_support
+from model import (ArkASR, align_vocabularies, support_kl, teacher_rollout, teacher_support, union_support)
 
 MEASURES = ("vuss", "overlap_ratio", "jaccard", "top1", "mass_student", "mass_teacher", "advantage",
             "entropy_gap", "kl_union", "kl_full")
-
-
-def teacher_rollout(rollout, alignment):
-    """The same transcripts in the teacher's ids (padding becomes id 0; it is never read)."""
-    return Rollout(alignment.to_teacher[rollout.ids].clamp(min=0), rollout.lens, rollout.stopped)
 
 
 def set_overlap(student_topk, teacher_topk, support_mask):
