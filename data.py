@@ -14,6 +14,7 @@ import collections
 import dataclasses
 import functools
 import hashlib
+import importlib.metadata
 import io
 import json
 import math
@@ -32,6 +33,8 @@ SAMPLE_RATE = 16_000            # Hz
 N_FFT, HOP, N_MELS = 400, 160, 128   # 25 ms window, 10 ms hop
 BLOCK = 1_280                   # samples of one audio token: 80 ms = 8 mel frames = 4 encoder frames
 MIN_SAMPLES = 961               # shorter clips are padded to one block first
+# what a resumed run may change: it moves no weight, but for --steps, which re-draws the schedule
+RESUME_FREE = {"steps", "resume", "out", "eval", "workers", "micro_seconds", "save_every", "eval_every", "sample_every"}
 DURATION_TOLERANCE_S = 0.1      # manifest against decoded audio; codecs pad by a few tens of milliseconds
 
 
@@ -394,42 +397,64 @@ def barrier():
         dist.barrier()
 
 
-def start_run(args, rank, first_step=0):
-    """Makes the output folder (refuses an existing run unless --resume) and returns log(metrics),
-    which writes metrics.jsonl.
+def make_folder(path):
+    """Creates an output folder. Raises InputError where it cannot be written, before any work is lost to it."""
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"output folder {path}: {error.strerror}; give one that can be written") from None
+    if not os.access(path, os.W_OK):
+        raise InputError(f"output folder {path}: not writable; give another")
 
-    config.json holds the arguments, versions, git commit, world size and a hash of each training manifest.
-    On resume metrics.jsonl is cut back to `first_step`, so that it holds each step once.
+
+def start_run(args, rank, first_step=0):
+    """Makes the output folder (refuses an existing run unless --resume) and returns log(metrics) for metrics.jsonl.
+
+    config.json holds the arguments, versions, git commit, world size and a hash of each training manifest. A resumed
+    run must have the arguments it was started with, those of RESUME_FREE apart; metrics.jsonl and samples.jsonl are
+    cut back to `first_step`, so that they hold each step once.
     """
-    path = os.path.join(args.out, "metrics.jsonl")
-    if not args.resume and os.path.exists(os.path.join(args.out, "config.json")):
+    config_path, link = os.path.join(args.out, "config.json"), os.path.join(args.out, "model")
+    if os.path.exists(config_path) and not args.resume:
         raise InputError(f"--out {args.out} already holds a run; choose another folder, or --resume")
+    if os.path.exists(link) and not os.path.islink(link):
+        raise InputError(f"{link} is in the way: a run keeps a link of that name to its last checkpoint; move it")
+    if args.resume and os.path.exists(config_path):
+        for name, old in json.load(open(config_path))["args"].items():
+            if name not in RESUME_FREE and getattr(args, name, old) != old:
+                raise InputError(f"--resume: --{name.replace('_', '-')} was {old}, now {getattr(args, name)}; "
+                                 "give the old value, or start another run")
     barrier()                                   # every rank has looked before rank 0 writes
     if rank > 0:
         return lambda metrics: None
-    try:
-        os.makedirs(args.out, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out {args.out}: {error.strerror}; give a folder that can be written") from None
-    git = subprocess.run(["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"],
-                         capture_output=True, text=True)
-    config = dict(script=os.path.basename(sys.argv[0]), args=vars(args), git=git.stdout.strip() or None,
-                  python=sys.version.split()[0], torch=torch.__version__,
-                  world_size=int(os.environ.get("WORLD_SIZE", 1)), threads=torch.get_num_threads(),
+    make_folder(args.out)
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "torchaudio", "transformers", "numpy")}
+    config = dict(script=os.path.basename(sys.argv[0]), args=vars(args), git=git_commit(), python=sys.version.split()[0],
+                  **versions, world_size=int(os.environ.get("WORLD_SIZE", 1)), threads=torch.get_num_threads(),
                   device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
                   manifest_sha256={m: hashlib.sha256(open(m, "rb").read()).hexdigest() for m in args.train})
-    with open(os.path.join(args.out, "config.json"), "w") as file:
+    with open(config_path, "w") as file:
         json.dump(config, file, indent=1)
-    kept = []
-    if args.resume and os.path.exists(path):
-        kept = [line for line in open(path) if line.endswith("\n") and json.loads(line)["step"] <= first_step]
-    with open(path, "w") as file:
-        file.writelines(kept)
+    for path in (os.path.join(args.out, name) for name in ("metrics.jsonl", "samples.jsonl")):
+        if os.path.exists(path):
+            lines = [line for line in open(path, encoding="utf-8") if line.endswith("}\n")]
+            with open(path, "w", encoding="utf-8") as file:
+                file.writelines(line for line in lines if json.loads(line)["step"] <= first_step)
 
     def log(metrics):
-        with open(path, "a") as file:
+        with open(os.path.join(args.out, "metrics.jsonl"), "a") as file:
             file.write(json.dumps(metrics) + "\n")
     return log
+
+
+def git_commit():
+    """The commit of this folder, None where there is no git or no repository."""
+    try:
+        git = subprocess.run(["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"],
+                             capture_output=True, text=True)
+    except OSError:
+        return None
+    return git.stdout.strip() or None
 
 
 def run_script(main, args):
@@ -444,12 +469,28 @@ def run_script(main, args):
         dist.destroy_process_group()
 
 
+def at_least(low, kind=float):
+    """An argparse type: a finite number of at least `low`."""
+    def number(text):
+        value = kind(text)
+        if not low <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"must be at least {low:g}, found {text}")
+        return value
+    number.__name__ = kind.__name__             # for argparse's own message, "invalid int value"
+    return number
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with defaults in --help, no abbreviations, and `@file` whose lines may hold `--flag value`."""
 
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, fromfile_prefix_chars="@", **kwargs,
                          formatter_class=lambda prog: argparse.ArgumentDefaultsHelpFormatter(prog, width=110))
+
+    def error(self, message):
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"{self.prog}: error: {message} (--help lists the flags)", file=sys.stderr)
+        sys.exit(2)
 
     def convert_arg_line_to_args(self, line):
         return shlex.split(line, comments=True)
@@ -497,7 +538,7 @@ def parse_args(argv=None):
     checker = commands.add_parser(
         "check", help="read every clip of manifests and report every defect; exit status 1 if any")
     checker.add_argument("manifests", nargs="+", metavar="m.jsonl", help="manifests to read")
-    checker.add_argument("--max-seconds", type=float, default=30.0,
+    checker.add_argument("--max-seconds", type=at_least(0.01), default=30.0,
                          help="longest clip that counts as sound, in seconds")
     return parser.parse_args(argv)
 

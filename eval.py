@@ -26,14 +26,16 @@ import torch.distributed as dist
 from tqdm import tqdm
 from whisper_normalizer.english import EnglishTextNormalizer
 
-from data import (InputError, Parser, clip_from_file, collate, load_audio, micro_batches, read_manifest,
-                  run_script, setup_distributed)
+from data import (InputError, Parser, at_least, clip_from_file, collate, load_audio, make_folder, micro_batches,
+                  read_manifest, run_script, setup_distributed)
 from model import ArkASR
 
 MAX_NEW_TOKENS, TOKENS_PER_SECOND = 256, 8.0              # caps of a transcript, see --help
 COUNTS = ("errors", "units", "substitutions", "deletions", "insertions")
 RESULT_KEYS = ("hyp", "stopped", *COUNTS)                   # what a result line adds to the manifest's fields
 CHARACTER_LANGUAGES = ("zh", "yue", "ja", "th", "ko")     # scored by character; every other language by word
+LANGUAGE_NAMES = {"english": "en", "chinese": "zh", "mandarin": "zh", "cmn": "zh", "cantonese": "yue", "japanese": "ja",
+                  "korean": "ko", "thai": "th"}
 english = EnglishTextNormalizer()
 
 
@@ -83,8 +85,9 @@ def summarize(results):
 
 
 def language_of(fields):
-    """Language code of a result line: its `language` ("zh-CN" → "zh"), else zh if the text has CJK characters, else en."""
-    return (fields.get("language") or ("zh" if re.search(r"[\u3400-\u9fff]", fields["text"]) else "en")).lower().split("-")[0]
+    """Language code of a result line: its `language` ("zh-CN", "Chinese" → "zh"), else zh if the text has CJK, else en."""
+    name = re.split("[-_]", (fields.get("language") or "").strip().lower())[0]
+    return LANGUAGE_NAMES.get(name, name) or ("zh" if re.search(r"[\u3400-\u9fff]", fields["text"]) else "en")
 
 
 def print_table(rows, header):
@@ -174,13 +177,13 @@ def parse_args(argv=None):
     parser.add_argument("--data", required=True, nargs="+", help="manifests (.jsonl) or audio files")
     parser.add_argument("--out", help="folder for result files and summary.json; "
                                       "without it results are only printed")
-    parser.add_argument("--batch-seconds", type=float, default=600.0,
+    parser.add_argument("--batch-seconds", type=at_least(0.01), default=600.0,
                         help="audio decoded at once per process, in seconds")
-    parser.add_argument("--max-seconds", type=float, default=30.0,
+    parser.add_argument("--max-seconds", type=at_least(0.01), default=30.0,
                         help="longest clip accepted, in seconds; longer is an error")
-    parser.add_argument("--max-new-tokens", type=int, default=MAX_NEW_TOKENS,
+    parser.add_argument("--max-new-tokens", type=at_least(1, int), default=MAX_NEW_TOKENS,
                         help="cap on a transcript's tokens")
-    parser.add_argument("--tokens-per-second", type=float, default=TOKENS_PER_SECOND,
+    parser.add_argument("--tokens-per-second", type=at_least(0), default=TOKENS_PER_SECOND,
                         help="a clip's cap is also this × its seconds + 16 tokens; 0 = off")
     return parser.parse_args(argv)
 
@@ -188,11 +191,16 @@ def parse_args(argv=None):
 def main(args):
     rank, world, device = setup_distributed()
     sets = read_sets(args.data, args.max_seconds)
+    if args.out is not None:
+        make_folder(args.out)
+        for path in args.data:
+            if os.path.realpath(path) == os.path.realpath(os.path.join(args.out, os.path.basename(path))):
+                raise InputError(f"--out {args.out} is the folder of {path}: the result would overwrite the manifest")
     model = ArkASR.from_pretrained(args.model).to(device).eval()
     start, caps = time.perf_counter(), dict(max_new_tokens=args.max_new_tokens,
                                             tokens_per_second=args.tokens_per_second)
     # bare audio: just read it
-    if args.out is None and not any(clip.text for clips in sets.values() for clip in clips):
+    if args.out is None and not any(clip.text is not None for clips in sets.values() for clip in clips):
         for clips in sets.values():
             for hyp, _ in transcribe(model, clips, device, args.batch_seconds, **caps):
                 print(hyp)

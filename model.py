@@ -15,7 +15,7 @@ N transcript rows (clip, position) of a batch, U = 2K support entries, H hidden 
 D encoder width.
 """
 import dataclasses
-import json
+import glob
 import math
 import os
 import re
@@ -25,7 +25,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (AutoConfig, AutoTokenizer, GenerationConfig, GlmAsrConfig,
                           GlmAsrForConditionalGeneration, GlmAsrProcessor, WhisperFeatureExtractor)
@@ -162,6 +161,9 @@ class ArkASR(nn.Module):
         self.lm, self.head = net.model.language_model, net.lm_head
         self.encoder.config._attn_implementation = "key_masked"
         config = net.config
+        if config.text_config.model_type not in ("qwen2", "qwen3") or config.audio_config.num_mel_bins != N_MELS:
+            raise InputError(f"a student is a qwen2 or qwen3 LM over {N_MELS} mel bins, "
+                             f"not {config.text_config.model_type} over {config.audio_config.num_mel_bins}")
         if config.audio_config.intermediate_size != 4 * config.audio_config.hidden_size:
             raise InputError("the encoder's intermediate_size must be 4 × hidden_size: "
                              "the adapter merges 4 frames by a reshape")
@@ -181,14 +183,18 @@ class ArkASR(nn.Module):
                              'with "audio_config" and "text_config"')
         add_audio_tokens(tokenizer)
         front_end = FrontEnd(tokenizer)
-        audio, text = dict(config["audio_config"]), dict(config["text_config"])
-        text.update(vocab_size=max(len(tokenizer), text.get("vocab_size", 0)), bos_token_id=None,
-                    eos_token_id=front_end.stop_id, pad_token_id=front_end.pad_id)
-        # GlmAsrConfig would fill a dict with Llama's defaults, so the text config is built here, whole.
-        text_config = transformers.CONFIG_MAPPING[text.pop("model_type", "qwen2")](**text)
-        config = GlmAsrConfig(audio_config=audio, text_config=text_config, audio_token_id=front_end.audio_id,
-                              tie_word_embeddings=config.get("tie_word_embeddings", True))
-        return cls(GlmAsrForConditionalGeneration(config), tokenizer)
+        try:
+            audio, text = dict(config["audio_config"]), dict(config["text_config"])
+            text.update(vocab_size=max(len(tokenizer), text.get("vocab_size", 0)), bos_token_id=None,
+                        eos_token_id=front_end.stop_id, pad_token_id=front_end.pad_id)
+            # GlmAsrConfig would fill a dict with Llama's defaults, so the text config is built here, whole.
+            text_config = transformers.CONFIG_MAPPING[text.pop("model_type", "qwen2")](**text)
+            config = GlmAsrConfig(audio_config=audio, text_config=text_config, audio_token_id=front_end.audio_id,
+                                  tie_word_embeddings=config.get("tie_word_embeddings", True))
+            net = GlmAsrForConditionalGeneration(config)
+        except Exception as error:              # whatever the library says of a wrong field, in one line
+            raise InputError(f"--config: no model can be built from it: {' '.join(str(error).split())[:300]}") from error
+        return cls(net, tokenizer)
 
     @classmethod
     def from_pretrained(cls, folder, dtype=torch.float32):
@@ -209,14 +215,16 @@ class ArkASR(nn.Module):
                 folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True)
         except InputError:
             raise
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError,
-                SafetensorError) as error:
+        except Exception as error:              # whatever the library says of a broken file, in one line
             raise InputError(f"{folder} is no model folder: {' '.join(str(error).split())[:300]}") from error
         wrong = (sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
                  + sorted(map(str, info["mismatched_keys"])))
         if wrong:
             raise InputError(f"{folder}: weights and config.json do not match: {', '.join(wrong[:3])} "
                              f"({len(wrong)} in all)")
+        for name, p in net.named_parameters():
+            if not p.isfinite().all():
+                raise InputError(f"{folder}: {name} holds NaN or infinite weights")
         return cls(net, tokenizer)
 
     def save_pretrained(self, folder):
@@ -288,7 +296,7 @@ class ArkASR(nn.Module):
         forbidden = self.forbidden if forbidden is None else forbidden
         caps = torch.full_like(batch.audio_lens, max_new_tokens)                              # (B,)
         if tokens_per_second > 0:
-            caps = caps.minimum((batch.seconds * tokens_per_second).long() + 16)
+            caps = caps.minimum((batch.seconds * tokens_per_second).clamp(max=max_new_tokens).long() + 16)
         B, T, k = len(caps), int(caps.max()), min(k, len(forbidden))
         ids = caps.new_full((B, T), self.front_end.pad_id)
         topk_ids = caps.new_full((B, T, k), -1)
@@ -474,7 +482,7 @@ def save_checkpoint(out, step, model, optimizer, extra=None, keep=2):
     """
     final = os.path.join(out, "checkpoints", f"step-{step:07d}")
     partial, link = final + ".partial", os.path.join(out, "model")
-    for leftover in (partial, final):
+    for leftover in (*glob.glob(os.path.join(out, "checkpoints", "*.partial")), final):
         shutil.rmtree(leftover, ignore_errors=True)
     os.makedirs(partial)
     model.save_pretrained(os.path.join(partial, "model"))
@@ -490,10 +498,17 @@ def save_checkpoint(out, step, model, optimizer, extra=None, keep=2):
         shutil.rmtree(os.path.join(os.path.dirname(final), name))
 
 
-def load_state(out):
-    """The state.pt beside the weights that out/model names.
-    Raises InputError where the run has no checkpoint."""
+def load_state(out, optimizer):
+    """Restores `optimizer` from the state.pt beside the weights that out/model names. → step, extra state
+
+    Raises InputError where the run has no checkpoint, or one of other modules.
+    """
     path = os.path.join(os.path.dirname(os.path.realpath(os.path.join(out, "model"))), "state.pt")
     if not os.path.exists(path):
-        raise InputError(f"--resume: {out} holds no checkpoint; start it without --resume")
-    return torch.load(path, map_location="cpu", weights_only=True)
+        raise InputError(f"--resume: {out}/model does not lead to a checkpoint with its state.pt; start without --resume")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        optimizer.load_state_dict(state["optimizer"])
+    except Exception as error:                  # a truncated file, or the state of another script's modules
+        raise InputError(f"--resume: {path} does not fit this run: {' '.join(str(error).split())[:200]}") from error
+    return state["step"], state["extra"]

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import (Batch, InputError, Parser, StepLoader, all_reduce_sum, barrier, collate, drop_long,
+from data import (Batch, InputError, Parser, StepLoader, all_reduce_sum, at_least, barrier, collate, drop_long,
                   load_audio, read_manifest, run_script, setup_distributed, start_run, step_batches)
 from eval import evaluate, print_table, read_sets
 from model import (ArkASR, Rollout, align_vocabularies, all_reduce_gradients, cosine_lr, load_state,
@@ -118,51 +118,47 @@ def parse_args(argv=None):
         help="training manifests; transcripts are not read")
     add("--eval", nargs="*", default=[], metavar="m.jsonl",
         help="manifests decoded and scored before and after; none by default")
-    add("--max-seconds", type=float, default=30.0,
+    add("--max-seconds", type=at_least(0.01), default=30.0,
         help="longer clips are left out of training and counted, in seconds; in --eval an error")
-    add("--workers", type=int, default=2, help="processes per rank that read audio ahead; 0 = none")
+    add("--workers", type=at_least(0, int), default=2, help="processes per rank that read audio ahead; 0 = none")
     add = parser.add_argument_group("models").add_argument
     add("--student", required=True, help="folder of the student to distil into (not changed)")
     add("--teacher", required=True, help="folder of the frozen teacher")
     add = parser.add_argument_group("objective").add_argument
-    add("--k", type=int, default=32, help="top-k ids per model; the support is the union of both")
-    add("--tau", type=float, default=1.0,
+    add("--k", type=at_least(1, int), default=32, help="top-k ids per model; the support is the union of both")
+    add("--tau", type=at_least(1e-3), default=1.0,
         help="temperature of both distributions; the loss carries tau squared")
     add = parser.add_argument_group("rollout").add_argument
-    add("--temperature", type=float, default=0.0, help="sampling temperature of the rollout; 0 = greedy")
-    add("--max-new-tokens", type=int, default=64, help="cap on a rollout's tokens, the stop token counted")
-    add("--tokens-per-second", type=float, default=8.0,
+    add("--temperature", type=at_least(0), default=0.0, help="sampling temperature of the rollout; 0 = greedy")
+    add("--max-new-tokens", type=at_least(1, int), default=64, help="cap on a rollout's tokens, the stop token counted")
+    add("--tokens-per-second", type=at_least(0), default=8.0,
         help="a clip's cap is also this × its seconds + 16 tokens; 0 = off")
     add = parser.add_argument_group("optimization").add_argument
-    add("--steps", type=int, default=10_000, help="optimizer updates")
-    add("--batch-size", type=int, default=960, help="clips per update over all ranks (paper: 24 GPUs × 40)")
-    add("--micro-seconds", type=float, default=600.0,
+    add("--steps", type=at_least(1, int), default=10_000, help="optimizer updates")
+    add("--batch-size", type=at_least(1, int), default=960, help="clips per update over all ranks (paper: 24 GPUs × 40)")
+    add("--micro-seconds", type=at_least(0.01), default=600.0,
         help="padded audio per forward pass and rank, in seconds; does not change results")
-    add("--lr", type=float, default=1e-4, help="peak learning rate")
-    add("--warmup-steps", type=int, default=1_000,
+    add("--lr", type=at_least(0), default=1e-4, help="peak learning rate")
+    add("--warmup-steps", type=at_least(0, int), default=1_000,
         help="updates of linear warm-up; then cosine to 0 at --steps")
-    add("--weight-decay", type=float, default=0.005, help="AdamW decay; not on norms, biases and embeddings")
-    add("--clip", type=float, default=1.0, help="gradient norm is clipped to this; 0 = off")
+    add("--weight-decay", type=at_least(0), default=0.005, help="AdamW decay; not on norms, biases and embeddings")
+    add("--clip", type=at_least(0), default=1.0, help="gradient norm is clipped to this; 0 = off")
     add = parser.add_argument_group("run").add_argument
     add("--out", default="runs/opd", help="output folder; an existing run is refused unless --resume")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
-    add("--save-every", type=int, default=1_000, help="steps between checkpoints; one more at the end")
-    add("--eval-every", type=int, default=0,
+    add("--save-every", type=at_least(1, int), default=1_000, help="steps between checkpoints; one more at the end")
+    add("--eval-every", type=at_least(0, int), default=0,
         help="steps between evaluations on --eval; 0 = only before and after")
-    add("--sample-every", type=int, default=100, help="steps between lines in samples.jsonl; 0 = off")
-    add("--seed", type=int, default=0, help="seed of the order of clips and of sampling")
+    add("--sample-every", type=at_least(0, int), default=100, help="steps between lines in samples.jsonl; 0 = off")
+    add("--seed", type=at_least(0, int), default=0, help="seed of the order of clips and of sampling")
     return parser.parse_args(argv)
 
 
 def main(args):
     # ---- distributed ---------------------------------------------------------------------------------------
     rank, world, device = setup_distributed()
-    if args.batch_size < 1 or args.batch_size % world or args.steps < 1:
-        raise InputError(f"--batch-size {args.batch_size} is not divisible by the {world} processes, "
-                         f"or --steps {args.steps} is below 1")
-    if args.k < 1 or args.tau <= 0 or args.max_new_tokens < 1:
-        raise InputError(f"--k {args.k}, --tau {args.tau:g}, --max-new-tokens {args.max_new_tokens}: "
-                         "each must be positive")
+    if args.batch_size % world:
+        raise InputError(f"--batch-size {args.batch_size} is not divisible by the {world} processes")
     # ---- data ----------------------------------------------------------------------------------------------
     clips, n_long = drop_long([clip for path in args.train for clip in read_manifest(path, text_field=None)],
                               args.max_seconds)
@@ -176,11 +172,9 @@ def main(args):
     alignment = align_vocabularies(student, teacher)
     # ---- optimizer, resume, output folder ------------------------------------------------------------------
     optimizer = make_optimizer(student, args.lr, args.weight_decay)
-    first_step = 0
-    if args.resume:
-        state = load_state(args.out)
-        optimizer.load_state_dict(state["optimizer"])
-        first_step = state["step"]
+    first_step = load_state(args.out, optimizer)[0] if args.resume else 0
+    if args.steps < first_step:
+        raise InputError(f"--steps {args.steps}: {args.out} is at step {first_step} already")
     log = start_run(args, rank, first_step)
     if rank == 0:
         hours = sum(clip.duration for clip in clips) / 3600
@@ -206,8 +200,9 @@ def main(args):
 
     def run_eval(step):
         folder = os.path.join(args.out, f"eval-{step}")
-        if step == 0 and first_step > 0:
-            return json.load(open(os.path.join(folder, "summary.json")))
+        if step == 0 and first_step > 0:        # the figures before are those of the first start, if it had any
+            path = os.path.join(folder, "summary.json")
+            return json.load(open(path)) if os.path.exists(path) else {}
         return evaluate(student, eval_sets, device, args.micro_seconds, folder)
 
     before = run_eval(0) if eval_sets else {}
@@ -287,7 +282,8 @@ def main(args):
         with open(os.path.join(args.out, "summary.json"), "w") as file:
             json.dump(summary, file, indent=1)
         rows = [[stem, s["metric"], s["value"], after[stem]["value"]]
-                for stem, s in before.items() if s["value"] is not None]
+                for stem, s in before.items()
+                if stem in after and None not in (s["value"], after[stem]["value"])]
         if len(rows) > 1:
             rows.append(["mean", "", *(float(np.mean([row[c] for row in rows])) for c in (2, 3))])
         print_table([[*row, f"{100 * (row[3] / row[2] - 1):+.1f} %" if row[2] else None] for row in rows],

@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import InputError, Parser, collate, load_audio, micro_batches, run_script, setup_distributed
+from data import (InputError, Parser, at_least, collate, load_audio, make_folder, micro_batches, run_script,
+                  setup_distributed)
 from eval import print_table, read_sets
 from model import (ArkASR, align_vocabularies, support_kl, teacher_rollout, teacher_support, union_support)
 
@@ -102,21 +103,23 @@ def parse_args(argv=None):
     parser.add_argument("--data", required=True, nargs="+", metavar="m.jsonl",
                         help="manifests or audio files; text is not read")
     parser.add_argument("--out", help="JSON file for the table; without it the table is only printed")
-    parser.add_argument("--k", type=int, default=32, help="ids per model in the support")
-    parser.add_argument("--batch-seconds", type=float, default=600.0,
+    parser.add_argument("--k", type=at_least(1, int), default=32, help="ids per model in the support")
+    parser.add_argument("--batch-seconds", type=at_least(0.01), default=600.0,
                         help="audio scored at once per process, in seconds")
-    parser.add_argument("--max-seconds", type=float, default=30.0,
+    parser.add_argument("--max-seconds", type=at_least(0.01), default=30.0,
                         help="longest clip accepted, in seconds; longer is an error")
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="cap on a rollout's tokens")
-    parser.add_argument("--tokens-per-second", type=float, default=8.0,
+    parser.add_argument("--max-new-tokens", type=at_least(1, int), default=64, help="cap on a rollout's tokens")
+    parser.add_argument("--tokens-per-second", type=at_least(0), default=8.0,
                         help="a clip's cap is also this × its seconds + 16 tokens; 0 = off")
     return parser.parse_args(argv)
 
 
 def main(args):
     rank, world, device = setup_distributed()
-    if args.k < 1:
-        raise InputError(f"--k {args.k}: the support needs at least one id per model")
+    if args.out:
+        make_folder(os.path.dirname(os.path.abspath(args.out)))
+        if os.path.isdir(args.out):
+            raise InputError(f"--out {args.out} is a folder; give a file name")
     clips = [clip for clips in read_sets(args.data, args.max_seconds).values() for clip in clips]
     student, teacher = (ArkASR.from_pretrained(folder).to(device).eval()
                         for folder in (args.student, args.teacher))
@@ -153,7 +156,6 @@ def main(args):
     print_table([[group, row["positions"], *(f"{row[name]:.4f}" for name in MEASURES)]
                  for group, row in table.items()], ["rows", "n", *MEASURES])
     if args.out:
-        os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
         with open(args.out, "w") as file:
             json.dump(dict(student=args.student, teacher=args.teacher, data=args.data, k=args.k,
                            clips=len(clips), measures=table), file, indent=1)

@@ -22,7 +22,7 @@ import transformers
 from torch import nn
 from tqdm import tqdm
 
-from data import (InputError, Parser, StepLoader, all_reduce_sum, collate, drop_long, load_audio,
+from data import (InputError, Parser, StepLoader, all_reduce_sum, at_least, collate, drop_long, load_audio,
                   read_manifest, run_script, setup_distributed, start_run, step_batches)
 from eval import evaluate, print_table, read_sets
 from model import ArkASR, all_reduce_gradients, cosine_lr, load_state, make_optimizer, save_checkpoint
@@ -38,8 +38,8 @@ def parse_args(argv=None):
         help='manifest key to learn from; "hyp" for a result file of eval.py (teacher data)')
     add("--eval", nargs="*", default=[], metavar="m.jsonl",
         help="manifests decoded and scored every --eval-every steps and at the end")
-    add("--max-seconds", type=float, default=30.0, help="longer clips are left out and counted, in seconds")
-    add("--workers", type=int, default=2, help="processes per rank that read audio ahead; 0 = none")
+    add("--max-seconds", type=at_least(0.01), default=30.0, help="longer clips are left out and counted, in seconds")
+    add("--workers", type=at_least(0, int), default=2, help="processes per rank that read audio ahead; 0 = none")
     add = parser.add_argument_group("model").add_argument
     add("--model", help="folder to start from")
     add("--config",
@@ -47,27 +47,27 @@ def parse_args(argv=None):
     add("--tokenizer",
         help="tokenizer folder for --config; the prompt's control tokens are added where it lacks them")
     add = parser.add_argument_group("optimization").add_argument
-    add("--steps", type=int, default=10_000, help="optimizer updates")
-    add("--batch-size", type=int, default=960, help="clips per update over all ranks (paper: 24 GPUs × 40)")
-    add("--micro-seconds", type=float, default=600.0,
+    add("--steps", type=at_least(1, int), default=10_000, help="optimizer updates")
+    add("--batch-size", type=at_least(1, int), default=960, help="clips per update over all ranks (paper: 24 GPUs × 40)")
+    add("--micro-seconds", type=at_least(0.01), default=600.0,
         help="padded audio per forward pass and rank, in seconds; does not change results")
-    add("--lr", type=float, default=1e-4, help="peak learning rate")
-    add("--warmup-steps", type=int, default=1_000,
+    add("--lr", type=at_least(0), default=1e-4, help="peak learning rate")
+    add("--warmup-steps", type=at_least(0, int), default=1_000,
         help="updates of linear warm-up; then cosine to 0 at --steps")
-    add("--weight-decay", type=float, default=0.005, help="AdamW decay; not on norms, biases and embeddings")
-    add("--clip", type=float, default=1.0, help="gradient norm is clipped to this; 0 = off")
-    add("--ctc-weight", type=float, default=0.0, help="weight of the CTC loss on the encoder output; 0 = off")
+    add("--weight-decay", type=at_least(0), default=0.005, help="AdamW decay; not on norms, biases and embeddings")
+    add("--clip", type=at_least(0), default=1.0, help="gradient norm is clipped to this; 0 = off")
+    add("--ctc-weight", type=at_least(0), default=0.0, help="weight of the CTC loss on the encoder output; 0 = off")
     add = parser.add_argument_group("augmentation (SpecAugment)").add_argument
-    add("--time-masks", type=int, default=0, help="masks along time per clip; 0 = off")
-    add("--time-width", type=int, default=40, help="longest time mask, in mel frames of 10 ms")
-    add("--freq-masks", type=int, default=0, help="masks along frequency per clip; 0 = off")
-    add("--freq-width", type=int, default=27, help="widest frequency mask, of 128 mel bins")
+    add("--time-masks", type=at_least(0, int), default=0, help="masks along time per clip; 0 = off")
+    add("--time-width", type=at_least(1, int), default=40, help="longest time mask, in mel frames of 10 ms; at most a quarter of the clip")
+    add("--freq-masks", type=at_least(0, int), default=0, help="masks along frequency per clip; 0 = off")
+    add("--freq-width", type=at_least(1, int), default=27, help="widest frequency mask, of 128 mel bins")
     add = parser.add_argument_group("run").add_argument
     add("--out", default="runs/sft", help="output folder; an existing run is refused unless --resume")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
-    add("--save-every", type=int, default=1_000, help="steps between checkpoints; one more at the end")
-    add("--eval-every", type=int, default=0, help="steps between evaluations on --eval; 0 = only at the end")
-    add("--seed", type=int, default=0, help="seed of initial weights, order of clips and augmentation")
+    add("--save-every", type=at_least(1, int), default=1_000, help="steps between checkpoints; one more at the end")
+    add("--eval-every", type=at_least(0, int), default=0, help="steps between evaluations on --eval; 0 = only at the end")
+    add("--seed", type=at_least(0, int), default=0, help="seed of initial weights, order of clips and augmentation")
     return parser.parse_args(argv)
 
 
@@ -101,9 +101,8 @@ def ctc_loss(ctc_head, frames, frame_lens, texts):
 def main(args):
     # ---- distributed ---------------------------------------------------------------------------------------
     rank, world, device = setup_distributed()
-    if args.batch_size < 1 or args.batch_size % world or args.steps < 1:
-        raise InputError(f"--batch-size {args.batch_size} is not divisible by the {world} processes, "
-                         f"or --steps {args.steps} is below 1")
+    if args.batch_size % world:
+        raise InputError(f"--batch-size {args.batch_size} is not divisible by the {world} processes")
     # ---- data ----------------------------------------------------------------------------------------------
     clips = [clip for path in args.train for clip in read_manifest(path, args.text_field)]
     for clip in clips:
@@ -124,6 +123,8 @@ def main(args):
     elif args.resume:
         model = ArkASR.from_pretrained(os.path.join(args.out, "model"))
     elif args.config and args.tokenizer:
+        if not os.path.isdir(args.tokenizer):
+            raise InputError(f"--tokenizer {args.tokenizer}: no such folder")
         try:
             config, tokenizer = (json.load(open(args.config)),
                                  transformers.AutoTokenizer.from_pretrained(args.tokenizer))
@@ -140,11 +141,11 @@ def main(args):
     optimizer = make_optimizer(trained, args.lr, args.weight_decay)
     first_step = 0
     if args.resume:
-        state = load_state(args.out)
-        optimizer.load_state_dict(state["optimizer"])
-        first_step = state["step"]
+        first_step, extra = load_state(args.out, optimizer)
         if args.ctc_weight:
-            ctc_head.load_state_dict(state["extra"])
+            ctc_head.load_state_dict(extra)
+    if args.steps < first_step:
+        raise InputError(f"--steps {args.steps}: {args.out} is at step {first_step} already")
     log = start_run(args, rank, first_step)
     if rank == 0:
         hours = sum(clip.duration for clip in clips) / 3600
@@ -175,8 +176,10 @@ def main(args):
     loader = StepLoader(clips, args.batch_size, args.micro_seconds, args.seed, rank, world, make)
     bar = tqdm(range(first_step, args.steps), initial=first_step, total=args.steps, disable=rank > 0,
                desc="sft", mininterval=2)
-    for step, micros in zip(bar, step_batches(loader, first_step, args.steps, args.workers)):
+    batches = step_batches(loader, first_step, args.steps, args.workers)
+    for step in bar:
         start = time.perf_counter()
+        micros = next(batches)
         n_tokens = all_reduce_sum([sum(int(targets.row_mask().sum()) for _, targets, _ in micros)], device)[0]
         # ---- loss ------------------------------------------------------------------------------------------
         # Σ cross-entropy over tokens / tokens of the global batch, plus the weighted CTC loss per clip

@@ -250,8 +250,6 @@ def test_a_checkpoint_killed_while_written_is_never_picked_up(clips_dir, models,
     (["--student", "nowhere"], "nowhere is no model folder"),
     (["--teacher", "nowhere"], "nowhere is no model folder"),
     (["--max-seconds", "0.1"], "--train: no clip of at most"),
-    (["--k", "0"], "--k 0"),
-    (["--tau", "0"], "--tau 0"),
     (["--resume"], "no model folder|holds no checkpoint"),
 ])
 def test_wrong_input_is_one_line(clips_dir, models, tmp_path, change, message):
@@ -443,3 +441,19 @@ def test_recordings_of_people_through_the_same_commands(tmp_path):
                              "--teacher", str(tmp_path / "teacher/model"), "--eval", str(subset),
                              "--out", str(tmp_path / "opd"), *flags, "--max-new-tokens", "16"]))
     assert len(metrics_of(tmp_path / "opd")) == 3 and (tmp_path / "opd/summary.json").exists()
+
+
+# ---- flags ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("script, flags", [
+    (opd, "--k 0"), (opd, "--tau 0"), (opd, "--tau nan"), (opd, "--clip -1"), (opd, "--lr nan"), (opd, "--steps 0"),
+    (opd, "--batch-size 0"), (opd, "--temperature -1"), (opd, "--save-every 0"), (opd, "--workers -1"), (opd, "--seed -1"),
+    (opd, "--max-new-tokens 0"), (opd, "--micro-seconds nan"), (opd, "--warmup-steps 1.5"), (sft, "--ctc-weight -1"),
+    (sft, "--time-masks -1"), (sft, "--lr inf"), (evaluation, "--max-new-tokens 0"), (overlap, "--k 0"), (opd, "--no-such-flag 1"),
+    (opd, "--step 3")])
+def test_wrong_flags_are_one_line_and_status_2(script, flags, capsys):
+    needed = {opd: "--train m --student s --teacher t", sft: "--train m", evaluation: "--model m --data d",
+              overlap: "--student s --teacher t --data d"}[script]
+    with pytest.raises(SystemExit) as exit:
+        script.parse_args([*needed.split(), *flags.split()])
+    err = capsys.readouterr().err
+    assert exit.value.code == 2 and err.count("\n") == 1 and flags.split()[0] in err and "Traceback" not in err
