@@ -34,7 +34,8 @@ N_FFT, HOP, N_MELS = 400, 160, 128   # 25 ms window, 10 ms hop
 BLOCK = 1_280                   # samples of one audio token: 80 ms = 8 mel frames = 4 encoder frames
 MIN_SAMPLES = 961               # shorter clips are padded to one block first
 # what a resumed run may change: it moves no weight, but for --steps, which re-draws the schedule
-RESUME_FREE = {"steps", "resume", "out", "eval", "workers", "micro_seconds", "save_every", "eval_every", "sample_every"}
+RESUME_FREE = {"steps", "resume", "out", "eval", "workers", "micro_seconds", "save_every", "eval_every",
+               "sample_every"}
 DURATION_TOLERANCE_S = 0.1      # manifest against decoded audio; codecs pad by a few tens of milliseconds
 
 
@@ -79,7 +80,7 @@ def parse_line(line, where, folder, text_field="text"):
     except json.JSONDecodeError as error:
         raise InputError(f"{where}: not JSON ({error.msg} at column {error.colno}); "
                          "a manifest has one object a line") from None
-    except (ValueError, RecursionError) as error:   # a number of 5,000 digits, half a surrogate pair, 1,000 brackets
+    except (ValueError, RecursionError) as error:   # 5,000 digits, half a surrogate pair, 1,000 brackets
         raise InputError(f"{where}: unusable JSON ({error})") from None
     if not isinstance(fields, dict):
         raise InputError(f"{where}: expected a JSON object, found {type(fields).__name__}")
@@ -92,7 +93,7 @@ def parse_line(line, where, folder, text_field="text"):
             return None
         if not isinstance(value, kinds) or isinstance(value, bool):
             raise InputError(f'{where}: "{key}" must be {what}, found {json.dumps(value)[:60]}')
-        if not isinstance(value, str) and not abs(value) < 2**62:         # NaN, infinity, what no file can have
+        if not isinstance(value, str) and not abs(value) < 2**62:     # NaN, infinity, or in no file
             raise InputError(f'{where}: "{key}" must be finite, found {str(value)[:20]}')
         return value
 
@@ -187,7 +188,8 @@ def load_audio(clip):
         with soundfile.SoundFile(content) as file:
             rate, n_frames = file.samplerate, file.frames
             if n_frames > 2**40 or rate // math.gcd(rate, SAMPLE_RATE) > 5_000:
-                raise bad(f"states {n_frames} samples at {rate} Hz; a streamed or damaged header, re-encode it")
+                raise bad(f"states {n_frames} samples at {rate} Hz: a streamed or damaged header; "
+                          "re-encode it")
             begin = round(max(clip.begin_time, 0) * rate)
             end = round(clip.end_time * rate) if clip.end_time >= 0 else n_frames
             if n_frames and (begin >= n_frames or end > n_frames + round(DURATION_TOLERANCE_S * rate)):
@@ -197,7 +199,8 @@ def load_audio(clip):
             # libsndfile's seek misplaces Vorbis by a fraction of a second and spoils the first frame of MP3.
             first = 0 if file.subtype == "VORBIS" or file.subtype.startswith("MPEG") else begin
             file.seek(first)
-            channels = file.read(end - first, dtype="float32", always_2d=True)[begin - first:]   # (samples, channels)
+            channels = file.read(end - first, dtype="float32", always_2d=True)          # (samples, channels)
+            channels = channels[begin - first:]
     except OSError as error:
         raise bad(f"{error.strerror or error}; "
                   "check the path (relative paths start at the manifest's folder)") from None
@@ -227,7 +230,7 @@ def clip_from_file(path):
         raise InputError(f"{path}: no such file")
     try:
         info = soundfile.info(path)
-    except (OSError, TypeError, soundfile.LibsndfileError) as error:     # TypeError: what soundfile says of *.raw
+    except (OSError, TypeError, soundfile.LibsndfileError) as error:     # TypeError: soundfile, of a *.raw
         raise InputError(f"{path}: neither a .jsonl manifest nor audio that libsndfile reads "
                          f"({error})") from None
     return Clip(os.path.abspath(path), max(info.duration, 1e-3), path,
@@ -318,7 +321,8 @@ def pool_order(durations, batch_size, seed, pool, pool_batches):
     stream = np.concatenate([np.random.default_rng((seed, 0, epoch)).permutation(n)
                              for epoch in range(first, last + 1)])
     stream = stream[pool * size - first * n:][:size]
-    epoch = np.arange(pool * size, (pool + 1) * size) // n      # sorted within an epoch: no clip twice in a batch
+    # sorted within an epoch, so that a batch does not hold a clip twice
+    epoch = np.arange(pool * size, (pool + 1) * size) // n
     batches = stream[np.lexsort((durations[stream], epoch))].reshape(pool_batches, batch_size)
     return batches[np.random.default_rng((seed, 1, pool)).permutation(pool_batches)]
 
@@ -398,7 +402,7 @@ def barrier():
 
 
 def make_folder(path):
-    """Creates an output folder. Raises InputError where it cannot be written, before any work is lost to it."""
+    """Creates an output folder. Raises InputError where it cannot be written, before work is lost to it."""
     try:
         os.makedirs(path, exist_ok=True)
     except OSError as error:
@@ -408,29 +412,31 @@ def make_folder(path):
 
 
 def start_run(args, rank, first_step=0):
-    """Makes the output folder (refuses an existing run unless --resume) and returns log(metrics) for metrics.jsonl.
+    """Makes the output folder (refuses an existing run unless --resume). → log(metrics), for metrics.jsonl
 
-    config.json holds the arguments, versions, git commit, world size and a hash of each training manifest. A resumed
-    run must have the arguments it was started with, those of RESUME_FREE apart; metrics.jsonl and samples.jsonl are
-    cut back to `first_step`, so that they hold each step once.
+    config.json holds the arguments, versions, git commit, world size and a hash of each training manifest. A
+    resumed run must have the arguments it was started with, those of RESUME_FREE apart; metrics.jsonl and
+    samples.jsonl are cut back to `first_step`, so that they hold each step once.
     """
     config_path, link = os.path.join(args.out, "config.json"), os.path.join(args.out, "model")
     if os.path.exists(config_path) and not args.resume:
         raise InputError(f"--out {args.out} already holds a run; choose another folder, or --resume")
     if os.path.exists(link) and not os.path.islink(link):
-        raise InputError(f"{link} is in the way: a run keeps a link of that name to its last checkpoint; move it")
+        raise InputError(f"{link} is in the way: a run keeps its link to the last checkpoint there; move it")
     if args.resume and os.path.exists(config_path):
         for name, old in json.load(open(config_path))["args"].items():
             if name not in RESUME_FREE and getattr(args, name, old) != old:
-                raise InputError(f"--resume: --{name.replace('_', '-')} was {old}, now {getattr(args, name)}; "
-                                 "give the old value, or start another run")
+                raise InputError(f"--resume: --{name.replace('_', '-')} was {old}, now "
+                                 f"{getattr(args, name)}; give the old value, or start another run")
     barrier()                                   # every rank has looked before rank 0 writes
     if rank > 0:
         return lambda metrics: None
     make_folder(args.out)
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "torchaudio", "transformers", "numpy")}
-    config = dict(script=os.path.basename(sys.argv[0]), args=vars(args), git=git_commit(), python=sys.version.split()[0],
-                  **versions, world_size=int(os.environ.get("WORLD_SIZE", 1)), threads=torch.get_num_threads(),
+    versions = {name: importlib.metadata.version(name)
+                for name in ("torch", "torchaudio", "transformers", "numpy")}
+    config = dict(script=os.path.basename(sys.argv[0]), args=vars(args), git=git_commit(),
+                  python=sys.version.split()[0], **versions,
+                  world_size=int(os.environ.get("WORLD_SIZE", 1)), threads=torch.get_num_threads(),
                   device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
                   manifest_sha256={m: hashlib.sha256(open(m, "rb").read()).hexdigest() for m in args.train})
     with open(config_path, "w") as file:

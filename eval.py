@@ -26,16 +26,16 @@ import torch.distributed as dist
 from tqdm import tqdm
 from whisper_normalizer.english import EnglishTextNormalizer
 
-from data import (InputError, Parser, at_least, clip_from_file, collate, load_audio, make_folder, micro_batches,
-                  read_manifest, run_script, setup_distributed)
+from data import (InputError, Parser, at_least, clip_from_file, collate, load_audio, make_folder,
+                  micro_batches, read_manifest, run_script, setup_distributed)
 from model import ArkASR
 
 MAX_NEW_TOKENS, TOKENS_PER_SECOND = 256, 8.0              # caps of a transcript, see --help
 COUNTS = ("errors", "units", "substitutions", "deletions", "insertions")
 RESULT_KEYS = ("hyp", "stopped", *COUNTS)                   # what a result line adds to the manifest's fields
 CHARACTER_LANGUAGES = ("zh", "yue", "ja", "th", "ko")     # scored by character; every other language by word
-LANGUAGE_NAMES = {"english": "en", "chinese": "zh", "mandarin": "zh", "cmn": "zh", "cantonese": "yue", "japanese": "ja",
-                  "korean": "ko", "thai": "th"}
+LANGUAGE_NAMES = {"english": "en", "chinese": "zh", "mandarin": "zh", "cmn": "zh", "cantonese": "yue",
+                  "japanese": "ja", "korean": "ko", "thai": "th"}
 english = EnglishTextNormalizer()
 
 
@@ -85,7 +85,8 @@ def summarize(results):
 
 
 def language_of(fields):
-    """Language code of a result line: its `language` ("zh-CN", "Chinese" → "zh"), else zh if the text has CJK, else en."""
+    """Language code of a result line: its `language` ("zh-CN", "Chinese" → "zh"), else zh if the text has CJK
+    characters, else en."""
     name = re.split("[-_]", (fields.get("language") or "").strip().lower())[0]
     return LANGUAGE_NAMES.get(name, name) or ("zh" if re.search(r"[\u3400-\u9fff]", fields["text"]) else "en")
 
@@ -195,7 +196,8 @@ def main(args):
         make_folder(args.out)
         for path in args.data:
             if os.path.realpath(path) == os.path.realpath(os.path.join(args.out, os.path.basename(path))):
-                raise InputError(f"--out {args.out} is the folder of {path}: the result would overwrite the manifest")
+                raise InputError(f"--out {args.out} is the folder of {path}: "
+                                 "the result would overwrite the manifest")
     model = ArkASR.from_pretrained(args.model).to(device).eval()
     start, caps = time.perf_counter(), dict(max_new_tokens=args.max_new_tokens,
                                             tokens_per_second=args.tokens_per_second)

@@ -73,11 +73,12 @@ class FrontEnd:
         return self.prompt_head + [self.audio_id] * n_audio_tokens(n_samples) + self.prompt_tail
 
     def encode_text(self, text):
-        """Token ids of a text. Control tokens written out in it ("<|im_end|>") stay text: split after the "<"."""
+        """Token ids of a text. Control tokens written out in it ("<|im_end|>") stay text: split after "<"."""
         pieces = self.added.split(text)                 # text, added token, text, added token, …, text
         parts = [part for i, piece in enumerate(pieces)
                  for part in ((piece[:1], piece[1:]) if i % 2 else (piece,))]
-        return [i for part in parts if part for i in self.tokenizer(part, add_special_tokens=False)["input_ids"]]
+        return [i for part in parts if part
+                for i in self.tokenizer(part, add_special_tokens=False)["input_ids"]]
 
     def decode(self, ids):
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -161,9 +162,10 @@ class ArkASR(nn.Module):
         self.lm, self.head = net.model.language_model, net.lm_head
         self.encoder.config._attn_implementation = "key_masked"
         config = net.config
-        if config.text_config.model_type not in ("qwen2", "qwen3") or config.audio_config.num_mel_bins != N_MELS:
+        lm_type = config.text_config.model_type
+        if lm_type not in ("qwen2", "qwen3") or config.audio_config.num_mel_bins != N_MELS:
             raise InputError(f"a student is a qwen2 or qwen3 LM over {N_MELS} mel bins, "
-                             f"not {config.text_config.model_type} over {config.audio_config.num_mel_bins}")
+                             f"not {lm_type} over {config.audio_config.num_mel_bins}")
         if config.audio_config.intermediate_size != 4 * config.audio_config.hidden_size:
             raise InputError("the encoder's intermediate_size must be 4 × hidden_size: "
                              "the adapter merges 4 frames by a reshape")
@@ -189,11 +191,13 @@ class ArkASR(nn.Module):
                         eos_token_id=front_end.stop_id, pad_token_id=front_end.pad_id)
             # GlmAsrConfig would fill a dict with Llama's defaults, so the text config is built here, whole.
             text_config = transformers.CONFIG_MAPPING[text.pop("model_type", "qwen2")](**text)
-            config = GlmAsrConfig(audio_config=audio, text_config=text_config, audio_token_id=front_end.audio_id,
+            config = GlmAsrConfig(audio_config=audio, text_config=text_config,
+                                  audio_token_id=front_end.audio_id,
                                   tie_word_embeddings=config.get("tie_word_embeddings", True))
             net = GlmAsrForConditionalGeneration(config)
         except Exception as error:              # whatever the library says of a wrong field, in one line
-            raise InputError(f"--config: no model can be built from it: {' '.join(str(error).split())[:300]}") from error
+            reason = " ".join(str(error).split())[:300]
+            raise InputError(f"--config: no model can be built from it: {reason}") from error
         return cls(net, tokenizer)
 
     @classmethod
@@ -505,10 +509,12 @@ def load_state(out, optimizer):
     """
     path = os.path.join(os.path.dirname(os.path.realpath(os.path.join(out, "model"))), "state.pt")
     if not os.path.exists(path):
-        raise InputError(f"--resume: {out}/model does not lead to a checkpoint with its state.pt; start without --resume")
+        raise InputError(f"--resume: {out}/model does not lead to a checkpoint with its state.pt; "
+                         "start without --resume")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         optimizer.load_state_dict(state["optimizer"])
     except Exception as error:                  # a truncated file, or the state of another script's modules
-        raise InputError(f"--resume: {path} does not fit this run: {' '.join(str(error).split())[:200]}") from error
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"--resume: {path} does not fit this run: {reason}") from error
     return state["step"], state["extra"]

@@ -24,11 +24,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import (Batch, InputError, Parser, StepLoader, all_reduce_sum, at_least, barrier, collate, drop_long,
-                  load_audio, read_manifest, run_script, setup_distributed, start_run, step_batches)
+from data import (Batch, InputError, Parser, StepLoader, all_reduce_sum, at_least, barrier, collate,
+                  drop_long, load_audio, read_manifest, run_script, setup_distributed, start_run,
+                  step_batches)
 from eval import evaluate, print_table, read_sets
 from model import (ArkASR, Rollout, align_vocabularies, all_reduce_gradients, cosine_lr, load_state,
-                   make_optimizer, save_checkpoint, student_scores, support_kl, teacher_rollout, teacher_support)
+                   make_optimizer, save_checkpoint, student_scores, support_kl, teacher_rollout,
+                   teacher_support)
 from overlap import set_overlap
 
 PHASES = ("data", "rollout", "teacher", "update")
@@ -120,36 +122,44 @@ def parse_args(argv=None):
         help="manifests decoded and scored before and after; none by default")
     add("--max-seconds", type=at_least(0.01), default=30.0,
         help="longer clips are left out of training and counted, in seconds; in --eval an error")
-    add("--workers", type=at_least(0, int), default=2, help="processes per rank that read audio ahead; 0 = none")
+    add("--workers", type=at_least(0, int), default=2,
+        help="processes per rank that read audio ahead; 0 = none")
     add = parser.add_argument_group("models").add_argument
     add("--student", required=True, help="folder of the student to distil into (not changed)")
     add("--teacher", required=True, help="folder of the frozen teacher")
     add = parser.add_argument_group("objective").add_argument
-    add("--k", type=at_least(1, int), default=32, help="top-k ids per model; the support is the union of both")
+    add("--k", type=at_least(1, int), default=32,
+        help="top-k ids per model; the support is the union of both")
     add("--tau", type=at_least(1e-3), default=1.0,
         help="temperature of both distributions; the loss carries tau squared")
     add = parser.add_argument_group("rollout").add_argument
-    add("--temperature", type=at_least(0), default=0.0, help="sampling temperature of the rollout; 0 = greedy")
-    add("--max-new-tokens", type=at_least(1, int), default=64, help="cap on a rollout's tokens, the stop token counted")
+    add("--temperature", type=at_least(0), default=0.0,
+        help="sampling temperature of the rollout; 0 = greedy")
+    add("--max-new-tokens", type=at_least(1, int), default=64,
+        help="cap on a rollout's tokens, the stop token counted")
     add("--tokens-per-second", type=at_least(0), default=8.0,
         help="a clip's cap is also this × its seconds + 16 tokens; 0 = off")
     add = parser.add_argument_group("optimization").add_argument
     add("--steps", type=at_least(1, int), default=10_000, help="optimizer updates")
-    add("--batch-size", type=at_least(1, int), default=960, help="clips per update over all ranks (paper: 24 GPUs × 40)")
+    add("--batch-size", type=at_least(1, int), default=960,
+        help="clips per update over all ranks (paper: 24 GPUs × 40)")
     add("--micro-seconds", type=at_least(0.01), default=600.0,
         help="padded audio per forward pass and rank, in seconds; does not change results")
     add("--lr", type=at_least(0), default=1e-4, help="peak learning rate")
     add("--warmup-steps", type=at_least(0, int), default=1_000,
         help="updates of linear warm-up; then cosine to 0 at --steps")
-    add("--weight-decay", type=at_least(0), default=0.005, help="AdamW decay; not on norms, biases and embeddings")
+    add("--weight-decay", type=at_least(0), default=0.005,
+        help="AdamW decay; not on norms, biases and embeddings")
     add("--clip", type=at_least(0), default=1.0, help="gradient norm is clipped to this; 0 = off")
     add = parser.add_argument_group("run").add_argument
     add("--out", default="runs/opd", help="output folder; an existing run is refused unless --resume")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
-    add("--save-every", type=at_least(1, int), default=1_000, help="steps between checkpoints; one more at the end")
+    add("--save-every", type=at_least(1, int), default=1_000,
+        help="steps between checkpoints; one more at the end")
     add("--eval-every", type=at_least(0, int), default=0,
         help="steps between evaluations on --eval; 0 = only before and after")
-    add("--sample-every", type=at_least(0, int), default=100, help="steps between lines in samples.jsonl; 0 = off")
+    add("--sample-every", type=at_least(0, int), default=100,
+        help="steps between lines in samples.jsonl; 0 = off")
     add("--seed", type=at_least(0, int), default=0, help="seed of the order of clips and of sampling")
     return parser.parse_args(argv)
 
@@ -200,7 +210,7 @@ def main(args):
 
     def run_eval(step):
         folder = os.path.join(args.out, f"eval-{step}")
-        if step == 0 and first_step > 0:        # the figures before are those of the first start, if it had any
+        if step == 0 and first_step > 0:        # "before" is the first start's, if it had any
             path = os.path.join(folder, "summary.json")
             return json.load(open(path)) if os.path.exists(path) else {}
         return evaluate(student, eval_sets, device, args.micro_seconds, folder)

@@ -108,7 +108,8 @@ def parse_args(argv=None):
                         help="audio scored at once per process, in seconds")
     parser.add_argument("--max-seconds", type=at_least(0.01), default=30.0,
                         help="longest clip accepted, in seconds; longer is an error")
-    parser.add_argument("--max-new-tokens", type=at_least(1, int), default=64, help="cap on a rollout's tokens")
+    parser.add_argument("--max-new-tokens", type=at_least(1, int), default=64,
+                        help="cap on a rollout's tokens")
     parser.add_argument("--tokens-per-second", type=at_least(0), default=8.0,
                         help="a clip's cap is also this × its seconds + 16 tokens; 0 = off")
     return parser.parse_args(argv)

@@ -38,8 +38,10 @@ def parse_args(argv=None):
         help='manifest key to learn from; "hyp" for a result file of eval.py (teacher data)')
     add("--eval", nargs="*", default=[], metavar="m.jsonl",
         help="manifests decoded and scored every --eval-every steps and at the end")
-    add("--max-seconds", type=at_least(0.01), default=30.0, help="longer clips are left out and counted, in seconds")
-    add("--workers", type=at_least(0, int), default=2, help="processes per rank that read audio ahead; 0 = none")
+    add("--max-seconds", type=at_least(0.01), default=30.0,
+        help="longer clips are left out and counted, in seconds")
+    add("--workers", type=at_least(0, int), default=2,
+        help="processes per rank that read audio ahead; 0 = none")
     add = parser.add_argument_group("model").add_argument
     add("--model", help="folder to start from")
     add("--config",
@@ -48,26 +50,33 @@ def parse_args(argv=None):
         help="tokenizer folder for --config; the prompt's control tokens are added where it lacks them")
     add = parser.add_argument_group("optimization").add_argument
     add("--steps", type=at_least(1, int), default=10_000, help="optimizer updates")
-    add("--batch-size", type=at_least(1, int), default=960, help="clips per update over all ranks (paper: 24 GPUs × 40)")
+    add("--batch-size", type=at_least(1, int), default=960,
+        help="clips per update over all ranks (paper: 24 GPUs × 40)")
     add("--micro-seconds", type=at_least(0.01), default=600.0,
         help="padded audio per forward pass and rank, in seconds; does not change results")
     add("--lr", type=at_least(0), default=1e-4, help="peak learning rate")
     add("--warmup-steps", type=at_least(0, int), default=1_000,
         help="updates of linear warm-up; then cosine to 0 at --steps")
-    add("--weight-decay", type=at_least(0), default=0.005, help="AdamW decay; not on norms, biases and embeddings")
+    add("--weight-decay", type=at_least(0), default=0.005,
+        help="AdamW decay; not on norms, biases and embeddings")
     add("--clip", type=at_least(0), default=1.0, help="gradient norm is clipped to this; 0 = off")
-    add("--ctc-weight", type=at_least(0), default=0.0, help="weight of the CTC loss on the encoder output; 0 = off")
+    add("--ctc-weight", type=at_least(0), default=0.0,
+        help="weight of the CTC loss on the encoder output; 0 = off")
     add = parser.add_argument_group("augmentation (SpecAugment)").add_argument
     add("--time-masks", type=at_least(0, int), default=0, help="masks along time per clip; 0 = off")
-    add("--time-width", type=at_least(1, int), default=40, help="longest time mask, in mel frames of 10 ms; at most a quarter of the clip")
+    add("--time-width", type=at_least(1, int), default=40,
+        help="longest time mask, in mel frames of 10 ms; at most a quarter of the clip")
     add("--freq-masks", type=at_least(0, int), default=0, help="masks along frequency per clip; 0 = off")
     add("--freq-width", type=at_least(1, int), default=27, help="widest frequency mask, of 128 mel bins")
     add = parser.add_argument_group("run").add_argument
     add("--out", default="runs/sft", help="output folder; an existing run is refused unless --resume")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
-    add("--save-every", type=at_least(1, int), default=1_000, help="steps between checkpoints; one more at the end")
-    add("--eval-every", type=at_least(0, int), default=0, help="steps between evaluations on --eval; 0 = only at the end")
-    add("--seed", type=at_least(0, int), default=0, help="seed of initial weights, order of clips and augmentation")
+    add("--save-every", type=at_least(1, int), default=1_000,
+        help="steps between checkpoints; one more at the end")
+    add("--eval-every", type=at_least(0, int), default=0,
+        help="steps between evaluations on --eval; 0 = only at the end")
+    add("--seed", type=at_least(0, int), default=0,
+        help="seed of initial weights, order of clips and augmentation")
     return parser.parse_args(argv)
 
 

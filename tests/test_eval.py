@@ -118,9 +118,11 @@ def test_summary_without_a_reference_has_no_value():
 
 
 @pytest.mark.parametrize("fields, language", [
-    (dict(text="hello"), "en"), (dict(text=""), "en"), (dict(text="OK 好"), "zh"), (dict(text="㐀", language=None), "zh"),
-    (dict(text="Grüße"), "en"), (dict(text="好", language="en"), "en"), (dict(text="a", language="zh-CN"), "zh"),
-    (dict(text="好", language="EN"), "en")])
+    (dict(text="hello"), "en"), (dict(text=""), "en"), (dict(text="OK 好"), "zh"),
+    (dict(text="㐀", language=None), "zh"), (dict(text="Grüße"), "en"), (dict(text="好", language="en"), "en"),
+    (dict(text="a", language="zh-CN"), "zh"), (dict(text="好", language="EN"), "en"),
+    (dict(text="a", language="Chinese"), "zh"), (dict(text="a", language=" zh_TW"), "zh"),
+    (dict(text="a", language="Thai"), "th"), (dict(text="a", language="de"), "de")])
 def test_language_of(fields, language):
     assert evaluation.language_of(fields) == language
 

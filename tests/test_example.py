@@ -52,13 +52,15 @@ def test_clips_sound():
     """Every 20th clip: decodes to its duration, is neither silent nor clipped."""
     for clip in clips_of("train", "dev", *TESTS)[::20]:
         waveform = load_audio(clip)
-        assert 0.003 < waveform.square().mean().sqrt() < 0.5 and abs(len(waveform) / 16000 - clip.duration) < 0.002
+        assert 0.003 < waveform.square().mean().sqrt() < 0.5
+        assert abs(len(waveform) / 16000 - clip.duration) < 0.002
 
 
 @pytest.mark.parametrize("name", ["teacher", "base"])
 def test_models_are_stock_folders_in_float32(name):
     weights = safetensors.torch.load_file(EXAMPLE / name / "model.safetensors")
-    assert {w.dtype for w in weights.values()} == {torch.float32} and "model.audio_tower.conv1.weight" in weights
+    assert {w.dtype for w in weights.values()} == {torch.float32}
+    assert "model.audio_tower.conv1.weight" in weights
     net = transformers.GlmAsrForConditionalGeneration.from_pretrained(EXAMPLE / name)
     processor = transformers.AutoProcessor.from_pretrained(EXAMPLE / name)
     ours = ArkASR.from_pretrained(EXAMPLE / name)
@@ -66,10 +68,12 @@ def test_models_are_stock_folders_in_float32(name):
     for clip in clips_of("en-clean", "zh-read")[::40]:
         waveform = load_audio(clip)
         inputs = processor.apply_transcription_request(
-            waveform.numpy(), processor_kwargs=dict(audio_kwargs=dict(padding="longest", pad_to_multiple_of=1280)))
+            waveform.numpy(),
+            processor_kwargs=dict(audio_kwargs=dict(padding="longest", pad_to_multiple_of=1280)))
         ids = net.generate(**inputs, max_new_tokens=64)[0, inputs["input_ids"].shape[1]:]
         rollout = ours.sample(collate([waveform], ours.front_end), 64)
-        assert processor.decode(ids, skip_special_tokens=True) == ours.front_end.decode(rollout.ids[0, :rollout.lens[0]].tolist())
+        text = ours.front_end.decode(rollout.ids[0, :rollout.lens[0]].tolist())
+        assert processor.decode(ids, skip_special_tokens=True) == text
 
 
 def test_teacher_and_base_share_one_vocabulary():
@@ -81,10 +85,10 @@ def test_teacher_and_base_share_one_vocabulary():
 
 def test_defaults_are_the_papers_and_the_example_sets_its_own():
     paper = opd.parse_args(["--train", "m", "--student", "s", "--teacher", "t"])
-    assert (paper.k, paper.tau, paper.temperature, paper.lr, paper.batch_size, paper.warmup_steps, paper.weight_decay,
-            paper.clip, paper.max_new_tokens) == (32, 1.0, 0.0, 1e-4, 960, 1000, 0.005, 1.0, 64)
+    assert (paper.k, paper.tau, paper.temperature, paper.lr, paper.batch_size, paper.warmup_steps,
+            paper.weight_decay, paper.clip, paper.max_new_tokens) == (32, 1.0, 0.0, 1e-4, 960, 1000, 0.005, 1.0, 64)
     args = opd.parse_args([f"@{EXAMPLE / 'opd.args'}"])
-    assert args.train == ["example/train.jsonl"] and args.student == "example/base" and args.teacher == "example/teacher"
+    assert (args.train, args.student, args.teacher) == (["example/train.jsonl"], "example/base", "example/teacher")
     assert args.eval == [f"example/{name}.jsonl" for name in TESTS]
     assert (args.k, args.tau, args.temperature, args.weight_decay, args.clip) == (32, 1.0, 0.0, 0.005, 1.0)
 
@@ -92,9 +96,10 @@ def test_defaults_are_the_papers_and_the_example_sets_its_own():
 @pytest.mark.slow
 def test_the_main_command(tmp_path):
     """README, quick start: mean error falls by at least 15 %, four of five sets improve, 2 GB a process."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "opd.py", "@example/opd.args",
-               "--out", str(tmp_path / "run")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "opd.py",
+               "@example/opd.args", "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     summary = json.load(open(tmp_path / "run/summary.json"))
     before, after = ([summary[when][name]["value"] for name in TESTS] for when in ("before", "after"))

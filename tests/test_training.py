@@ -443,17 +443,17 @@ def test_recordings_of_people_through_the_same_commands(tmp_path):
     assert len(metrics_of(tmp_path / "opd")) == 3 and (tmp_path / "opd/summary.json").exists()
 
 
-# ---- flags ----------------------------------------------------------------------------------------------------------
+# ---- flags -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("script, flags", [
-    (opd, "--k 0"), (opd, "--tau 0"), (opd, "--tau nan"), (opd, "--clip -1"), (opd, "--lr nan"), (opd, "--steps 0"),
-    (opd, "--batch-size 0"), (opd, "--temperature -1"), (opd, "--save-every 0"), (opd, "--workers -1"), (opd, "--seed -1"),
-    (opd, "--max-new-tokens 0"), (opd, "--micro-seconds nan"), (opd, "--warmup-steps 1.5"), (sft, "--ctc-weight -1"),
-    (sft, "--time-masks -1"), (sft, "--lr inf"), (evaluation, "--max-new-tokens 0"), (overlap, "--k 0"), (opd, "--no-such-flag 1"),
-    (opd, "--step 3")])
+    (opd, "--k 0"), (opd, "--tau 0"), (opd, "--tau nan"), (opd, "--clip -1"), (opd, "--lr nan"),
+    (opd, "--steps 0"), (opd, "--batch-size 0"), (opd, "--temperature -1"), (opd, "--save-every 0"),
+    (opd, "--workers -1"), (opd, "--seed -1"), (opd, "--max-new-tokens 0"), (opd, "--micro-seconds nan"),
+    (opd, "--warmup-steps 1.5"), (sft, "--ctc-weight -1"), (sft, "--time-masks -1"), (sft, "--lr inf"),
+    (evaluation, "--max-new-tokens 0"), (overlap, "--k 0"), (opd, "--no-such-flag 1"), (opd, "--step 3")])
 def test_wrong_flags_are_one_line_and_status_2(script, flags, capsys):
     needed = {opd: "--train m --student s --teacher t", sft: "--train m", evaluation: "--model m --data d",
               overlap: "--student s --teacher t --data d"}[script]
     with pytest.raises(SystemExit) as exit:
         script.parse_args([*needed.split(), *flags.split()])
     err = capsys.readouterr().err
-    assert exit.value.code == 2 and err.count("\n") == 1 and flags.split()[0] in err and "Traceback" not in err
+    assert exit.value.code == 2 and err.count("\n") == 1 and flags.split()[0] in err
