@@ -86,9 +86,11 @@ def test_teacher_and_base_share_one_vocabulary():
 def test_defaults_are_the_papers_and_the_example_sets_its_own():
     paper = opd.parse_args(["--train", "m", "--student", "s", "--teacher", "t"])
     assert (paper.k, paper.tau, paper.temperature, paper.lr, paper.batch_size, paper.warmup_steps,
-            paper.weight_decay, paper.clip, paper.max_new_tokens) == (32, 1.0, 0.0, 1e-4, 960, 1000, 0.005, 1.0, 64)
+            paper.weight_decay, paper.clip, paper.max_new_tokens) == (32, 1.0, 0.0, 1e-4, 960, 1000,
+                                                                      0.005, 1.0, 64)
     args = opd.parse_args([f"@{EXAMPLE / 'opd.args'}"])
-    assert (args.train, args.student, args.teacher) == (["example/train.jsonl"], "example/base", "example/teacher")
+    assert args.train == ["example/train.jsonl"]
+    assert (args.student, args.teacher) == ("example/base", "example/teacher")
     assert args.eval == [f"example/{name}.jsonl" for name in TESTS]
     assert (args.k, args.tau, args.temperature, args.weight_decay, args.clip) == (32, 1.0, 0.0, 0.005, 1.0)
 
