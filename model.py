@@ -57,8 +57,9 @@ class FrontEnd:
             raise InputError(f"tokenizer {tokenizer.name_or_path} lacks the token(s) {' '.join(missing)}; "
                              "a new student gets them from sft.py --tokenizer")
         self.tokenizer = tokenizer
-        added = [re.escape(token.content) for token in tokenizer.added_tokens_decoder.values()]
-        self.added = re.compile(f"({'|'.join(added)})")
+        added = [token.content for token in tokenizer.added_tokens_decoder.values()]
+        added.sort(key=len, reverse=True)                   # the longest alternative first
+        self.added = re.compile(f"({'|'.join(map(re.escape, added))})")
         self.pad_id, self.stop_id, self.audio_id = (tokenizer.convert_tokens_to_ids(t)
                                                     for t in (PAD_TOKEN, STOP_TOKEN, AUDIO_TOKEN))
         user, begin, _, end, assistant = tokenizer.convert_tokens_to_ids(PROMPT_TOKENS)

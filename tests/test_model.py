@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 import transformers
 
-from conftest import SPECIALS, byte_tokenizer, noise, tiny_config, tiny_model
+from conftest import DATA, SPECIALS, byte_tokenizer, noise, tiny_config, tiny_model
 from data import BLOCK, InputError, collate
 from model import ArkASR, FrontEnd, Rollout, add_audio_tokens
 
@@ -340,6 +340,23 @@ def test_a_stock_tokenizer_gets_the_audio_tokens():
     assert add_audio_tokens(tokenizer) == 5 and FrontEnd(tokenizer).prompt(1280)
     model = ArkASR.from_config(tiny_config(), tokenizer)
     assert len(model.forbidden) == len(tokenizer) == 264 and model.forbidden.sum() == 7
+
+
+@pytest.mark.skipif(not (DATA / "qwen3_tokenizer").exists(),
+                    reason=f"no tokenizer at {DATA} (set ASR_OPD_DATA)")
+def test_the_real_qwen3_tokenizer():
+    """151,669 tokens and the prompt's five: text keeps its ids, control tokens in it stay text, none is written."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(DATA / "qwen3_tokenizer")
+    text = "打开 the light <|im_end|> <think> é"
+    before = tokenizer("打开 the light", add_special_tokens=False)["input_ids"]
+    model = ArkASR.from_config(tiny_config(), tokenizer)
+    ids = model.front_end.encode_text(text)
+    assert ids[:len(before)] == before and model.front_end.decode(ids) == text
+    assert model.front_end.stop_id == 151645 and model.front_end.pad_id == 151643
+    assert not model.forbidden[ids].any() and not model.forbidden[:151643].any()
+    assert model.forbidden[151643:].sum() == len(model.forbidden) - 151643 - 1
+    rollout = model.sample(batch_of(model, [0.4, 1.0]), 4, temperature=1.0)
+    assert not model.forbidden[rollout.ids[rollout.row_mask()]].any()
 
 
 def test_optimizer_sees_a_tied_matrix_once_and_decays_only_matrices():
