@@ -486,12 +486,19 @@ def at_least(low, kind=float):
     return number
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The script's docstring as it stands, and defaults where there is one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, [], False) else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with defaults in --help, no abbreviations, and `@file` whose lines may hold `--flag value`."""
 
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, fromfile_prefix_chars="@", **kwargs,
-                         formatter_class=lambda prog: argparse.ArgumentDefaultsHelpFormatter(prog, width=110))
+                         formatter_class=lambda prog: HelpFormatter(prog, width=110))
 
     def error(self, message):
         if int(os.environ.get("RANK", 0)) == 0:
@@ -539,7 +546,7 @@ def check(path, max_seconds):
 
 
 def parse_args(argv=None):
-    parser = Parser(prog="data.py", description=__doc__.splitlines()[0])
+    parser = Parser(prog="data.py", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     checker = commands.add_parser(
         "check", help="read every clip of manifests and report every defect; exit status 1 if any")

@@ -11,7 +11,8 @@ Deviations from the release, each on purpose: the mean is over the positions of 
 per rank; both sides of the KL are raw logits; token ids go to the teacher as they are, never through text;
 the stop token is scored where the rollout stopped by itself; a length cap by audio; float32 master weights.
 Prints a progress bar (loss, KL, VUSS, clips/s), then errors before and after, VUSS first and last,
-seconds per phase and the path of the model. The example takes about 4 minutes on two cores.
+seconds per phase and the path of the model. The example takes about 4 minutes on two cores. Every flag's
+default is the paper's or the release's value, where they state one; @FILE reads arguments from a file.
 """
 import dataclasses
 import json
@@ -112,9 +113,7 @@ def write_samples(path, step, clips, front_end, rollout, teacher_texts, kl, n=2)
 # Command
 # ------------------------------------------------------------------------------------------------------------
 def parse_args(argv=None):
-    parser = Parser(prog="opd.py", description=__doc__.splitlines()[0]
-                    + " Every default is the paper's or the release's value, where they state one. "
-                    "@FILE reads arguments from a file, as example/opd.args.")
+    parser = Parser(prog="opd.py", description=__doc__)
     add = parser.add_argument_group("data").add_argument
     add("--train", nargs="+", required=True, metavar="m.jsonl",
         help="training manifests; transcripts are not read")

@@ -97,7 +97,7 @@ def measure(student, teacher, alignment, waveforms, k, max_new_tokens, tokens_pe
 
 
 def parse_args(argv=None):
-    parser = Parser(prog="overlap.py", description=__doc__.splitlines()[0])
+    parser = Parser(prog="overlap.py", description=__doc__)
     parser.add_argument("--student", required=True, help="student folder")
     parser.add_argument("--teacher", required=True, help="teacher folder")
     parser.add_argument("--data", required=True, nargs="+", metavar="m.jsonl",

@@ -9,7 +9,8 @@ over the transcript tokens and the stop token of the whole global batch, counted
 ranks. From random weights a CTC loss on the encoder's 50 Hz output (UTF-8 bytes, head dropped when saving)
 makes the model listen: without it the LM learns the text's statistics first. Not in the paper: CTC,
 SpecAugment. Prints a progress bar with loss and clips per second, and the error on --eval sets; writes
-OUT/model, metrics.jsonl, config.json, summary.json.
+OUT/model, metrics.jsonl, config.json, summary.json. Every flag's default is the paper's or the release's value,
+where they state one; the example's own are in example/make.py.
 """
 import json
 import os
@@ -29,8 +30,7 @@ from model import ArkASR, all_reduce_gradients, cosine_lr, load_state, make_opti
 
 
 def parse_args(argv=None):
-    parser = Parser(prog="sft.py", description=__doc__.splitlines()[0]
-                    + " Every default is the paper's or the release's value.")
+    parser = Parser(prog="sft.py", description=__doc__)
     add = parser.add_argument_group("data").add_argument
     add("--train", nargs="+", required=True, metavar="m.jsonl",
         help="training manifests; every line needs --text-field")
