@@ -9,8 +9,8 @@ over the transcript tokens and the stop token of the whole global batch, counted
 ranks. From random weights a CTC loss on the encoder's 50 Hz output (UTF-8 bytes, head dropped when saving)
 makes the model listen: without it the LM learns the text's statistics first. Not in the paper: CTC,
 SpecAugment. Prints a progress bar with loss and clips per second, and the error on --eval sets; writes
-OUT/model, metrics.jsonl, config.json, summary.json. Every flag's default is the paper's or the release's value,
-where they state one; the example's own are in example/make.py.
+OUT/model, metrics.jsonl, config.json, summary.json. Every flag's default is the paper's or the release's
+value, where they state one; the example's own are in example/make.py.
 """
 import json
 import os

@@ -13,6 +13,7 @@ import transformers
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 DATA = pathlib.Path(os.environ.get("ASR_OPD_DATA", ROOT.parent / "shared" / "data"))
+torch.set_num_threads(1)                # tiny models: a second thread only waits
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|audio|>", "<|user|>", "<|begin_of_audio|>",
             "<|end_of_audio|>", "<|assistant|>"]
 
