@@ -98,7 +98,7 @@ def test_defaults_are_the_papers_and_the_example_sets_its_own():
 @pytest.mark.slow
 def test_the_main_command(tmp_path):
     """README, quick start: mean error falls by at least 15 %, four of five sets improve, 2 GB a process."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "opd.py",
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "opd.py",
                "@example/opd.args", "--out", str(tmp_path / "run")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})

@@ -24,10 +24,8 @@ from model import ArkASR, align_vocabularies, cosine_lr, support_kl
 # ---- helpers -----------------------------------------------------------------------------------------------
 def run(script, *args, nproc=0, check=True):
     """Runs a script as a user does, under torchrun where nproc > 0. → CompletedProcess with text output."""
-    launch = ([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={nproc}"] if nproc
-              else [sys.executable])
-    if nproc:
-        launch += ["--master-port", str(29500 + os.getpid() % 1000)]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]     # a free port
+    launch = [sys.executable, *(torchrun if nproc else [])]
     done = subprocess.run([*launch, str(ROOT / script), *map(str, args)], capture_output=True, text=True,
                           cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=280)
     assert not check or done.returncode == 0, done.stderr[-3000:]
