@@ -32,7 +32,6 @@ import torchaudio
 SAMPLE_RATE = 16_000            # Hz
 N_FFT, HOP, N_MELS = 400, 160, 128   # 25 ms window, 10 ms hop
 BLOCK = 1_280                   # samples of one audio token: 80 ms = 8 mel frames = 4 encoder frames
-MIN_SAMPLES = 961               # shorter clips are padded to one block first
 # what a resumed run may change: it moves no weight, but for --steps, which re-draws the schedule
 RESUME_FREE = {"steps", "resume", "out", "eval", "workers", "micro_seconds", "save_every", "eval_every",
                "sample_every"}
@@ -132,9 +131,9 @@ def read_manifest(path, text_field="text", errors=None):
         raw = open(path, "rb").read()
     except OSError as error:
         raise InputError(f"manifest {path}: {error.strerror}; give the path of a JSON Lines file") from None
-    folder, name, clips = os.path.dirname(os.path.abspath(path)), os.path.basename(path), []
+    folder, clips = os.path.dirname(os.path.abspath(path)), []
     for number, line in enumerate(raw.split(b"\n"), 1):
-        where = f"{name}:{number}"
+        where = f"{path}:{number}"
         try:
             try:
                 line = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
@@ -233,7 +232,7 @@ def clip_from_file(path):
     except (OSError, TypeError, soundfile.LibsndfileError) as error:     # TypeError: soundfile, of a *.raw
         raise InputError(f"{path}: neither a .jsonl manifest nor audio that libsndfile reads "
                          f"({error})") from None
-    return Clip(os.path.abspath(path), max(info.duration, 1e-3), path,
+    return Clip(os.path.abspath(path), max(info.duration, 1e-3), "--data",
                 {"audio": path, "duration": info.duration})
 
 
@@ -321,7 +320,7 @@ def pool_order(durations, batch_size, seed, pool, pool_batches):
     stream = np.concatenate([np.random.default_rng((seed, 0, epoch)).permutation(n)
                              for epoch in range(first, last + 1)])
     stream = stream[pool * size - first * n:][:size]
-    # sorted within an epoch, so that a batch does not hold a clip twice
+    # sorted within an epoch: only a batch that straddles two epochs can hold a clip twice
     epoch = np.arange(pool * size, (pool + 1) * size) // n
     batches = stream[np.lexsort((durations[stream], epoch))].reshape(pool_batches, batch_size)
     return batches[np.random.default_rng((seed, 1, pool)).permutation(pool_batches)]
@@ -339,7 +338,7 @@ def micro_batches(indices, durations, micro_seconds):
     return cut + [current] if current else cut
 
 
-class StepLoader(torch.utils.data.Dataset):
+class StepDataset(torch.utils.data.Dataset):
     """Item s = this rank's micro-batches of step s, as `make(clip indices, step)` builds them in a worker."""
 
     def __init__(self, clips, batch_size, micro_seconds, seed, rank, world, make):
@@ -419,10 +418,8 @@ def start_run(args, rank, first_step=0):
     samples.jsonl are cut back to `first_step`, so that they hold each step once.
     """
     config_path, link = os.path.join(args.out, "config.json"), os.path.join(args.out, "model")
-    if os.path.exists(config_path) and not args.resume:
-        raise InputError(f"--out {args.out} already holds a run; choose another folder, or --resume")
-    if os.path.exists(link) and not os.path.islink(link):
-        raise InputError(f"{link} is in the way: a run keeps its link to the last checkpoint there; move it")
+    if os.path.lexists(link) and not args.resume:       # without a checkpoint there is no run yet to lose
+        raise InputError(f"--out {args.out} already holds a run (its model); choose another folder, or --resume")
     if args.resume and os.path.exists(config_path):
         for name, old in json.load(open(config_path))["args"].items():
             if name not in RESUME_FREE and getattr(args, name, old) != old:

@@ -14,13 +14,11 @@ insertions) and OUT/summary.json. A result file is itself a manifest, its audio 
 import json
 import os
 import re
-import sys
 import time
 import unicodedata
 
 import jiwer
 import numpy as np
-import torch
 import torch.distributed as dist
 from tqdm import tqdm
 from whisper_normalizer.english import EnglishTextNormalizer
@@ -202,9 +200,10 @@ def main(args):
                                             tokens_per_second=args.tokens_per_second)
     # bare audio: just read it
     if args.out is None and not any(clip.text is not None for clips in sets.values() for clip in clips):
-        for clips in sets.values():
-            for hyp, _ in transcribe(model, clips, device, args.batch_seconds, **caps):
-                print(hyp)
+        clips = [clip for clips in sets.values() for clip in clips]
+        for clip, (hyp, _) in zip(clips, transcribe(model, clips, device, args.batch_seconds, **caps)):
+            if rank == 0:
+                print(hyp if len(clips) == 1 else f"{clip.audio}\t{hyp}")
         return
     summaries = evaluate(model, sets, device, args.batch_seconds, args.out, **caps)
     seconds = time.perf_counter() - start

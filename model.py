@@ -30,7 +30,7 @@ from transformers import (AutoConfig, AutoTokenizer, GenerationConfig, GlmAsrCon
                           GlmAsrForConditionalGeneration, GlmAsrProcessor, WhisperFeatureExtractor)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from data import Batch, InputError, N_MELS, barrier, log_mel, n_audio_tokens
+from data import N_MELS, InputError, log_mel, n_audio_tokens
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -165,7 +165,7 @@ class ArkASR(nn.Module):
         config = net.config
         lm_type = config.text_config.model_type
         if lm_type not in ("qwen2", "qwen3") or config.audio_config.num_mel_bins != N_MELS:
-            raise InputError(f"a student is a qwen2 or qwen3 LM over {N_MELS} mel bins, "
+            raise InputError(f"an Ark model is a qwen2 or qwen3 LM over {N_MELS} mel bins, "
                              f"not {lm_type} over {config.audio_config.num_mel_bins}")
         if config.audio_config.intermediate_size != 4 * config.audio_config.hidden_size:
             raise InputError("the encoder's intermediate_size must be 4 × hidden_size: "
@@ -209,7 +209,7 @@ class ArkASR(nn.Module):
         Weights are kept in `dtype` whatever the file holds: training wants float32 masters.
         """
         if not os.path.isdir(folder):
-            raise InputError(f"{folder} is no model folder: no such directory")
+            raise InputError(f"{folder} is no model folder: not a directory")
         try:
             config = AutoConfig.from_pretrained(folder)
             if config.model_type != "glmasr":
@@ -501,6 +501,15 @@ def save_checkpoint(out, step, model, optimizer, extra=None, keep=2):
     complete = sorted(name for name in os.listdir(os.path.dirname(final)) if re.fullmatch(r"step-\d+", name))
     for name in complete[:-keep]:
         shutil.rmtree(os.path.join(os.path.dirname(final), name))
+
+
+def start_folder(args, folder):
+    """The folder to take the weights from: `folder`, or the run's last checkpoint on --resume."""
+    if not args.resume:
+        return folder
+    if not os.path.islink(os.path.join(args.out, "model")):
+        raise InputError(f"--resume: {args.out} holds no checkpoint; start without --resume")
+    return os.path.join(args.out, "model")
 
 
 def load_state(out, optimizer):

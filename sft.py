@@ -23,10 +23,10 @@ import transformers
 from torch import nn
 from tqdm import tqdm
 
-from data import (InputError, Parser, StepLoader, all_reduce_sum, at_least, collate, drop_long, load_audio,
+from data import (InputError, Parser, StepDataset, all_reduce_sum, at_least, collate, drop_long, load_audio,
                   read_manifest, run_script, setup_distributed, start_run, step_batches)
 from eval import evaluate, print_table, read_sets
-from model import ArkASR, all_reduce_gradients, cosine_lr, load_state, make_optimizer, save_checkpoint
+from model import ArkASR, all_reduce_gradients, cosine_lr, load_state, make_optimizer, save_checkpoint, start_folder
 
 
 def parse_args(argv=None):
@@ -93,7 +93,7 @@ def augment(mel, args, step, clip):
 
 
 def ctc_loss(ctc_head, frames, frame_lens, texts):
-    """Sum over clips of CTC / characters on UTF-8 bytes: frames (B, T', D), lens (B,).
+    """Sum over clips of CTC / bytes of its UTF-8 text: frames (B, T', D), lens (B,).
     → loss, clips too short for their text.
 
     Byte b is class b + 1, 0 is blank; 257 classes fit every language and need no vocabulary.
@@ -124,25 +124,21 @@ def main(args):
     eval_sets = read_sets(args.eval, args.max_seconds)
     # ---- model ---------------------------------------------------------------------------------------------
     torch.manual_seed(args.seed)                    # the same initial weights on every rank
-    if args.model:
-        if args.config or args.tokenizer:
-            raise InputError("--model starts from a folder, --config with --tokenizer from random weights: "
-                             "give one of them")
-        model = ArkASR.from_pretrained(os.path.join(args.out, "model") if args.resume else args.model)
-    elif args.resume:
-        model = ArkASR.from_pretrained(os.path.join(args.out, "model"))
-    elif args.config and args.tokenizer:
+    source = start_folder(args, args.model)
+    if source and args.model and (args.config or args.tokenizer) or not (source or args.config and args.tokenizer):
+        raise InputError("start from a folder, --model DIR, or from random weights, --config FILE --tokenizer DIR")
+    if source:
+        model = ArkASR.from_pretrained(source)
+    else:
         if not os.path.isdir(args.tokenizer):
-            raise InputError(f"--tokenizer {args.tokenizer}: no such folder")
+            raise InputError(f"--tokenizer {args.tokenizer}: not a folder")
         try:
-            config, tokenizer = (json.load(open(args.config)),
-                                 transformers.AutoTokenizer.from_pretrained(args.tokenizer))
+            config = json.load(open(args.config))
+            tokenizer = transformers.AutoTokenizer.from_pretrained(args.tokenizer)
         except (OSError, ValueError) as error:
             raise InputError(f"--config {args.config}, --tokenizer {args.tokenizer}: "
                              f"{' '.join(str(error).split())[:300]}") from None
         model = ArkASR.from_config(config, tokenizer)
-    else:
-        raise InputError("nothing to train: give --model DIR, or --config FILE and --tokenizer DIR")
     ctc_head = nn.Linear(model.net.config.audio_config.hidden_size, 257)
     model.to(device).train(), ctc_head.to(device)
     trained = nn.ModuleList([model, ctc_head]) if args.ctc_weight else nn.ModuleList([model])
@@ -182,10 +178,10 @@ def main(args):
         return summaries
 
     # ---- training loop -------------------------------------------------------------------------------------
-    loader = StepLoader(clips, args.batch_size, args.micro_seconds, args.seed, rank, world, make)
+    dataset = StepDataset(clips, args.batch_size, args.micro_seconds, args.seed, rank, world, make)
     bar = tqdm(range(first_step, args.steps), initial=first_step, total=args.steps, disable=rank > 0,
                desc="sft", mininterval=2)
-    batches = step_batches(loader, first_step, args.steps, args.workers)
+    batches = step_batches(dataset, first_step, args.steps, args.workers)
     for step in bar:
         start = time.perf_counter()
         micros = next(batches)

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import tarfile
@@ -48,7 +49,7 @@ def raises_at(where, exception, fragment, function, *args):
     with pytest.raises(exception) as caught:
         function(*args)
     message = str(caught.value)
-    assert message.startswith(where + ": ") and fragment in message and "\n" not in message
+    assert re.match(rf"(/\S*/)?{re.escape(where)}: ", message) and fragment in message and "\n" not in message
 
 
 def refused(reason, clip):
@@ -111,7 +112,7 @@ def test_blank_lines_bom_and_crlf_are_accepted_and_counted(tmp_path):
     fourth = '{"audio": "sub/é 名.flac", "duration": 3, "text": "", "language": "zh", "speaker": {"id": 5}}'
     (tmp_path / "m.jsonl").write_bytes(f"\ufeff{GOOD}\r\n\r\n  \n{fourth}\r\n".encode())
     first, second = data.read_manifest(str(tmp_path / "m.jsonl"))
-    assert (first.where, second.where) == ("m.jsonl:1", "m.jsonl:4")
+    assert (first.where, second.where) == (f"{tmp_path}/m.jsonl:1", f"{tmp_path}/m.jsonl:4")
     assert (first.audio, second.audio) == (str(tmp_path / "a.wav"), str(tmp_path / "sub/é 名.flac"))
     assert (first.duration, first.text, first.language) == (2.0, "hello", None)
     assert (second.duration, second.text, second.language) == (3.0, "", "zh")
@@ -211,8 +212,8 @@ def test_manifest_that_cannot_be_opened(tmp_path, name, reason):
 def test_errors_list_keeps_the_good_lines_and_every_defect(tmp_path):
     path = write_manifest(tmp_path, GOOD, "{", GOOD, "[]", fields(duration=0))
     errors = []
-    assert [clip.where for clip in data.read_manifest(path, errors=errors)] == ["m.jsonl:1", "m.jsonl:3"]
-    assert [error.split(": ")[0] for error in errors] == ["m.jsonl:2", "m.jsonl:4", "m.jsonl:5"]
+    assert [clip.where for clip in data.read_manifest(path, errors=errors)] == [f"{path}:1", f"{path}:3"]
+    assert [error.split(": ")[0] for error in errors] == [f"{path}:2", f"{path}:4", f"{path}:5"]
 
 
 def test_drop_long_keeps_the_limit_itself():
@@ -440,7 +441,7 @@ def test_clip_from_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     soundfile.write("a.flac", steps(12_000), 8000)
     clip = data.clip_from_file("a.flac")
-    assert (clip.audio, clip.where) == (str(tmp_path / "a.flac"), "a.flac")
+    assert (clip.audio, clip.where) == (str(tmp_path / "a.flac"), "--data")
     assert (clip.duration, clip.text) == (1.5, None)
     assert len(load_audio(clip)) == 24_000
 
@@ -574,7 +575,7 @@ def test_micro_batches_by_hand():
 
 
 def loader_of(clips, rank=0, world=1, micro_seconds=15.0, make=lambda cut, step: (cut, step)):
-    return data.StepLoader(clips, 8, micro_seconds, 3, rank, world, make)
+    return data.StepDataset(clips, 8, micro_seconds, 3, rank, world, make)
 
 
 @pytest.mark.parametrize("world", [1, 2, 4, 8])
@@ -729,7 +730,7 @@ def test_check_finds_a_clip_twice_however_its_bounds_are_written(tmp_path, capsy
                           fields(begin_time=1, end_time=2, duration=1))
     assert data.check(path, 30.0) == 2
     out = capsys.readouterr().out
-    assert "m.jsonl:2: the same clip as m.jsonl:1" in out and "m.jsonl:3: the same clip as m.jsonl:1" in out
+    assert f"{path}:2: the same clip as {path}:1" in out and f"{path}:3: the same clip as {path}:1" in out
 
 
 def test_check_does_not_call_an_empty_manifest_good(tmp_path):

@@ -214,7 +214,7 @@ def test_without_git_a_run_works(clips_dir, models, tmp_path, monkeypatch):
 def test_a_real_folder_in_the_links_place_is_refused(clips_dir, models, tmp_path):
     (tmp_path / "run" / "model").mkdir(parents=True)
     (tmp_path / "run" / "model" / "precious").write_text("keep")
-    with pytest.raises(InputError, match="model is in the way"):
+    with pytest.raises(InputError, match="already holds a run"):
         opd_run(clips_dir, models, tmp_path / "run", "--steps", 1)
     assert [path.name for path in (tmp_path / "run").rglob("*")] == ["model", "precious"]
 
@@ -271,7 +271,7 @@ def test_length_caps_of_opd(clips_dir, models, tmp_path):
     line = json.loads(open(clips_dir / "m.jsonl").readline())
     assert line["duration"] == 0.3
     write_manifest(clips_dir / "m.jsonl", [line] * 2)
-    for flags, length in (("--max-new-tokens 64 --tokens-per-second 1", 16),          # 0.3 s × 1 + 16, rounded
+    for flags, length in (("--max-new-tokens 64 --tokens-per-second 1", 16),         # 0.3 s × 1 + 16, rounded
                           ("--max-new-tokens 64 --tokens-per-second 8", 18),
                           ("--max-new-tokens 5 --tokens-per-second 8", 5),
                           ("--max-new-tokens 20 --tokens-per-second 0", 20)):

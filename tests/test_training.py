@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
 import eval as evaluation
 import opd
@@ -18,7 +17,7 @@ import overlap
 import sft
 from conftest import DATA, ROOT, byte_tokenizer, noise, tiny_config, tiny_model
 from data import InputError, collate, read_manifest
-from model import ArkASR, align_vocabularies, cosine_lr, support_kl
+from model import ArkASR, align_vocabularies, cosine_lr
 
 
 # ---- helpers -----------------------------------------------------------------------------------------------
