@@ -419,7 +419,7 @@ def start_run(args, rank, first_step=0):
     """
     config_path, link = os.path.join(args.out, "config.json"), os.path.join(args.out, "model")
     if os.path.lexists(link) and not args.resume:       # without a checkpoint there is no run yet to lose
-        raise InputError(f"--out {args.out} already holds a run (its model); choose another folder, or --resume")
+        raise InputError(f"--out {args.out} already holds a run; choose another folder, or --resume")
     if args.resume and os.path.exists(config_path):
         for name, old in json.load(open(config_path))["args"].items():
             if name not in RESUME_FREE and getattr(args, name, old) != old:

@@ -203,8 +203,8 @@ def main(args):
         mels = [student_front_end.features(w) for w in waveforms]          # both front ends take this log-mel
         uniforms = np.stack([np.random.default_rng((args.seed, 2, step, i)).random(args.max_new_tokens)
                              for i in indices])
-        return (indices, collate(waveforms, student_front_end, mels), collate(waveforms, teacher_front_end, mels),
-                torch.from_numpy(uniforms))
+        return (indices, collate(waveforms, student_front_end, mels),
+                collate(waveforms, teacher_front_end, mels), torch.from_numpy(uniforms))
 
     def run_eval(step):
         folder = os.path.join(args.out, f"eval-{step}")

@@ -26,7 +26,8 @@ from tqdm import tqdm
 from data import (InputError, Parser, StepDataset, all_reduce_sum, at_least, collate, drop_long, load_audio,
                   read_manifest, run_script, setup_distributed, start_run, step_batches)
 from eval import evaluate, print_table, read_sets
-from model import ArkASR, all_reduce_gradients, cosine_lr, load_state, make_optimizer, save_checkpoint, start_folder
+from model import (ArkASR, all_reduce_gradients, cosine_lr, load_state, make_optimizer, save_checkpoint,
+                   start_folder)
 
 
 def parse_args(argv=None):
@@ -125,8 +126,10 @@ def main(args):
     # ---- model ---------------------------------------------------------------------------------------------
     torch.manual_seed(args.seed)                    # the same initial weights on every rank
     source = start_folder(args, args.model)
-    if source and args.model and (args.config or args.tokenizer) or not (source or args.config and args.tokenizer):
-        raise InputError("start from a folder, --model DIR, or from random weights, --config FILE --tokenizer DIR")
+    from_sizes = args.config and args.tokenizer
+    if args.model and (args.config or args.tokenizer) or not (source or from_sizes):
+        raise InputError("start from a folder, --model DIR, or from random weights, "
+                         "--config FILE --tokenizer DIR")
     if source:
         model = ArkASR.from_pretrained(source)
     else:

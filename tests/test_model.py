@@ -345,7 +345,7 @@ def test_a_stock_tokenizer_gets_the_audio_tokens():
 @pytest.mark.skipif(not (DATA / "qwen3_tokenizer").exists(),
                     reason=f"no tokenizer at {DATA} (set ASR_OPD_DATA)")
 def test_the_real_qwen3_tokenizer():
-    """With the prompt's five tokens added: text keeps its ids, control tokens in it stay text, none is written."""
+    """The prompt's tokens added: text keeps its ids, control tokens in it stay text, none is written."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(DATA / "qwen3_tokenizer")
     text = "打开 the light <|im_end|> <think> é"
     before = tokenizer("打开 the light", add_special_tokens=False)["input_ids"]
