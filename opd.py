@@ -176,8 +176,7 @@ def main(args):
     eval_sets = read_sets(args.eval, args.max_seconds)
     # ---- models --------------------------------------------------------------------------------------------
     teacher = ArkASR.from_pretrained(args.teacher).to(device).eval().requires_grad_(False)
-    student = ArkASR.from_pretrained(
-        start_folder(args, args.student)).to(device).train()
+    student = ArkASR.from_pretrained(start_folder(args, args.student)).to(device).train()
     alignment = align_vocabularies(student, teacher)
     # ---- optimizer, resume, output folder ------------------------------------------------------------------
     optimizer = make_optimizer(student, args.lr, args.weight_decay)
