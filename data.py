@@ -47,6 +47,11 @@ class AudioError(InputError):
     """A clip that cannot be used. Raised on the rank that met it, so every rank may print it."""
 
 
+def one_line(error):
+    """A library's message without its line breaks, cut to 300 characters."""
+    return " ".join(str(error).split())[:300]
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Manifest
 # ------------------------------------------------------------------------------------------------------------
@@ -84,12 +89,12 @@ def parse_line(line, where, folder, text_field="text"):
     if not isinstance(fields, dict):
         raise InputError(f"{where}: expected a JSON object, found {type(fields).__name__}")
 
-    def get(key, kinds, what, required=False):
+    def get(key, kinds, what, required=False, default=None):
         value = fields.get(key)
         if value is None:
             if required:
                 raise InputError(f'{where}: key "{key}" is missing; every line needs {what}')
-            return None
+            return default
         if not isinstance(value, kinds) or isinstance(value, bool):
             raise InputError(f'{where}: "{key}" must be {what}, found {json.dumps(value)[:60]}')
         if not isinstance(value, str) and not abs(value) < 2**62:     # NaN, infinity, or in no file
@@ -101,12 +106,10 @@ def parse_line(line, where, folder, text_field="text"):
                                    required=True)),
                 where=where, fields=fields, text=get(text_field, str, "a string"),
                 language=get("language", str, "a string"),
-                begin_time=float(get("begin_time", (int, float), "a number of seconds") or 0),
-                end_time=float(-1 if get("end_time", (int, float), "a number of seconds") is None
-                               else fields["end_time"]),
+                begin_time=float(get("begin_time", (int, float), "a number of seconds", default=-1)),
+                end_time=float(get("end_time", (int, float), "a number of seconds", default=-1)),
                 offset=get("offset", int, "a whole number of bytes"),
                 nbytes=get("nbytes", int, "a whole number of bytes"))
-    clip.begin_time = max(clip.begin_time, -1.0)
     if "\0" in clip.audio or not clip.audio:
         raise InputError(f'{where}: "audio" is not a path: {clip.audio!r}')
     if clip.duration <= 0:
@@ -374,6 +377,11 @@ def one_thread(worker_id):
 # ------------------------------------------------------------------------------------------------------------
 # Processes, output folders, errors: the plumbing that every script shares
 # ------------------------------------------------------------------------------------------------------------
+def rank_and_world():
+    """(rank, world size); (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def setup_distributed():
     """(rank, world size, device).
     Under torchrun joins the group: LOCAL_RANK picks the device, RANK the data."""
@@ -384,7 +392,7 @@ def setup_distributed():
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    return (dist.get_rank(), dist.get_world_size(), device) if dist.is_initialized() else (0, 1, device)
+    return (*rank_and_world(), device)
 
 
 def all_reduce_sum(values, device):

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from whisper_normalizer.english import EnglishTextNormalizer
 
 from data import (InputError, Parser, at_least, clip_from_file, collate, load_audio, make_folder,
-                  micro_batches, read_manifest, run_script, setup_distributed)
+                  micro_batches, rank_and_world, read_manifest, run_script, setup_distributed)
 from model import ArkASR
 
 MAX_NEW_TOKENS, TOKENS_PER_SECOND = 256, 8.0              # caps of a transcript, see --help
@@ -108,7 +108,7 @@ def transcribe(model, clips, device, batch_seconds, label="decode", max_new_toke
 
     → [(hyp, stopped)] as long as `clips`.
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = rank_and_world()
     durations = np.array([clip.duration for clip in clips])
     mine = np.argsort(-durations, kind="stable")[rank::world].tolist()
     found = {}
@@ -129,7 +129,7 @@ def transcribe(model, clips, device, batch_seconds, label="decode", max_new_toke
 def evaluate(model, sets, device, batch_seconds, out=None, **caps):
     """Decodes and scores `sets` {stem: [Clip]}. → {stem: summary};
     rank 0 writes result files and summary.json to `out`."""
-    summaries = {}
+    summaries, writes = {}, out is not None and rank_and_world()[0] == 0
     for stem, clips in sets.items():
         results = []
         for clip, (hyp, stopped) in zip(clips, transcribe(model, clips, device, batch_seconds, stem, **caps)):
@@ -139,11 +139,11 @@ def evaluate(model, sets, device, batch_seconds, out=None, **caps):
             counts = {} if clip.text is None else count_errors(clip.text, hyp, language_of(fields))
             results.append({**fields, "hyp": hyp, "stopped": stopped, **counts})
         summaries[stem] = summarize(results)
-        if out is not None and (not dist.is_initialized() or dist.get_rank() == 0):
+        if writes:
             os.makedirs(out, exist_ok=True)
             with open(os.path.join(out, f"{stem}.jsonl"), "w", encoding="utf-8") as file:
                 file.writelines(json.dumps(result, ensure_ascii=False) + "\n" for result in results)
-    if out is not None and (not dist.is_initialized() or dist.get_rank() == 0):
+    if writes:
         with open(os.path.join(out, "summary.json"), "w") as file:
             json.dump(summaries, file, indent=1)
     return summaries

@@ -30,7 +30,7 @@ from transformers import (AutoConfig, AutoTokenizer, GenerationConfig, GlmAsrCon
                           GlmAsrForConditionalGeneration, GlmAsrProcessor, WhisperFeatureExtractor)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from data import N_MELS, InputError, log_mel, n_audio_tokens
+from data import N_MELS, InputError, log_mel, n_audio_tokens, one_line
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -197,8 +197,7 @@ class ArkASR(nn.Module):
                                   tie_word_embeddings=config.get("tie_word_embeddings", True))
             net = GlmAsrForConditionalGeneration(config)
         except Exception as error:              # whatever the library says of a wrong field, in one line
-            reason = " ".join(str(error).split())[:300]
-            raise InputError(f"--config: no model can be built from it: {reason}") from error
+            raise InputError(f"--config: no model can be built from it: {one_line(error)}") from error
         return cls(net, tokenizer)
 
     @classmethod
@@ -221,7 +220,7 @@ class ArkASR(nn.Module):
         except InputError:
             raise
         except Exception as error:              # whatever the library says of a broken file, in one line
-            raise InputError(f"{folder} is no model folder: {' '.join(str(error).split())[:300]}") from error
+            raise InputError(f"{folder} is no model folder: {one_line(error)}") from error
         wrong = (sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
                  + sorted(map(str, info["mismatched_keys"])))
         if wrong:
@@ -525,6 +524,5 @@ def load_state(out, optimizer):
         state = torch.load(path, map_location="cpu", weights_only=True)
         optimizer.load_state_dict(state["optimizer"])
     except Exception as error:                  # a truncated file, or the state of another script's modules
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"--resume: {path} does not fit this run: {reason}") from error
+        raise InputError(f"--resume: {path} does not fit this run: {one_line(error)}") from error
     return state["step"], state["extra"]

@@ -24,7 +24,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data import (InputError, Parser, StepDataset, all_reduce_sum, at_least, collate, drop_long, load_audio,
-                  read_manifest, run_script, setup_distributed, start_run, step_batches)
+                  one_line, read_manifest, run_script, setup_distributed, start_run, step_batches)
 from eval import evaluate, print_table, read_sets
 from model import (ArkASR, all_reduce_gradients, cosine_lr, load_state, make_optimizer, save_checkpoint,
                    start_folder)
@@ -140,7 +140,7 @@ def main(args):
             tokenizer = transformers.AutoTokenizer.from_pretrained(args.tokenizer)
         except (OSError, ValueError) as error:
             raise InputError(f"--config {args.config}, --tokenizer {args.tokenizer}: "
-                             f"{' '.join(str(error).split())[:300]}") from None
+                             f"{one_line(error)}") from None
         model = ArkASR.from_config(config, tokenizer)
     ctc_head = nn.Linear(model.net.config.audio_config.hidden_size, 257)
     model.to(device).train(), ctc_head.to(device)

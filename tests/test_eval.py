@@ -315,9 +315,10 @@ def test_ranks_share_the_clips_and_all_get_every_transcript(six_clips, monkeypat
         def all_gather_object(found, mine):
             shares[rank] = mine
             found[:] = shares if rank == 0 else [dict.fromkeys(range(6)), mine]
-        monkeypatch.setattr(evaluation, "dist", types.SimpleNamespace(
-            is_initialized=lambda: True, get_rank=lambda: rank, get_world_size=lambda: 2,
-            all_gather_object=all_gather_object))
+        group = types.SimpleNamespace(is_initialized=lambda: True, get_rank=lambda: rank,
+                                      get_world_size=lambda: 2, all_gather_object=all_gather_object)
+        for module in (data, evaluation):           # data.rank_and_world asks too
+            monkeypatch.setattr(module, "dist", group)
         return transcribe(models[rank], six_clips)
 
     run_rank(1)
