@@ -8,6 +8,7 @@ files or segments, from plain files or from a byte range of a container such as 
 each clip alone. The order of the clips is a pure function of (seed, step): see `batch_indices`.
 
     python data.py check example/train.jsonl          # reads every clip, reports every defect with its line
+    python data.py librispeech ROOT --out m.jsonl     # also aishell1, wenetspeech, kaldi, fsdd, folder
 """
 import argparse
 import collections
@@ -19,10 +20,15 @@ import io
 import json
 import math
 import os
+import re
 import shlex
 import subprocess
 import sys
+import tarfile
+import unicodedata
+from pathlib import Path
 
+import ijson
 import numpy as np
 import soundfile
 import torch
@@ -35,7 +41,19 @@ BLOCK = 1_280                   # samples of one audio token: 80 ms = 8 mel fram
 # what a resumed run may change: it moves no weight, but for --steps, which re-draws the schedule
 RESUME_FREE = {"steps", "resume", "out", "eval", "workers", "micro_seconds", "save_every", "eval_every",
                "sample_every"}
+SHARD_BYTES = 10**9             # a tar shard ends at the first clip beyond this
+AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".au", ".caf", ".w64",
+                  ".m4a", ".aac", ".mp4", ".webm", ".wma")          # the last five are counted as unreadable
 DURATION_TOLERANCE_S = 0.1      # manifest against decoded audio; codecs pad by a few tens of milliseconds
+LANGUAGES = {                   # Qwen3-ASR's thirty, as its prompt names them
+    "ar": "Arabic", "yue": "Cantonese", "zh": "Chinese", "cs": "Czech", "da": "Danish", "nl": "Dutch",
+    "en": "English", "fil": "Filipino", "fi": "Finnish", "fr": "French", "de": "German", "el": "Greek",
+    "hi": "Hindi", "hu": "Hungarian", "id": "Indonesian", "it": "Italian", "ja": "Japanese", "ko": "Korean",
+    "mk": "Macedonian", "ms": "Malay", "fa": "Persian", "pl": "Polish", "pt": "Portuguese", "ro": "Romanian",
+    "ru": "Russian", "es": "Spanish", "sv": "Swedish", "th": "Thai", "tr": "Turkish", "vi": "Vietnamese"}
+CODES = {**{name.lower(): code for code, name in LANGUAGES.items()}, "mandarin": "zh", "cmn": "zh"}
+SCRIPTS = {"HIRAGANA": "ja", "KATAKANA": "ja", "HANGUL": "ko", "CJK": "zh", "LATIN": "en", "CYRILLIC": "ru",
+           "ARABIC": "ar", "THAI": "th", "GREEK": "el", "DEVANAGARI": "hi"}     # of a letter's Unicode name
 
 
 class InputError(ValueError):
@@ -159,6 +177,22 @@ def drop_long(clips, max_seconds):
     training leaves longer clips out and shows how many."""
     kept = [clip for clip in clips if clip.duration <= max_seconds]
     return kept, len(clips) - len(kept)
+
+
+def language_code(name):
+    """A manifest's `language` as a code: "Chinese", "zh-CN", "zh" → "zh"; None stays None."""
+    name = re.split("[-_]", (name or "").strip().lower())[0]
+    return CODES.get(name, name) or None
+
+
+def script_language(text):
+    """Language code by the script of a text: any kana ja, else any Hangul ko, else any CJK zh, else the most
+    frequent script's (Latin en, Cyrillic ru, …); None without letters. Control tokens do not count."""
+    text = unicodedata.normalize("NFKC", re.sub(r"<[^<>\s]{1,40}>", "", text))
+    scripts = [unicodedata.name(c, "?").split()[0] for c in text if c.isalpha()]
+    found = [SCRIPTS[script] for script in scripts if script in SCRIPTS]
+    return next((code for code in ("ja", "ko", "zh") if code in found),
+                max(found, key=found.count, default=None))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -515,6 +549,244 @@ class Parser(argparse.ArgumentParser):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Corpora: generators over the layouts in which they are distributed
+# ------------------------------------------------------------------------------------------------------------
+# Each yields dicts with `id`, `audio` (a path, or FLAC bytes) and what is known of text, language, speaker,
+# begin_time and end_time; or, for what cannot be used, (reason, which), counted and shown at the end.
+def keyed_lines(path):
+    """{first word: rest of the line} of a text file such as Kaldi's."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            parts = [line.split(maxsplit=1) for line in file if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: {one_line(error)}; is ROOT the folder of this corpus?") from None
+    values = {key: "".join(rest).strip() for key, *rest in parts}
+    if len(values) < len(parts):
+        twice = collections.Counter(part[0] for part in parts).most_common(1)[0][0]
+        raise InputError(f"{path}: {twice} is there twice; remove one of the lines")
+    return values
+
+
+def chosen_splits(root, wanted):
+    """The sub-folders of root that --split names, all of them without it."""
+    there = sorted(path.name for path in Path(root).glob("*") if path.is_dir())
+    for split in set(wanted) - set(there):
+        raise InputError(f"--split {split}: no such folder in {root}; there are {', '.join(there) or 'none'}")
+    return wanted or there
+
+
+def joined(paths, texts, **known):
+    """Lines of audio files and {file stem: text}; what is on one side only is left out."""
+    paths = {path.stem: path for path in paths}
+    for i in sorted(paths.keys() | texts.keys()):
+        if i in paths and i in texts:
+            yield dict(id=i, audio=str(paths[i]), text=texts[i], **known)
+        else:
+            yield ("no transcript", str(paths[i])) if i in paths else ("no audio file", i)
+
+
+def librispeech(args):
+    """SPLIT/SPEAKER/CHAPTER/*.flac with .trans.txt; capitals stay."""
+    root = next(iter(Path(args.root).glob("LibriSpeech")), Path(args.root))
+    for split in chosen_splits(root, args.split):
+        for chapter in sorted((root / split).glob("*/*/")):
+            texts = [keyed_lines(path) for path in chapter.glob("*.trans.txt")]
+            yield from joined(chapter.glob("*.flac"), dict(item for part in texts for item in part.items()),
+                              language="en", speaker=chapter.parent.name)
+
+
+def aishell1(args):
+    """wav/SPLIT/SPEAKER/*.wav, transcript/aishell_transcript_v0.8.txt; the blanks between words go."""
+    root = next(iter(Path(args.root).glob("data_aishell")), Path(args.root))
+    texts = keyed_lines(root / "transcript" / "aishell_transcript_v0.8.txt")
+    for split in chosen_splits(root / "wav", args.split):
+        for speaker in sorted((root / "wav" / split).glob("*/")):
+            paths = sorted(speaker.glob("*.wav"))
+            known = {p.stem: "".join(texts[p.stem].split()) for p in paths if p.stem in texts}
+            yield from joined(paths, known, language="zh", speaker=speaker.name)
+
+
+def wenetspeech(args):
+    """WenetSpeech.json, read as a stream, and the audio that it names; --split takes subsets of segments."""
+    path, found = os.path.join(args.root, "WenetSpeech.json"), set()
+    try:
+        with open(path, "rb") as file:
+            for entry in ijson.items(file, "audios.item", use_float=True):
+                audio = os.path.join(args.root, entry["path"])
+                there = os.path.exists(audio)
+                for s in entry["segments"]:
+                    found.update(s["subsets"])
+                    if not args.split or set(args.split) & set(s["subsets"]):
+                        yield (dict(id=s["sid"], audio=audio, text=s["text"], language="zh",
+                                    begin_time=float(s["begin_time"]), end_time=float(s["end_time"]))
+                               if there else ("no audio file", audio))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; is ROOT the folder of this corpus?") from None
+    except (ijson.JSONError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: not WenetSpeech's JSON, or cut off: {one_line(repr(error))}") from None
+    for split in set(args.split) - found:
+        raise InputError(f"--split {split}: no such subset in {path}; there are {', '.join(sorted(found))}")
+
+
+def kaldi(args):
+    """wav.scp with paths, and segments, text, utt2spk where they are there."""
+    wavs, segments, texts, speakers = (
+        keyed_lines(os.path.join(args.root, name))
+        if name == "wav.scp" or os.path.exists(os.path.join(args.root, name)) else None
+        for name in ("wav.scp", "segments", "text", "utt2spk"))
+    for i, segment in (segments or {i: i for i in wavs}).items():
+        recording, *times = segment.split() if segments else [i]
+        source = wavs.get(recording, "")
+        path = os.path.join(args.root, source)
+        path = path if os.path.isfile(path) else source         # else from the current folder, as in Kaldi
+        line = dict(id=i, audio=path, text=(texts or {}).get(i), speaker=(speakers or {}).get(i))
+        try:
+            line.update(zip(("begin_time", "end_time"), map(float, times), strict=segments is not None))
+        except ValueError:
+            raise InputError(f"{args.root}/segments: {i}: expected recording, begin and end in s") from None
+        if source.endswith("|"):
+            yield "a command, which is never run", f"{i} {source}"
+        elif not os.path.isfile(path):
+            yield "no audio file", f"{i} {path}"
+        else:
+            yield line if texts is None or i in texts else ("no transcript", i)
+
+
+def fsdd(args):
+    """{digit}_{speaker}_{take}.wav; takes of one speaker are joined, with pauses, to strings of digits."""
+    root, takes = next(iter(Path(args.root).glob("recordings")), Path(args.root)), {}
+    for path in sorted(root.glob("[0-9]_*_*.wav")):
+        digit, speaker, take = path.stem.split("_")
+        if ("test" if int(take) < 5 else "train") in (args.split or ["train", "test"]):
+            try:
+                wave = load_audio(clip_from_file(str(path))).numpy()
+            except InputError as error:
+                yield "cannot be read", one_line(error)
+                continue
+            if not wave.any():
+                yield "all its samples are zero", str(path)
+                continue
+            level = np.sqrt(np.mean(wave**2))                                       # some speakers are faint
+            takes.setdefault(speaker, []).append((int(digit), wave / level))
+    if args.split and not takes:
+        raise InputError(f"--split {args.split[0]}: no such take in {root}; 0 to 4 are test, others train")
+    for speaker in set(args.speakers) - set(takes):
+        raise InputError(f"--speakers {speaker}: not in {root}; there are {', '.join(sorted(takes))}")
+    speakers = args.speakers or sorted(takes)
+    rng, words = np.random.default_rng(args.seed), "zero one two three four five six seven eight nine".split()
+    for n in range(args.count if speakers else 0):
+        speaker, pieces = speakers[rng.integers(len(speakers))], []
+        size = rng.integers(1, args.max_digits + 1)
+        picks = [takes[speaker][i] for i in rng.integers(len(takes[speaker]), size=size)]
+        for _, wave in picks:
+            pieces += [wave, np.zeros(rng.integers(int(0.15 * SAMPLE_RATE) + 1))]   # up to 150 ms
+        wave, file = np.concatenate(pieces[:-1]), io.BytesIO()
+        soundfile.write(file, 0.9 * wave / np.abs(wave).max(), SAMPLE_RATE, format="FLAC")
+        yield dict(id=f"{speaker}-{n:06d}", audio=file.getvalue(), text=" ".join(words[d] for d, _ in picks),
+                   language="en", speaker=speaker)
+
+
+def folder(args):
+    """Audio below ROOT (wav, flac, ogg, opus, mp3, …), its transcript, if any, in a .txt beside it."""
+    for path in sorted(path for path in Path(args.root).rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES):
+        line, beside = dict(id=str(path.relative_to(args.root)), audio=str(path)), path.with_suffix(".txt")
+        try:
+            yield {**line, "text": beside.read_text("utf-8-sig").strip()} if beside.exists() else line
+        except UnicodeDecodeError:
+            yield "its .txt is not UTF-8", str(path)
+
+
+CORPORA = dict(librispeech=librispeech, aishell1=aishell1, wenetspeech=wenetspeech, kaldi=kaldi, fsdd=fsdd,
+               folder=folder)
+
+
+def import_clip(line, language, pack, tars):
+    """A corpus's line with duration, from the header alone, and language (by script where it has none).
+
+    pack: stem of tar shards, or None; whole files go there byte for byte, segments as 16-bit FLAC, and `tars`
+    holds the shards made so far. A clip that cannot be read comes back as (reason, which).
+    """
+    line = {key: value for key, value in line.items() if value is not None}
+    code = line.get("language") or language or script_language(line.get("text", ""))
+    line.update({"language": code} if code else {})
+    audio, suffix = line["audio"], ".flac"
+    try:
+        if "end_time" in line:
+            line["duration"] = round(line["end_time"] - line["begin_time"], 4)
+            clip = parse_line(json.dumps(line), line["id"], "")
+            if pack:
+                file = io.BytesIO()
+                soundfile.write(file, load_audio(clip).numpy(), SAMPLE_RATE, "PCM_16", format="FLAC")
+                audio = file.getvalue()
+        else:
+            info = soundfile.info(io.BytesIO(audio) if isinstance(audio, bytes) else audio)
+            line["duration"] = round(info.duration, 4)
+            if pack and not isinstance(audio, bytes):
+                suffix, audio = os.path.splitext(audio)[1], Path(audio).read_bytes()
+        json.dumps(line, ensure_ascii=False, default=str).encode()
+    except (OSError, TypeError, ValueError, soundfile.LibsndfileError) as error:   # also names not in UTF-8
+        return "cannot be read", f"{line['id']!a}: {one_line(error)}"
+    if line["duration"] <= 0:
+        return "no samples", line["id"]
+    if pack:
+        if not tars or tars[-1].offset > SHARD_BYTES:
+            if tars:
+                tars[-1].close()
+            try:
+                tars.append(tarfile.open(f"{pack}-{len(tars):05d}.tar", "x", format=tarfile.USTAR_FORMAT))
+            except OSError as error:
+                raise InputError(f"--pack: {error.filename}: {error.strerror}; remove it first") from None
+        info = tarfile.TarInfo(f"{len(tars):05d}-{tars[-1].offset:010d}{suffix}")
+        info.size = len(audio)
+        line.update(audio=tars[-1].name, offset=tars[-1].offset + 512, nbytes=len(audio))   # after the header
+        tars[-1].addfile(info, io.BytesIO(audio))
+        line = {key: value for key, value in line.items() if key not in ("begin_time", "end_time")}
+    return line
+
+
+def import_corpus(args):
+    """Writes the manifest of a corpus, with --pack its tar shards; prints what is in it and what is not."""
+    out, partial, tars, left_out = Path(args.out).absolute(), Path(args.out + ".partial"), [], {}
+    n = n_untexted = seconds = 0
+    if out.exists():
+        raise InputError(f"--out {out} exists; remove it first")
+    if not os.path.isdir(args.root):
+        raise InputError(f"{args.root}: no such folder")
+    pack = args.pack or (args.out if args.command == "fsdd" else None)          # joined clips are nowhere yet
+    pack = pack and os.path.splitext(os.path.abspath(pack))[0]
+    for path in (args.out, pack or args.out):
+        make_folder(os.path.dirname(os.path.abspath(path)))
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            for line in CORPORA[args.command](args):
+                if isinstance(line, dict):
+                    line = import_clip(line, getattr(args, "language", None), pack, tars)
+                if isinstance(line, tuple):
+                    reason, which = line
+                    left_out.setdefault(reason, [0, which])[0] += 1
+                    continue
+                audio = Path(os.path.abspath(line["audio"]))
+                inside = audio.is_relative_to(out.parent)
+                line["audio"] = str(audio.relative_to(out.parent) if inside else audio)
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                n, n_untexted, seconds = n + 1, n_untexted + ("text" not in line), seconds + line["duration"]
+        why = "".join(f"\n  left out: {count} × {reason} (first: {first})"
+                      for reason, (count, first) in left_out.items())
+        if n == 0:
+            raise InputError(f"{args.root}: no usable clip; {args.command} is "
+                             f"{CORPORA[args.command].__doc__}{one_line(why)}")
+        if tars:
+            tars[-1].close()
+        partial.rename(out)
+    except BaseException:
+        for path in (partial, *(Path(tar.name) for tar in tars)):
+            path.unlink(missing_ok=True)
+        raise
+    print(f"{args.out}: {n} clips, {seconds / 3600:.3f} hours, {n_untexted} without text, "
+          f"{len(tars)} shard(s){why}")
+
+
+# ------------------------------------------------------------------------------------------------------------
 # python data.py check
 # ------------------------------------------------------------------------------------------------------------
 def check(path, max_seconds):
@@ -558,11 +830,30 @@ def parse_args(argv=None):
     checker.add_argument("manifests", nargs="+", metavar="m.jsonl", help="manifests to read")
     checker.add_argument("--max-seconds", type=at_least(0.01), default=30.0,
                          help="longest clip that counts as sound, in seconds")
+    for name, importer in CORPORA.items():
+        corpus = commands.add_parser(name, help=importer.__doc__, description=importer.__doc__)
+        corpus.add_argument("root", metavar="ROOT", help="folder of the corpus, as it is distributed")
+        corpus.add_argument("--out", required=True, metavar="m.jsonl", help="manifest to write")
+        corpus.add_argument("--pack", metavar="NAME.tar",
+                            help="store the clips in uncompressed tar shards NAME-00000.tar, … of about 1 GB")
+        if name in ("kaldi", "folder"):
+            corpus.add_argument("--language", help="language of all clips, such as en; by default by script")
+        else:
+            corpus.add_argument("--split", nargs="+", default=[],
+                                choices=["train", "test"] if name == "fsdd" else None,
+                                help="parts to take, by default all; WenetSpeech: subsets such as TEST_NET")
+        if name == "fsdd":
+            corpus.add_argument("--count", type=at_least(1, int), default=1_000, help="strings to join")
+            corpus.add_argument("--max-digits", type=at_least(1, int), default=6, help="longest string")
+            corpus.add_argument("--speakers", nargs="+", default=[], help="only these; by default all")
+            corpus.add_argument("--seed", type=at_least(0, int), default=0, help="seed of the strings")
     return parser.parse_args(argv)
 
 
 def main(args):
-    if sum(check(path, args.max_seconds) for path in args.manifests):
+    if args.command in CORPORA:
+        import_corpus(args)
+    elif sum(check(path, args.max_seconds) for path in args.manifests):
         sys.exit(1)
 
 
