@@ -282,13 +282,14 @@ def mel_filters():
                                                  norm="slaney", mel_scale="slaney").T         # (128, 201)
 
 
-def log_mel(waveform):
-    """Whisper's log-mel of one clip: (samples,) float32 → (128, F), F a multiple of 8.
+def log_mel(waveform, padded_samples=None):
+    """Whisper's log-mel of one clip: (samples,) float32 → (128, F), F = padded_samples // 160.
 
-    The clip is zero-padded to a multiple of 1,280 samples (80 ms), so F is 8 per audio token. Equal to
-    `WhisperFeatureExtractor(feature_size=128)` on the padded clip.
+    The clip is zero-padded at its end, by default to a multiple of 1,280 samples (80 ms), so that F is 8 per
+    audio token. Equal to `WhisperFeatureExtractor(feature_size=128)` on the padded clip.
     """
-    waveform = torch.nn.functional.pad(waveform, (0, -len(waveform) % BLOCK))
+    padding = -len(waveform) % BLOCK if padded_samples is None else padded_samples - len(waveform)
+    waveform = torch.nn.functional.pad(waveform, (0, padding))
     spectrum = torch.stft(waveform, N_FFT, HOP, window=torch.hann_window(N_FFT), center=True,
                           pad_mode="reflect", return_complex=True)[:, :-1]                    # (201, F)
     mel = (mel_filters() @ spectrum.abs().square()).clamp(min=1e-10).log10()
@@ -313,27 +314,37 @@ class Batch:
     prompt_ids: torch.Tensor        # (B, S)
     prompt_mask: torch.Tensor       # (B, S) True = prompt, False = padding on the left
     seconds: torch.Tensor           # (B,) clip durations
+    languages: list                 # B codes, None = unknown; empty where prompts name no language
 
     def to(self, device):
-        return Batch(*(getattr(self, f.name).to(device, non_blocking=True) for f in dataclasses.fields(self)))
+        return Batch(*(x.to(device, non_blocking=True) if isinstance(x, torch.Tensor) else x
+                       for x in vars(self).values()))
 
 
-def collate(waveforms, front_end, mels=None):
-    """`Batch` from waveforms [(samples,)] or from ready `mels` [(128, F)] beside them.
-    front_end: see model.FrontEnd."""
+def collate(waveforms, front_end, languages=None, mels=None):
+    """`Batch` from waveforms [(samples,)] and their languages [code, name or None];
+    `mels` [(128, F)] if they are ready. front_end: see model.FrontEnd."""
     mels = [front_end.features(w) for w in waveforms] if mels is None else mels
-    prompts = [front_end.prompt(len(w)) for w in waveforms]
+    unknown = [None] * len(mels)
+    languages = [language_code(x) for x in languages or unknown] if front_end.languages else []
+    audio_lens = [front_end.n_audio_tokens(len(w)) for w in waveforms]
     mel_lens = torch.tensor([mel.shape[1] for mel in mels])
-    mel = torch.zeros(len(mels), N_MELS, int(mel_lens.max()))
-    S = max(len(prompt) for prompt in prompts)
-    prompt_ids = torch.full((len(prompts), S), front_end.pad_id)
-    prompt_mask = torch.zeros(len(prompts), S, dtype=torch.bool)
-    for b, prompt in enumerate(prompts):
+    longest = int(mel_lens.max())
+    mel = torch.zeros(len(mels), N_MELS, longest + -longest % front_end.frame_multiple)
+    for b in range(len(mels)):
         mel[b, :, :mel_lens[b]] = mels[b]
-        prompt_ids[b, S - len(prompt):] = torch.tensor(prompt)
-        prompt_mask[b, S - len(prompt):] = True
-    return Batch(mel, mel_lens, torch.tensor([front_end.n_audio_tokens(len(w)) for w in waveforms]),
-                 prompt_ids, prompt_mask, torch.tensor([len(w) / SAMPLE_RATE for w in waveforms]))
+    prompts = [front_end.prompt(n, language) for n, language in zip(audio_lens, languages or unknown)]
+    return Batch(mel, mel_lens, torch.tensor(audio_lens), *pad_left(prompts, front_end.pad_id),
+                 torch.tensor([len(w) / SAMPLE_RATE for w in waveforms]), languages)
+
+
+def pad_left(prompts, pad_id):
+    """Prompt ids (B, S) and mask (B, S) of lists of ids: transcripts then start in one column."""
+    S = max(map(len, prompts))
+    ids, mask = torch.full((len(prompts), S), pad_id), torch.zeros(len(prompts), S, dtype=torch.bool)
+    for b, prompt in enumerate(prompts):
+        ids[b, S - len(prompt):], mask[b, S - len(prompt):] = torch.tensor(prompt), True
+    return ids, mask
 
 
 def batch_indices(durations, batch_size, seed, step, pool_batches=50):

@@ -3,12 +3,11 @@
     mel → encoder → LayerNorm → 4 frames merged → MLP → audio embeddings
         → prompt → Qwen causal LM → hidden rows → scores
 
-`ArkASR` keeps its weights in transformers' own GlmAsr classes, so a folder on disk is a stock GlmAsr folder,
-and adds what they lack: an encoder whose result does not depend on the padding of the batch, hidden rows at
-transcript positions only, and batched sampling that keeps the top-k ids of every step. A teacher is the same
-class. The loss is pure functions on tensors: `union_support`, `support_kl` and the two that score the
-support, `teacher_support` and `student_scores`. At the end: optimizer, schedule and checkpoints, shared by
-the training scripts.
+`SpeechLM` keeps its weights in transformers' own classes, GlmAsr (Ark) or Qwen3-ASR, so a folder on disk is
+a stock folder, and adds what they lack: an encoder whose result does not depend on the batch's padding, hidden
+rows at transcript positions only, and batched sampling that keeps the top-k ids of every step. Student and
+teacher are the same class. The loss is pure functions on tensors: `union_support`, `support_kl` and the two
+that score the support, `teacher_support` and `student_scores`. At the end: optimizer, schedule and checkpoints.
 
 Legend: B clips, S prompt tokens, T transcript tokens, A audio tokens, F mel frames, V vocabulary, K top-k,
 N transcript rows (clip, position) of a batch, U = 2K support entries, H hidden size of the LM,
@@ -16,27 +15,33 @@ D encoder width.
 """
 import dataclasses
 import glob
+import json
 import math
 import os
 import re
 import shutil
 
+import huggingface_hub
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
+from safetensors.torch import load_file
 from torch import nn
-from transformers import (AutoConfig, AutoTokenizer, GenerationConfig, GlmAsrConfig,
-                          GlmAsrForConditionalGeneration, GlmAsrProcessor, WhisperFeatureExtractor)
+from transformers import (AutoModelForCausalLM, AutoProcessor, AutoTokenizer, GenerationConfig, GlmAsrConfig,
+                          GlmAsrForConditionalGeneration, GlmAsrProcessor, Qwen2Config, Qwen2TokenizerFast,
+                          Qwen3ASRForConditionalGeneration, WhisperFeatureExtractor)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from data import N_MELS, InputError, log_mel, n_audio_tokens, one_line
+from data import (HOP, LANGUAGES, N_MELS, InputError, collate, language_code, log_mel, n_audio_tokens,
+                  one_line, pad_left, script_language)
 
 transformers.utils.logging.disable_progress_bar()
 
 PROMPT_TEXT = "Please transcribe this audio."
 AUDIO_TOKEN, STOP_TOKEN, PAD_TOKEN = "<|audio|>", "<|im_end|>", "<|endoftext|>"
 PROMPT_TOKENS = ["<|user|>", "<|begin_of_audio|>", AUDIO_TOKEN, "<|end_of_audio|>", "<|assistant|>"]
+ARK_PROMPT = "<|user|><|begin_of_audio|><|audio|><|end_of_audio|>" + PROMPT_TEXT + "<|assistant|>"
 # The same prompt for stock transformers' processor: user turns, each content item in its place, no newlines.
 CHAT_TEMPLATE = ("{% for message in messages %}{% if message['role'] == 'user' %}<|user|>"
                  "{% for part in message['content'] %}{% if part['type'] == 'audio' %}"
@@ -49,29 +54,31 @@ CHAT_TEMPLATE = ("{% for message in messages %}{% if message['role'] == 'user' %
 # ------------------------------------------------------------------------------------------------------------
 class FrontEnd:
     """Features, prompt and token ids of an Ark/GlmAsr model. Small and picklable: data workers carry it."""
+    prompt_tokens, audio_token = PROMPT_TOKENS, AUDIO_TOKEN
+    frame_multiple = 8                  # a batch's mel is padded to a multiple of this many frames
+    languages = {}                      # code → name as the prompt has it; empty: the prompt names none
 
-    def __init__(self, tokenizer):
-        missing = [token for token in (*PROMPT_TOKENS, STOP_TOKEN, PAD_TOKEN)
+    def __init__(self, tokenizer, prompt_text=ARK_PROMPT):
+        missing = [token for token in (*self.prompt_tokens, STOP_TOKEN, PAD_TOKEN)
                    if token not in tokenizer.get_vocab()]
         if missing:
             raise InputError(f"tokenizer {tokenizer.name_or_path} lacks the token(s) {' '.join(missing)}; "
-                             "a new student gets them from sft.py --tokenizer")
+                             "a new student gets them from sft.py --tokenizer or --lm")
         self.tokenizer = tokenizer
         added = [token.content for token in tokenizer.added_tokens_decoder.values()]
         added.sort(key=len, reverse=True)                   # the longest alternative first
         self.added = re.compile(f"({'|'.join(map(re.escape, added))})")
         self.pad_id, self.stop_id, self.audio_id = (tokenizer.convert_tokens_to_ids(t)
-                                                    for t in (PAD_TOKEN, STOP_TOKEN, AUDIO_TOKEN))
-        user, begin, _, end, assistant = tokenizer.convert_tokens_to_ids(PROMPT_TOKENS)
-        self.prompt_head, self.prompt_tail = [user, begin], [end, *self.encode_text(PROMPT_TEXT), assistant]
+                                                    for t in (PAD_TOKEN, STOP_TOKEN, self.audio_token))
+        self.prompt_head, self.prompt_tail = (tokenizer(part, add_special_tokens=False)["input_ids"]
+                                              for part in prompt_text.split(self.audio_token))
 
     features = staticmethod(log_mel)
     n_audio_tokens = staticmethod(n_audio_tokens)
 
-    def prompt(self, n_samples):
-        """Prompt ids (S,) of a clip:
-        user, begin_of_audio, audio × A, end_of_audio, the request, assistant."""
-        return self.prompt_head + [self.audio_id] * n_audio_tokens(n_samples) + self.prompt_tail
+    def prompt(self, n_audio, language=None):
+        """Prompt ids (S,): what stands before the n_audio audio tokens, they, and what stands after them."""
+        return self.prompt_head + [self.audio_id] * n_audio + self.prompt_tail
 
     def encode_text(self, text):
         """Token ids of a text. Control tokens written out in it ("<|im_end|>") stay text: split after "<"."""
@@ -84,6 +91,10 @@ class FrontEnd:
     def decode(self, ids):
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
+    def texts(self, rollout):
+        """The B texts of a rollout."""
+        return [self.decode(ids[:n]) for ids, n in zip(rollout.ids.tolist(), rollout.lens.tolist())]
+
     def transcripts(self, texts):
         """`Rollout` of given texts: their ids and the stop token,
         for supervised training and teacher forcing."""
@@ -93,6 +104,40 @@ class FrontEnd:
             padded[b, :len(row) + 1] = torch.tensor(row + [self.stop_id])
         return Rollout(padded, torch.tensor([len(row) for row in ids]),
                        torch.ones(len(ids), dtype=torch.bool))
+
+
+class Qwen3ASRFrontEnd(FrontEnd):
+    """The same of a Qwen3-ASR model: another length rule, the checkpoint's own chat template, and a language
+    in the prompt (`language English<asr_text>`), without which the model would write it itself."""
+    audio_token = "<|audio_pad|>"
+    prompt_tokens = ["<|im_start|>", "<|audio_start|>", audio_token, "<|audio_end|>", "<asr_text>"]
+    frame_multiple = 100                # the encoder's convolutions see chunks of one second
+    languages = LANGUAGES
+
+    def __init__(self, processor):
+        turn = [{"role": "user", "content": [{"type": "audio", "audio": ""}]}]
+        super().__init__(processor.tokenizer,
+                         processor.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+        prefixes = [self.language_ids(code) for code in LANGUAGES]
+        self.undecided = os.path.commonprefix(prefixes)     # "language", then a token that tells them apart
+        self.deciding_ids = [ids[len(self.undecided)] for ids in prefixes]
+
+    @staticmethod
+    def features(waveform):
+        return log_mel(waveform, max(len(waveform), 8_000))     # half a second at least
+
+    @staticmethod
+    def n_audio_tokens(n_samples):
+        """13 a second; three halvings, rounded up, of what the last second has."""
+        frames = max(n_samples, 8_000) // HOP
+        return 13 * (frames // 100) + -(-(frames % 100) // 8)
+
+    def language_ids(self, code):
+        return self.tokenizer(f"language {LANGUAGES[code]}<asr_text>", add_special_tokens=False)["input_ids"]
+
+    def prompt(self, n_audio, language=None):
+        """Prompt ids (S,); without a language they end where it would be written."""
+        return super().prompt(n_audio) + (self.language_ids(language) if language else [])
 
 
 def add_audio_tokens(tokenizer):
@@ -152,29 +197,142 @@ def key_masked_attention(module, query, key, value, attention_mask, scaling, dro
 ALL_ATTENTION_FUNCTIONS.register("key_masked", key_masked_attention)
 
 
-class ArkASR(nn.Module):
-    """A speech-LM: GlmAsr encoder and adapter, Qwen causal LM, tokenizer."""
+def local_folder(name):
+    """`name` if it is a folder, else the cached, or now downloaded, folder of that hub repository."""
+    name = os.fspath(name)
+    if os.path.isdir(name):
+        return name
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise InputError(f"{name} is no model folder: not a directory, nor like Qwen/Qwen3-ASR-0.6B-hf")
+    try:
+        return huggingface_hub.snapshot_download(
+            name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"])
+    except Exception as error:
+        raise InputError(f"{name}: no folder of that name, and no such hub repository in the cache or within "
+                         f"reach ({one_line(error)[:80]}); `hf download {name}` where there is a network, or "
+                         "give a folder in its place, as in --student DIR") from error
 
-    def __init__(self, net, tokenizer):
+
+def load_net(name, dtype):
+    """(stock net, tokenizer, processor or None) of a folder or hub name, its kind told by config.json."""
+    folder = local_folder(name)
+    try:
+        with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
+            raw = json.load(file)
+        kind = "ark" if "whisper_config" in raw else raw.get("model_type")
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise InputError(f"{name} is no model folder: config.json: {one_line(error)}") from None
+    if "thinker_config" in raw:
+        size = "0.6B" if "0.6b" in os.path.basename(os.path.realpath(folder)).lower() else "1.7B"
+        raise InputError(f"{name} is an original Qwen3-ASR checkpoint (thinker.* keys); take its conversion "
+                         f"for transformers, Qwen/Qwen3-ASR-{size}-hf")
+    stock = dict(glmasr=GlmAsrForConditionalGeneration, qwen3_asr=Qwen3ASRForConditionalGeneration)
+    if kind != "ark" and kind not in stock:
+        raise InputError(f"{name}: model_type is {kind!r}; a student or teacher is a glmasr or qwen3_asr "
+                         "folder, or the released ARK-ASR")
+    processor = None
+    try:
+        if kind == "ark":
+            net, tokenizer, wrong = import_ark(folder, raw, dtype)
+        else:
+            net, info = stock[kind].from_pretrained(folder, dtype=dtype, use_safetensors=True,
+                                                    output_loading_info=True)
+            wrong = [*sorted(info["missing_keys"]), *sorted(info["unexpected_keys"]),
+                     *sorted(map(str, info["mismatched_keys"]))]
+            if kind == "qwen3_asr":
+                processor = AutoProcessor.from_pretrained(folder)
+            tokenizer = processor.tokenizer if processor else AutoTokenizer.from_pretrained(folder)
+    except Exception as error:              # whatever the library says of a broken file, in one line
+        raise InputError(f"{name} is no model folder: {one_line(error)}") from error
+    if wrong:
+        raise InputError(f"{name}: weights and config.json do not match: {', '.join(wrong[:3])} "
+                         f"({len(wrong)} in all)")
+    return net, tokenizer, processor
+
+
+def glm_asr_config(audio, text, tokenizer, tied):
+    """GlmAsrConfig of an audio config (dict or object) and a text config object, ids from the tokenizer."""
+    stop_id, pad_id, audio_id = tokenizer.convert_tokens_to_ids([STOP_TOKEN, PAD_TOKEN, AUDIO_TOKEN])
+    text.bos_token_id, text.eos_token_id, text.pad_token_id = None, stop_id, pad_id
+    return GlmAsrConfig(audio_config=audio, text_config=text, audio_token_id=audio_id,
+                        tie_word_embeddings=tied)
+
+
+ARK_NAMES = [(r"^model\.", "model.language_model."),
+             (r"^audio_encoder\.whisper\.(conv\d|layers)", r"model.audio_tower.\1"),
+             (r"^audio_encoder\.layer_norm", "model.audio_tower.norm"),
+             (r"^audio_encoder\.adapting\.0", "model.multi_modal_projector.linear_1"),
+             (r"^audio_encoder\.adapting\.2", "model.multi_modal_projector.linear_2"),
+             (r"(model\.audio_tower\.layers\.\d+)\.self_attn\.out_proj", r"\1.self_attn.o_proj"),
+             (r"(model\.audio_tower\.layers\.\d+)\.self_attn_layer_norm", r"\1.input_layernorm"),
+             (r"(model\.audio_tower\.layers\.\d+)\.final_layer_norm", r"\1.post_attention_layernorm"),
+             (r"(model\.audio_tower\.layers\.\d+)\.(fc\d)", r"\1.mlp.\2")]
+
+
+def import_ark(folder, raw, dtype):
+    """(net, tokenizer, names that do not fit) of the released ARK-ASR checkpoint, without its remote code.
+
+    Keys are renamed. Its rotary embedding turns neighbouring pairs of the first half of each head, the stock
+    one turns halves: the even rows of q and k come first, then the odd ones.
+    """
+    whisper, tied = raw["whisper_config"], raw.get("tie_word_embeddings", True)
+    if raw.get("merge_factor", 4) != 4:
+        raise InputError(f"{folder}: merge_factor {raw['merge_factor']}; the adapter merges 4 frames")
+    tokenizer = Qwen2TokenizerFast.from_pretrained(folder)
+    tokenizer.init_kwargs.pop("auto_map", None)             # what we save refers to no remote code
+    heads, width = whisper["encoder_attention_heads"], whisper["d_model"]
+    audio = dict(hidden_size=width, intermediate_size=whisper["encoder_ffn_dim"], num_attention_heads=heads,
+                 num_hidden_layers=whisper["encoder_layers"], num_mel_bins=whisper.get("num_mel_bins", 80))
+    fields = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+              "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "hidden_act")
+    rope = raw.get("rope_parameters") or dict(rope_type="default", rope_theta=raw.get("rope_theta", 10_000.0))
+    text = Qwen2Config(**{key: raw[key] for key in fields if key in raw}, rope_parameters=rope,
+                       tie_word_embeddings=tied)
+    net = GlmAsrForConditionalGeneration(glm_asr_config(audio, text, tokenizer, tied)).to(dtype)
+    rows = torch.arange(width // heads)
+    half = len(rows) // 2
+    rows = torch.cat([rows[:half:2], rows[1:half:2], rows[half:]])
+    weights, paths = {}, sorted(glob.glob(os.path.join(glob.escape(folder), "*.safetensors")))
+    if not paths:
+        raise InputError("it holds no *.safetensors")
+    for path in paths:
+        for key, tensor in load_file(path).items():
+            if key.endswith("embed_positions.weight") or key == "lm_head.weight" and tied:
+                continue                        # not used, and the embedding's twin
+            for old, new in ARK_NAMES:
+                key = re.sub(old, new, key)
+            if re.match(r"model\.audio_tower\..*\.[qk]_proj\.", key):
+                tensor = tensor.view(heads, len(rows), -1)[:, rows].reshape(tensor.shape)
+            weights[key] = tensor
+    missing, unexpected = net.load_state_dict(weights, strict=False)
+    return net, tokenizer, [key for key in missing if not (tied and key == "lm_head.weight")] + unexpected
+
+
+class SpeechLM(nn.Module):
+    """A speech-LM, student or teacher: a stock net, GlmAsr (Ark) or Qwen3-ASR, and its tokenizer."""
+
+    def __init__(self, net, tokenizer, processor=None):
         super().__init__()
-        self.net = net               # GlmAsrForConditionalGeneration: the weights and their names
-        self.front_end = FrontEnd(tokenizer)
+        self.net = net               # …ForConditionalGeneration: the weights and their names
+        self.is_qwen3_asr = net.config.model_type == "qwen3_asr"
+        self.processor = processor   # Qwen3-ASR's own, saved as it was read; an Ark model's is written anew
         self.encoder, self.adapter = net.model.audio_tower, net.model.multi_modal_projector
         self.lm, self.head = net.model.language_model, net.lm_head
-        self.encoder.config._attn_implementation = "key_masked"
-        config = net.config
-        lm_type = config.text_config.model_type
-        if lm_type not in ("qwen2", "qwen3") or config.audio_config.num_mel_bins != N_MELS:
-            raise InputError(f"an Ark model is a qwen2 or qwen3 LM over {N_MELS} mel bins, "
-                             f"not {lm_type} over {config.audio_config.num_mel_bins}")
-        if config.audio_config.intermediate_size != 4 * config.audio_config.hidden_size:
-            raise InputError("the encoder's intermediate_size must be 4 × hidden_size: "
-                             "the adapter merges 4 frames by a reshape")
-        if config.audio_token_id != self.front_end.audio_id or config.text_config.vocab_size < len(tokenizer):
-            raise InputError(f"model and tokenizer do not match: audio token {config.audio_token_id} and "
-                             f"{config.text_config.vocab_size} rows in config.json, "
+        audio, text = net.config.audio_config, net.config.text_config
+        if text.model_type not in ("qwen2", "qwen3") or audio.num_mel_bins != N_MELS:
+            raise InputError(f"a student or teacher is a qwen2 or qwen3 LM over {N_MELS} mel bins, "
+                             f"not {text.model_type} over {audio.num_mel_bins}")
+        self.front_end = Qwen3ASRFrontEnd(processor) if self.is_qwen3_asr else FrontEnd(tokenizer)
+        if not self.is_qwen3_asr:
+            self.encoder.config._attn_implementation = "key_masked"
+            if audio.intermediate_size != 4 * audio.hidden_size:
+                raise InputError("the encoder's intermediate_size must be 4 × hidden_size: "
+                                 "the adapter merges 4 frames by a reshape")
+        if net.config.audio_token_id != self.front_end.audio_id or text.vocab_size < len(tokenizer):
+            raise InputError(f"model and tokenizer do not match: audio token {net.config.audio_token_id} and "
+                             f"{text.vocab_size} rows in config.json, "
                              f"{self.front_end.audio_id} and {len(tokenizer)} tokens in the tokenizer")
-        forbidden = forbidden_ids(tokenizer, config.text_config.vocab_size, self.front_end.stop_id)
+        forbidden = forbidden_ids(tokenizer, text.vocab_size, self.front_end.stop_id)
         self.register_buffer("forbidden", forbidden, persistent=False)      # (V,)
 
     @classmethod
@@ -185,85 +343,123 @@ class ArkASR(nn.Module):
             raise InputError("--config: expected the config.json of a GlmAsr model, "
                              'with "audio_config" and "text_config"')
         add_audio_tokens(tokenizer)
-        front_end = FrontEnd(tokenizer)
         try:
-            audio, text = dict(config["audio_config"]), dict(config["text_config"])
-            text.update(vocab_size=max(len(tokenizer), text.get("vocab_size", 0)), bos_token_id=None,
-                        eos_token_id=front_end.stop_id, pad_token_id=front_end.pad_id)
+            text = dict(config["text_config"])
+            text["vocab_size"] = max(len(tokenizer), text.get("vocab_size", 0))
             # GlmAsrConfig would fill a dict with Llama's defaults, so the text config is built here, whole.
-            text_config = transformers.CONFIG_MAPPING[text.pop("model_type", "qwen2")](**text)
-            config = GlmAsrConfig(audio_config=audio, text_config=text_config,
-                                  audio_token_id=front_end.audio_id,
-                                  tie_word_embeddings=config.get("tie_word_embeddings", True))
-            net = GlmAsrForConditionalGeneration(config)
+            text = transformers.CONFIG_MAPPING[text.pop("model_type", "qwen2")](**text)
+            net = GlmAsrForConditionalGeneration(glm_asr_config(
+                config["audio_config"], text, tokenizer, config.get("tie_word_embeddings", True)))
         except Exception as error:              # whatever the library says of a wrong field, in one line
             raise InputError(f"--config: no model can be built from it: {one_line(error)}") from error
         return cls(net, tokenizer)
 
     @classmethod
-    def from_pretrained(cls, folder, dtype=torch.float32):
-        """A model from a GlmAsr folder (config.json, safetensors, tokenizer).
-        Raises InputError that says what is missing.
+    def from_parts(cls, encoder, lm):
+        """A new student: encoder and norm of a GlmAsr or ARK model, a Qwen causal LM, a random adapter.
+
+        The rows of audio tokens that the LM's tokenizer lacks are drawn with the mean
+        and the spread of the LM's other rows.
+        """
+        encoder, folder = load_net(encoder, torch.float32)[0], local_folder(lm)
+        try:
+            lm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+        except Exception as error:
+            raise InputError(f"--lm {folder} is no causal LM: {one_line(error)}") from error
+        if encoder.config.model_type != "glmasr" or lm.config.model_type not in ("qwen2", "qwen3"):
+            raise InputError(f"--encoder is a glmasr model and --lm a qwen2 or qwen3 model, not "
+                             f"{encoder.config.model_type} and {lm.config.model_type}")
+        known = len(tokenizer)
+        add_audio_tokens(tokenizer)
+        if len(tokenizer) > lm.config.vocab_size:
+            lm.resize_token_embeddings(len(tokenizer))
+        for rows in {lm.get_input_embeddings().weight, lm.get_output_embeddings().weight}:
+            old, new = rows.data[:known], rows.data[known:len(tokenizer)]
+            new.copy_(old.mean(0) + old.std(0) * torch.randn_like(new))
+        net = GlmAsrForConditionalGeneration(glm_asr_config(
+            encoder.config.audio_config, lm.config, tokenizer, lm.config.tie_word_embeddings))
+        net.model.audio_tower.load_state_dict(encoder.model.audio_tower.state_dict())
+        net.model.language_model.load_state_dict(lm.model.state_dict())
+        net.lm_head.load_state_dict(lm.lm_head.state_dict())
+        return cls(net, tokenizer)
+
+    @classmethod
+    def from_pretrained(cls, name, dtype=torch.float32):
+        """A model from a folder or the hub: GlmAsr, Qwen3-ASR (`-hf`), or the released ARK-ASR, told by
+        config.json. Raises InputError that says what is missing.
 
         Weights are kept in `dtype` whatever the file holds: training wants float32 masters.
         """
-        if not os.path.isdir(folder):
-            raise InputError(f"{folder} is no model folder: not a directory")
-        try:
-            config = AutoConfig.from_pretrained(folder)
-            if config.model_type != "glmasr":
-                raise InputError(f"{folder}: model_type is {config.model_type!r}; "
-                                 "a student or teacher is a glmasr folder")
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-            net, info = GlmAsrForConditionalGeneration.from_pretrained(
-                folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True)
-        except InputError:
-            raise
-        except Exception as error:              # whatever the library says of a broken file, in one line
-            raise InputError(f"{folder} is no model folder: {one_line(error)}") from error
-        wrong = (sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
-                 + sorted(map(str, info["mismatched_keys"])))
-        if wrong:
-            raise InputError(f"{folder}: weights and config.json do not match: {', '.join(wrong[:3])} "
-                             f"({len(wrong)} in all)")
-        for name, p in net.named_parameters():
+        net, tokenizer, processor = load_net(name, dtype)
+        for key, p in net.named_parameters():
             if not p.isfinite().all():
-                raise InputError(f"{folder}: {name} holds NaN or infinite weights")
-        return cls(net, tokenizer)
+                raise InputError(f"{name}: {key} holds NaN or infinite weights")
+        return cls(net, tokenizer, processor)
 
     def save_pretrained(self, folder):
-        """Writes a stock GlmAsr folder: weights, config, tokenizer, processor, and generation settings with
-        which stock `generate` stops at the stop token and never writes a control token."""
+        """Writes a stock folder of the net's class: weights, config, tokenizer, processor, generation settings.
+        With an Ark model's, stock `generate` stops at the stop token and never writes a control token."""
         front_end = self.front_end
-        self.net.generation_config = GenerationConfig(
-            eos_token_id=front_end.stop_id, pad_token_id=front_end.pad_id, do_sample=False,
-            suppress_tokens=self.forbidden.nonzero()[:, 0].tolist() or None)
+        if not self.is_qwen3_asr:
+            self.net.generation_config = GenerationConfig(
+                eos_token_id=front_end.stop_id, pad_token_id=front_end.pad_id, do_sample=False,
+                suppress_tokens=self.forbidden.nonzero()[:, 0].tolist() or None)
         # the names of the classes, not of older files
         self.net.save_pretrained(folder, save_original_format=False)
-        GlmAsrProcessor(WhisperFeatureExtractor(feature_size=N_MELS), front_end.tokenizer,
-                        chat_template=CHAT_TEMPLATE, audio_token=AUDIO_TOKEN,
-                        default_transcription_prompt=PROMPT_TEXT).save_pretrained(folder)
+        (self.processor or GlmAsrProcessor(
+            WhisperFeatureExtractor(feature_size=N_MELS), front_end.tokenizer, chat_template=CHAT_TEMPLATE,
+            audio_token=AUDIO_TOKEN, default_transcription_prompt=PROMPT_TEXT)).save_pretrained(folder)
+
+    def with_languages(self, batch, texts=None):
+        """The batch with a language in every prompt, which Qwen3-ASR wants; an Ark model's as it is.
+
+        A clip whose language is not known takes the one of the script of its text (texts: B), else the one
+        that the model itself finds likeliest of its thirty.
+        """
+        if None not in batch.languages:
+            return batch
+        front_end, n_audio = self.front_end, batch.audio_lens.tolist()
+        guesses = [script_language(text) for text in texts or [""] * len(n_audio)]
+        if None in guesses:
+            questions = [front_end.prompt(n) + front_end.undecided for n in n_audio]
+            ids, mask = (x.to(batch.mel.device) for x in pad_left(questions, front_end.pad_id))
+            asked = dataclasses.replace(batch, prompt_ids=ids, prompt_mask=mask)
+            with torch.no_grad():
+                embeds = self.embed_prompt(asked, self.encode(asked)[0])
+                hidden = self.lm(inputs_embeds=embeds, attention_mask=mask, position_ids=positions_of(mask))
+                scores = self.head(hidden.last_hidden_state[:, -1])[:, front_end.deciding_ids]     # (B, 30)
+            heard = [list(front_end.languages)[i] for i in scores.argmax(dim=1).tolist()]
+            guesses = [guess or code for guess, code in zip(guesses, heard)]
+        languages = [known or guess for known, guess in zip(batch.languages, guesses)]
+        ids, mask = pad_left([front_end.prompt(*x) for x in zip(n_audio, languages)], front_end.pad_id)
+        return dataclasses.replace(batch, prompt_ids=ids.to(batch.mel.device), languages=languages,
+                                   prompt_mask=mask.to(batch.mel.device))
 
     def encode(self, batch):
-        """Encoder and adapter: → audio embeddings (B, A, H), encoder frames (B, T', D), frames per clip (B,).
+        """Encoder and adapter: → audio embeddings (ΣA, H), clip by clip; an Ark encoder's frames (B, T', D)
+        and their number per clip (B,), None for Qwen3-ASR.
 
-        A clip's result does not depend on its batch mates: mel is 0 beyond a clip's last block,
-        which is what the convolutions pad with, and encoder positions beyond it are masked as keys.
+        A clip's result does not depend on its batch mates: mel is 0 beyond a clip's own frames, which is what
+        the convolutions pad with, and positions beyond it are not attended to: by a key mask here; Qwen3-ASR
+        drops them.
         """
+        if self.is_qwen3_asr:
+            mel_mask = torch.arange(batch.mel.shape[2], device=batch.mel.device) < batch.mel_lens[:, None]
+            return self.net.get_audio_features(batch.mel, mel_mask.long()).pooler_output, None, None
         frame_lens = batch.mel_lens // 2                                                  # 50 frames a second
         positions = torch.arange(batch.mel.shape[2] // 2, device=batch.mel.device)
         key_mask = (positions < frame_lens[:, None])[:, None, None, :]                    # (B, 1, 1, T')
         frames = self.encoder(batch.mel, key_mask=key_mask).last_hidden_state             # (B, T', D)
         merged = frames.reshape(len(frames), -1, 4 * frames.shape[2])                     # (B, T'/4, 4D)
-        return self.adapter(merged), frames, frame_lens
+        counted = torch.arange(merged.shape[1], device=merged.device) < batch.audio_lens[:, None]
+        return self.adapter(merged[counted]), frames, frame_lens
 
     def embed_prompt(self, batch, audio_embeds):
-        """Prompt embeddings (B, S, H): the placeholders' rows are replaced by the clip's audio embeddings."""
+        """Prompt embeddings (B, S, H): the placeholders' rows are replaced by audio_embeds (ΣA, H)."""
         embeds = self.lm.embed_tokens(batch.prompt_ids)
-        # places (B, A), is_audio (B, S, 1)
-        places = torch.arange(audio_embeds.shape[1], device=embeds.device) < batch.audio_lens[:, None]
-        is_audio = ((batch.prompt_ids == self.front_end.audio_id) & batch.prompt_mask)[:, :, None]
-        return embeds.masked_scatter(is_audio, audio_embeds[places].to(embeds.dtype))
+        is_audio = (batch.prompt_ids == self.front_end.audio_id) & batch.prompt_mask                # (B, S)
+        return embeds.masked_scatter(is_audio[:, :, None], audio_embeds.to(embeds.dtype))
 
     def forward(self, batch, rollout):
         """Teacher forcing: hidden rows (N, H) at the scored positions of `rollout`, clip by clip,
@@ -334,6 +530,52 @@ class ArkASR(nn.Module):
                           use_cache=True)
         self.train(was_training)
         return Rollout(ids[:, :t + 1], n_tokens - stopped.long(), stopped, topk_ids[:, :t + 1])
+
+
+@torch.no_grad()
+def self_check(model, waveforms, languages):
+    """Does the model agree with itself? Its greedy transcripts of a few clips, scored by teacher forcing.
+
+    → dict: nll, their mean negative log-likelihood, nats a token; agreement, the share of tokens that are
+    the likeliest of their row; batch_difference, the largest difference of a logit between the clips in one
+    batch and one by one, relative to the largest logit. Raises InputError where shifted rows or a leaking
+    batch show: a greedy token's likelihood is never below 1 / V, whatever the weights.
+    """
+    device, k = model.forbidden.device, min(2, len(model.forbidden))
+    batch = model.with_languages(collate(waveforms, model.front_end, languages).to(device))
+    rollout = model.sample(batch, 32, k=k)
+
+    def logits(batch, rollout):
+        return model.head(model(batch, rollout)[0]).float().masked_fill(model.forbidden, -math.inf)  # (N, V)
+
+    together = logits(batch, rollout)
+    alone = torch.cat([logits(
+        collate([waveform], model.front_end, batch.languages[b:b + 1]).to(device),
+        Rollout(*(x[b:b + 1] for x in vars(rollout).values()))) for b, waveform in enumerate(waveforms)])
+    tokens = rollout.ids[rollout.row_mask()][:, None]                                     # (N, 1)
+    largest = together[:, ~model.forbidden].abs().max()
+    tolerance = 1e-3 if together.dtype == next(model.parameters()).dtype else 0.1         # bf16 and its like
+    likeliest = together.gather(1, tokens) >= together.amax(1, True) - tolerance * largest
+    found = dict(nll=-together.log_softmax(1).gather(1, tokens).mean().item(),
+                 agreement=likeliest.float().mean().item(),
+                 batch_difference=((together - alone)[:, ~model.forbidden].abs().max() / largest).item())
+    limit = math.log(int((~model.forbidden).sum())) + tolerance
+    if not (found["nll"] <= limit and found["agreement"] >= 0.95 and found["batch_difference"] <= tolerance):
+        raise InputError(
+            f"self-check: {type(model.net).__name__} contradicts itself: nll of its own greedy transcripts "
+            f"{found['nll']:.3f} nats a token (at most {limit:.1f}), likeliest tokens {found['agreement']:.0%} (at "
+            f"least 95 %), logits alone and in a batch {found['batch_difference']:.1e} of the largest apart (at "
+            f"most {tolerance:g}): prompt, rows or masks are misaligned")
+    return found
+
+
+def check_languages(clips, *models):
+    """Raises InputError where a manifest names a language that a model's prompt cannot."""
+    known = [set(model.front_end.languages) for model in models if model.front_end.languages]
+    for clip in clips:
+        if clip.language and not all(language_code(clip.language) in codes for codes in known):
+            raise InputError(f'{clip.where}: "language" is {clip.language!r}, which Qwen3-ASR does not know; '
+                             f"it takes {', '.join(sorted(LANGUAGES))} or nothing")
 
 
 def positions_of(mask):

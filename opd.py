@@ -29,9 +29,9 @@ from data import (Batch, InputError, Parser, StepDataset, all_reduce_sum, at_lea
                   drop_long, load_audio, read_manifest, run_script, setup_distributed, start_run,
                   step_batches)
 from eval import evaluate, print_table, read_sets
-from model import (ArkASR, Rollout, align_vocabularies, all_reduce_gradients, cosine_lr, load_state,
-                   make_optimizer, save_checkpoint, start_folder, student_scores, support_kl, teacher_rollout,
-                   teacher_support)
+from model import (Rollout, SpeechLM, align_vocabularies, all_reduce_gradients, check_languages, cosine_lr,
+                   load_state, make_optimizer, save_checkpoint, self_check, start_folder, student_scores,
+                   support_kl, teacher_rollout, teacher_support)
 from overlap import set_overlap
 
 PHASES = ("data", "rollout", "teacher", "update")
@@ -115,48 +115,36 @@ def write_samples(path, step, clips, front_end, rollout, teacher_texts, kl, n=2)
 def parse_args(argv=None):
     parser = Parser(prog="opd.py", description=__doc__)
     add = parser.add_argument_group("data").add_argument
-    add("--train", nargs="+", required=True, metavar="m.jsonl",
-        help="training manifests; transcripts are not read")
-    add("--eval", nargs="*", default=[], metavar="m.jsonl",
-        help="manifests decoded and scored before and after; none by default")
+    add("--train", nargs="+", required=True, metavar="m.jsonl", help="manifests; transcripts are not read")
+    add("--eval", nargs="*", default=[], metavar="m.jsonl", help="decoded and scored before and after")
     add("--max-seconds", type=at_least(0.01), default=30.0,
         help="longer clips are left out of training and counted, in seconds; in --eval an error")
-    add("--workers", type=at_least(0, int), default=2,
-        help="processes per rank that read audio ahead; 0 = none")
-    add = parser.add_argument_group("models").add_argument
-    add("--student", required=True, help="folder of the student to distil into (not changed)")
-    add("--teacher", required=True, help="folder of the frozen teacher")
+    add("--workers", type=at_least(0, int), default=2, help="processes a rank that read ahead; 0 = none")
+    add = parser.add_argument_group("models (GlmAsr, Qwen3-ASR -hf, ARK-ASR)").add_argument
+    add("--student", required=True, help="folder or hub name of the model to distil into; it is not changed")
+    add("--teacher", required=True, help="folder or hub name of the frozen teacher")
     add = parser.add_argument_group("objective").add_argument
-    add("--k", type=at_least(1, int), default=32,
-        help="top-k ids per model; the support is the union of both")
-    add("--tau", type=at_least(1e-3), default=1.0,
-        help="temperature of both distributions; the loss carries tau squared")
+    add("--k", type=at_least(1, int), default=32, help="top-k ids per model; U_t is the union of both")
+    add("--tau", type=at_least(1e-3), default=1.0, help="temperature of both distributions in the loss")
     add = parser.add_argument_group("rollout").add_argument
-    add("--temperature", type=at_least(0), default=0.0,
-        help="sampling temperature of the rollout; 0 = greedy")
-    add("--max-new-tokens", type=at_least(1, int), default=64,
-        help="cap on a rollout's tokens, the stop token counted")
+    add("--temperature", type=at_least(0), default=0.0, help="of the rollout's sampling; 0 = greedy")
+    add("--max-new-tokens", type=at_least(1, int), default=64, help="cap on a rollout's tokens")
     add("--tokens-per-second", type=at_least(0), default=8.0,
         help="a clip's cap is also this × its seconds + 16 tokens; 0 = off")
     add = parser.add_argument_group("optimization").add_argument
     add("--steps", type=at_least(1, int), default=10_000, help="optimizer updates")
-    add("--batch-size", type=at_least(1, int), default=960,
-        help="clips per update over all ranks (paper: 24 GPUs × 40)")
+    add("--batch-size", type=at_least(1, int), default=960, help="clips per update, all ranks together")
     add("--micro-seconds", type=at_least(0.01), default=600.0,
         help="padded audio per forward pass and rank, in seconds; does not change results")
     add("--lr", type=at_least(0), default=1e-4, help="peak learning rate")
-    add("--warmup-steps", type=at_least(0, int), default=1_000,
-        help="updates of linear warm-up; then cosine to 0 at --steps")
-    add("--weight-decay", type=at_least(0), default=0.005,
-        help="AdamW decay; not on norms, biases and embeddings")
+    add("--warmup-steps", type=at_least(0, int), default=1_000, help="linear warm-up, then cosine to 0")
+    add("--weight-decay", type=at_least(0), default=0.005, help="AdamW; not on norms, biases and embeddings")
     add("--clip", type=at_least(0), default=1.0, help="gradient norm is clipped to this; 0 = off")
     add = parser.add_argument_group("run").add_argument
     add("--out", default="runs/opd", help="output folder; an existing run is refused unless --resume")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
-    add("--save-every", type=at_least(1, int), default=1_000,
-        help="steps between checkpoints; one more at the end")
-    add("--eval-every", type=at_least(0, int), default=0,
-        help="steps between evaluations on --eval; 0 = only before and after")
+    add("--save-every", type=at_least(1, int), default=1_000, help="steps between checkpoints")
+    add("--eval-every", type=at_least(0, int), default=0, help="steps between evaluations; 0 = off")
     add("--sample-every", type=at_least(0, int), default=100,
         help="steps between samples (2 rollouts) in samples.jsonl; 0 = off")
     add("--seed", type=at_least(0, int), default=0, help="seed of the order of clips and of sampling")
@@ -175,9 +163,20 @@ def main(args):
         raise InputError(f"--train: no clip of at most --max-seconds {args.max_seconds:g}")
     eval_sets = read_sets(args.eval, args.max_seconds)
     # ---- models --------------------------------------------------------------------------------------------
-    teacher = ArkASR.from_pretrained(args.teacher).to(device).eval().requires_grad_(False)
-    student = ArkASR.from_pretrained(start_folder(args, args.student)).to(device).train()
+    teacher = SpeechLM.from_pretrained(args.teacher).to(device).eval().requires_grad_(False)
+    student = SpeechLM.from_pretrained(start_folder(args, args.student)).to(device).train()
     alignment = align_vocabularies(student, teacher)
+    check_languages(clips, student, teacher)
+    # ---- self-check: on four clips, shortest to longest, misaligned prompts, rows or masks show -------------
+    by_length = sorted(range(len(clips)), key=lambda i: clips[i].duration)
+    few = [clips[by_length[q * (len(clips) - 1) // 3]] for q in range(4)]
+    waveforms = [load_audio(clip) for clip in few]
+    for role, lm in (("student", student), ("teacher", teacher)):
+        check = self_check(lm, waveforms, [clip.language for clip in few])
+        if rank == 0:
+            print(f"self-check, {role}: nll of its own greedy transcripts {check['nll']:.3f} nats a token, "
+                  f"likeliest tokens {check['agreement']:.0%}, logits alone and in a batch "
+                  f"{check['batch_difference']:.0e} apart (of the largest)", flush=True)
     # ---- optimizer, resume, output folder ------------------------------------------------------------------
     optimizer = make_optimizer(student, args.lr, args.weight_decay)
     first_step = load_state(args.out, optimizer)[0] if args.resume else 0
@@ -199,11 +198,14 @@ def main(args):
         """One micro-batch: clip indices, the student's and the teacher's Batch,
         uniforms (B, T) for sampling."""
         waveforms = [load_audio(clips[i]) for i in indices]
-        mels = [student_front_end.features(w) for w in waveforms]          # both front ends take this log-mel
+        languages = [clips[i].language for i in indices]
+        mels = [student_front_end.features(w) for w in waveforms]
+        same = type(student_front_end) is type(teacher_front_end)           # then both take this log-mel
         uniforms = np.stack([np.random.default_rng((args.seed, 2, step, i)).random(args.max_new_tokens)
                              for i in indices])
-        return (indices, collate(waveforms, student_front_end, mels),
-                collate(waveforms, teacher_front_end, mels), torch.from_numpy(uniforms))
+        return (indices, collate(waveforms, student_front_end, languages, mels),
+                collate(waveforms, teacher_front_end, languages, mels if same else None),
+                torch.from_numpy(uniforms))
 
     def run_eval(step):
         folder = os.path.join(args.out, f"eval-{step}")
@@ -225,9 +227,11 @@ def main(args):
         # ---- rollout: the student writes, no gradient ------------------------------------------------------
         rolled = []
         for indices, batch, teacher_batch, uniforms in micros:
-            batch, teacher_batch = batch.to(device), teacher_batch.to(device)
+            batch, teacher_batch = student.with_languages(batch.to(device)), teacher_batch.to(device)
             rollout = student.sample(batch, args.max_new_tokens, args.temperature, args.k,
                                      args.tokens_per_second, alignment.student_forbidden, uniforms)
+            if None in teacher_batch.languages:         # not in the manifest: by the script of the rollout
+                teacher_batch = teacher.with_languages(teacher_batch, student_front_end.texts(rollout))
             rolled.append((batch, teacher_batch, rollout))
         clock.append(time.perf_counter())
         # ---- teacher: scores of the very same tokens, no gradient ------------------------------------------
@@ -264,13 +268,11 @@ def main(args):
             raise RuntimeError(f"step {done}: loss {metrics['loss']}, gradient norm {grad_norm}: "
                                "not finite; lower --lr")
         if rank == 0 and args.sample_every and (step % args.sample_every == 0 or done == args.steps):
-            indices, _, teacher_batch, _ = micros[0]
-            written = teacher.sample(teacher_batch.to(device), args.max_new_tokens, k=1,
+            written = teacher.sample(rolled[0][1], args.max_new_tokens, k=1,
                                      tokens_per_second=args.tokens_per_second)
-            texts = [teacher_front_end.decode(ids[:m])
-                     for ids, m in zip(written.ids.tolist(), written.lens.tolist())]
-            write_samples(os.path.join(args.out, "samples.jsonl"), done, [clips[i] for i in indices],
-                          student_front_end, scored[0].rollout, texts, losses_at_1[0])
+            write_samples(os.path.join(args.out, "samples.jsonl"), done, [clips[i] for i in micros[0][0]],
+                          student_front_end, scored[0].rollout, teacher_front_end.texts(written),
+                          losses_at_1[0])
         if rank == 0 and (done % args.save_every == 0 or done == args.steps):
             save_checkpoint(args.out, done, student, optimizer)
         if eval_sets and args.eval_every and done % args.eval_every == 0 and done < args.steps:

@@ -18,7 +18,8 @@ from tqdm import tqdm
 from data import (InputError, Parser, at_least, collate, load_audio, make_folder, micro_batches, run_script,
                   setup_distributed)
 from eval import print_table, read_sets
-from model import (ArkASR, align_vocabularies, support_kl, teacher_rollout, teacher_support, union_support)
+from model import (SpeechLM, align_vocabularies, check_languages, support_kl, teacher_rollout,
+                   teacher_support, union_support)
 
 MEASURES = ("vuss", "overlap_ratio", "jaccard", "top1", "mass_student", "mass_teacher", "advantage",
             "entropy_gap", "kl_union", "kl_full")
@@ -68,13 +69,15 @@ def probability_overlap(student_logits, teacher_logits, student_topk, teacher_to
 
 
 @torch.no_grad()
-def measure(student, teacher, alignment, waveforms, k, max_new_tokens, tokens_per_second, device, chunk=1024):
+def measure(student, teacher, alignment, waveforms, languages, k, max_new_tokens, tokens_per_second, device,
+            chunk=1024):
     """All measures of a batch of clips. → {name: (N,) float64}, clip of each row (N,),
     quarter 0–3 of each row (N,)."""
-    student_batch = collate(waveforms, student.front_end).to(device)
-    teacher_batch = collate(waveforms, teacher.front_end).to(device)
+    student_batch = student.with_languages(collate(waveforms, student.front_end, languages).to(device))
     rollout = student.sample(student_batch, max_new_tokens, k=k, tokens_per_second=tokens_per_second,
                              forbidden=alignment.student_forbidden)
+    teacher_batch = teacher.with_languages(collate(waveforms, teacher.front_end, languages).to(device),
+                                           student.front_end.texts(rollout))
     row_mask = rollout.row_mask()
     student_topk = rollout.topk_ids[row_mask]
     student_hidden = student(student_batch, rollout)[0]
@@ -98,20 +101,17 @@ def measure(student, teacher, alignment, waveforms, k, max_new_tokens, tokens_pe
 
 def parse_args(argv=None):
     parser = Parser(prog="overlap.py", description=__doc__)
-    parser.add_argument("--student", required=True, help="student folder")
-    parser.add_argument("--teacher", required=True, help="teacher folder")
-    parser.add_argument("--data", required=True, nargs="+", metavar="m.jsonl",
-                        help="manifests or audio files; text is not read")
-    parser.add_argument("--out", help="JSON file for the table; without it the table is only printed")
-    parser.add_argument("--k", type=at_least(1, int), default=32, help="ids per model in the support")
-    parser.add_argument("--batch-seconds", type=at_least(0.01), default=600.0,
-                        help="audio scored at once per process, in seconds")
-    parser.add_argument("--max-seconds", type=at_least(0.01), default=30.0,
-                        help="longest clip accepted, in seconds; longer is an error")
-    parser.add_argument("--max-new-tokens", type=at_least(1, int), default=64,
-                        help="cap on a rollout's tokens")
-    parser.add_argument("--tokens-per-second", type=at_least(0), default=8.0,
-                        help="a clip's cap is also this × its seconds + 16 tokens; 0 = off")
+    add = parser.add_argument
+    add("--student", required=True, help="student, folder or hub name")
+    add("--teacher", required=True, help="teacher, folder or hub name")
+    add("--data", required=True, nargs="+", metavar="m.jsonl", help="manifests or audio; text is not read")
+    add("--out", help="JSON file for the table; without it the table is only printed")
+    add("--k", type=at_least(1, int), default=32, help="ids per model in the support")
+    add("--batch-seconds", type=at_least(0.01), default=600.0, help="seconds of audio scored at once")
+    add("--max-seconds", type=at_least(0.01), default=30.0, help="longest clip accepted; longer is an error")
+    add("--max-new-tokens", type=at_least(1, int), default=64, help="cap on a rollout's tokens")
+    add("--tokens-per-second", type=at_least(0), default=8.0,
+        help="a clip's cap is also this × its seconds + 16 tokens; 0 = off")
     return parser.parse_args(argv)
 
 
@@ -122,16 +122,18 @@ def main(args):
         if os.path.isdir(args.out):
             raise InputError(f"--out {args.out} is a folder; give a file name")
     clips = [clip for clips in read_sets(args.data, args.max_seconds).values() for clip in clips]
-    student, teacher = (ArkASR.from_pretrained(folder).to(device).eval()
+    student, teacher = (SpeechLM.from_pretrained(folder).to(device).eval()
                         for folder in (args.student, args.teacher))
     alignment = align_vocabularies(student, teacher)
+    check_languages(clips, student, teacher)
     durations = [clip.duration for clip in clips]
     sums, counts = {}, {}                                        # {group: {measure: sum}}, {group: rows}
     for indices in tqdm(micro_batches(range(rank, len(clips), world), durations, args.batch_seconds),
                         disable=rank > 0, desc="overlap"):
         values, row_clip, row_quarter = measure(
-            student, teacher, alignment, [load_audio(clips[i]) for i in indices], args.k,
-            args.max_new_tokens, args.tokens_per_second, device)
+            student, teacher, alignment, [load_audio(clips[i]) for i in indices],
+            [clips[i].language for i in indices], args.k, args.max_new_tokens,
+            args.tokens_per_second, device)
         groups = [("all", f"language {clips[indices[b]].language or '(none)'}", f"quarter {quarter + 1}")
                   for b, quarter in zip(row_clip, row_quarter)]
         for group in sorted({g for row in groups for g in row}):

@@ -24,60 +24,48 @@ from torch import nn
 from tqdm import tqdm
 
 from data import (InputError, Parser, StepDataset, all_reduce_sum, at_least, collate, drop_long, load_audio,
-                  one_line, read_manifest, run_script, setup_distributed, start_run, step_batches)
+                  one_line, read_manifest, run_script, script_language, setup_distributed, start_run,
+                  step_batches)
 from eval import evaluate, print_table, read_sets
-from model import (ArkASR, all_reduce_gradients, cosine_lr, load_state, make_optimizer, save_checkpoint,
-                   start_folder)
+from model import (SpeechLM, all_reduce_gradients, check_languages, cosine_lr, load_state, make_optimizer,
+                   save_checkpoint, start_folder)
 
 
 def parse_args(argv=None):
     parser = Parser(prog="sft.py", description=__doc__)
     add = parser.add_argument_group("data").add_argument
-    add("--train", nargs="+", required=True, metavar="m.jsonl",
-        help="training manifests; every line needs --text-field")
-    add("--text-field", default="text",
-        help='manifest key to learn from; "hyp" for a result file of eval.py (teacher data)')
-    add("--eval", nargs="*", default=[], metavar="m.jsonl",
-        help="manifests decoded and scored every --eval-every steps and at the end")
-    add("--max-seconds", type=at_least(0.01), default=30.0,
-        help="longer clips are left out and counted, in seconds")
-    add("--workers", type=at_least(0, int), default=2,
-        help="processes per rank that read audio ahead; 0 = none")
-    add = parser.add_argument_group("model").add_argument
-    add("--model", help="folder to start from")
-    add("--config",
-        help="config.json of a GlmAsr model: start from random weights of these sizes (with --tokenizer)")
-    add("--tokenizer",
-        help="tokenizer folder for --config; the prompt's control tokens are added where it lacks them")
+    add("--train", nargs="+", required=True, metavar="m.jsonl", help="manifests with --text-field")
+    add("--text-field", default="text", help='key to learn; "hyp" in a result file of eval.py')
+    add("--eval", nargs="*", default=[], metavar="m.jsonl", help="decoded every --eval-every, and at the end")
+    add("--max-seconds", type=at_least(0.01), default=30.0, help="longer clips are left out, counted")
+    add("--workers", type=at_least(0, int), default=2, help="processes a rank that read ahead; 0 = none")
+    add = parser.add_argument_group("model, in one of three ways (folders or hub names)").add_argument
+    add("--model", help="start from this model: GlmAsr, Qwen3-ASR (-hf) or ARK-ASR")
+    add("--encoder", help="GlmAsr or ARK-ASR model whose audio encoder a new student takes over (with --lm)")
+    add("--lm", help="qwen2 or qwen3 causal LM of that student; the adapter between them is new")
+    add("--config", help="config.json of a GlmAsr model: random weights of these sizes (with --tokenizer)")
+    add("--tokenizer", help="tokenizer folder; the prompt's control tokens are added where it lacks them")
     add = parser.add_argument_group("optimization").add_argument
     add("--steps", type=at_least(1, int), default=10_000, help="optimizer updates")
-    add("--batch-size", type=at_least(1, int), default=960,
-        help="clips per update over all ranks (paper: 24 GPUs × 40)")
+    add("--batch-size", type=at_least(1, int), default=960, help="clips per update, all ranks together")
     add("--micro-seconds", type=at_least(0.01), default=600.0,
         help="padded audio per forward pass and rank, in seconds; does not change results")
     add("--lr", type=at_least(0), default=1e-4, help="peak learning rate")
-    add("--warmup-steps", type=at_least(0, int), default=1_000,
-        help="updates of linear warm-up; then cosine to 0 at --steps")
-    add("--weight-decay", type=at_least(0), default=0.005,
-        help="AdamW decay; not on norms, biases and embeddings")
+    add("--warmup-steps", type=at_least(0, int), default=1_000, help="linear warm-up, then cosine to 0")
+    add("--weight-decay", type=at_least(0), default=0.005, help="AdamW; not on norms, biases and embeddings")
     add("--clip", type=at_least(0), default=1.0, help="gradient norm is clipped to this; 0 = off")
-    add("--ctc-weight", type=at_least(0), default=0.0,
-        help="weight of the CTC loss on the encoder output; 0 = off")
+    add("--ctc-weight", type=at_least(0), default=0.0, help="weight of CTC on the encoder; 0 = off")
     add = parser.add_argument_group("augmentation (SpecAugment)").add_argument
     add("--time-masks", type=at_least(0, int), default=0, help="masks along time per clip; 0 = off")
-    add("--time-width", type=at_least(1, int), default=40,
-        help="longest time mask, in mel frames of 10 ms; at most a quarter of the clip")
+    add("--time-width", type=at_least(1, int), default=40, help="longest, in mel frames of 10 ms")
     add("--freq-masks", type=at_least(0, int), default=0, help="masks along frequency per clip; 0 = off")
     add("--freq-width", type=at_least(1, int), default=27, help="widest frequency mask, of 128 mel bins")
     add = parser.add_argument_group("run").add_argument
     add("--out", default="runs/sft", help="output folder; an existing run is refused unless --resume")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
-    add("--save-every", type=at_least(1, int), default=1_000,
-        help="steps between checkpoints; one more at the end")
-    add("--eval-every", type=at_least(0, int), default=0,
-        help="steps between evaluations on --eval; 0 = only at the end")
-    add("--seed", type=at_least(0, int), default=0,
-        help="seed of initial weights, order of clips and augmentation")
+    add("--save-every", type=at_least(1, int), default=1_000, help="steps between checkpoints")
+    add("--eval-every", type=at_least(0, int), default=0, help="steps between evaluations; 0 = off")
+    add("--seed", type=at_least(0, int), default=0, help="seed of new weights, order, augmentation")
     return parser.parse_args(argv)
 
 
@@ -115,6 +103,9 @@ def main(args):
         raise InputError(f"--batch-size {args.batch_size} is not divisible by the {world} processes")
     # ---- data ----------------------------------------------------------------------------------------------
     clips = [clip for path in args.train for clip in read_manifest(path, args.text_field)]
+    n_failed = len(clips)
+    clips = [clip for clip in clips if clip.text is not None or "error" not in clip.fields]
+    n_failed -= len(clips)                          # lines of a result file that eval.py could not decode
     for clip in clips:
         if clip.text is None:
             raise InputError(f'{clip.where}: no "{args.text_field}"; '
@@ -126,12 +117,14 @@ def main(args):
     # ---- model ---------------------------------------------------------------------------------------------
     torch.manual_seed(args.seed)                    # the same initial weights on every rank
     source = start_folder(args, args.model)
-    from_sizes = args.config and args.tokenizer
-    if args.model and (args.config or args.tokenizer) or not (source or from_sizes):
-        raise InputError("start from a folder, --model DIR, or from random weights, "
-                         "--config FILE --tokenizer DIR")
-    if source:
-        model = ArkASR.from_pretrained(source)
+    given = [name for name in ("model", "encoder", "lm", "config", "tokenizer") if getattr(args, name)]
+    if given not in (["model"], ["encoder", "lm"], ["config", "tokenizer"]):
+        raise InputError("start from a model, --model, from two, --encoder and --lm, or from random weights, "
+                         f"--config and --tokenizer; found {given or 'none of these'}")
+    if args.model or args.resume:
+        model = SpeechLM.from_pretrained(source)
+    elif args.lm:
+        model = SpeechLM.from_parts(args.encoder, args.lm)
     else:
         if not os.path.isdir(args.tokenizer):
             raise InputError(f"--tokenizer {args.tokenizer}: not a folder")
@@ -141,7 +134,10 @@ def main(args):
         except (OSError, ValueError) as error:
             raise InputError(f"--config {args.config}, --tokenizer {args.tokenizer}: "
                              f"{one_line(error)}") from None
-        model = ArkASR.from_config(config, tokenizer)
+        model = SpeechLM.from_config(config, tokenizer)
+    if args.ctc_weight and model.is_qwen3_asr:
+        raise InputError("--ctc-weight: only for GlmAsr encoders; leave it out for Qwen3-ASR")
+    check_languages(clips, model)
     ctc_head = nn.Linear(model.net.config.audio_config.hidden_size, 257)
     model.to(device).train(), ctc_head.to(device)
     trained = nn.ModuleList([model, ctc_head]) if args.ctc_weight else nn.ModuleList([model])
@@ -158,7 +154,8 @@ def main(args):
     if rank == 0:
         hours = sum(clip.duration for clip in clips) / 3600
         print(f"train: {len(clips)} clips, {hours:.2f} h, {n_long} left out as longer than "
-              f"{args.max_seconds:g} s; {args.steps} steps of {args.batch_size} clips = "
+              f"{args.max_seconds:g} s, {n_failed} that eval.py could not decode; "
+              f"{args.steps} steps of {args.batch_size} clips = "
               f"{args.steps * args.batch_size / len(clips):.1f} epochs; "
               f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
               f"{world} process(es) on {device.type}", flush=True)
@@ -169,7 +166,8 @@ def main(args):
         """One micro-batch: Batch, the transcripts as a Rollout, their texts."""
         waveforms, texts = [load_audio(clips[i]) for i in indices], [clips[i].text for i in indices]
         mels = [augment(front_end.features(w), args, step, i) for i, w in zip(indices, waveforms)]
-        return collate(waveforms, front_end, mels), front_end.transcripts(texts), texts
+        languages = [clips[i].language or script_language(clips[i].text) for i in indices]
+        return collate(waveforms, front_end, languages, mels), front_end.transcripts(texts), texts
 
     def run_eval(step):
         summaries = evaluate(model, eval_sets, device, args.micro_seconds,
@@ -194,7 +192,7 @@ def main(args):
         loss_sum = ctc_sum = n_short = 0
         for batch, targets, texts in micros:
             batch, targets = batch.to(device), targets.to(device)
-            hidden, frames, frame_lens = model(batch, targets)
+            hidden, frames, frame_lens = model(model.with_languages(batch), targets)
             ce = F.cross_entropy(model.head(hidden).float(), targets.ids[targets.row_mask()], reduction="sum")
             ctc, short = (ctc_loss(ctc_head, frames, frame_lens, texts) if args.ctc_weight
                           else (ce.new_zeros(()), 0))

@@ -615,7 +615,7 @@ def test_audio_error_stays_one_line_with_workers(tmp_path, workers):
 # Collate
 # ------------------------------------------------------------------------------------------------------------
 class FakeFrontEnd:
-    pad_id = 99
+    pad_id, frame_multiple, languages = 99, 8, {}
 
     def features(self, waveform):
         return waveform.mean() + torch.ones(128, 8 * -(-len(waveform) // 1280))
@@ -623,8 +623,8 @@ class FakeFrontEnd:
     def n_audio_tokens(self, n_samples):
         return n_samples // 1280
 
-    def prompt(self, n_samples):
-        return [1, *[5] * self.n_audio_tokens(n_samples), 2]
+    def prompt(self, n_audio, language=None):
+        return [1, *[5] * n_audio, 2]
 
 
 def test_collate():
@@ -645,16 +645,17 @@ def test_collate_with_ready_mels_computes_none():
     waveforms = [torch.zeros(2560), torch.zeros(1280)]
     mels = [torch.full((128, 16), 3.0), torch.full((128, 8), 4.0)]
     # no features
-    front_end = types.SimpleNamespace(pad_id=0, prompt=lambda n: [n], n_audio_tokens=lambda n: 1)
-    batch = data.collate(waveforms, front_end, mels)
+    front_end = types.SimpleNamespace(pad_id=0, prompt=lambda n, language: [n], n_audio_tokens=lambda n: n,
+                                      frame_multiple=8, languages={})
+    batch = data.collate(waveforms, front_end, mels=mels)
     assert torch.equal(batch.mel[0], mels[0]) and torch.equal(batch.mel[1, :, :8], mels[1])
     assert not batch.mel[1, :, 8:].any()
     assert batch.prompt_ids.tolist() == [[2560], [1280]]
 
 
 def test_mel_beyond_a_clip_is_exactly_zero_and_does_not_depend_on_batch_mates():
-    front_end = types.SimpleNamespace(pad_id=0, prompt=lambda n: [1], n_audio_tokens=data.n_audio_tokens,
-                                      features=data.log_mel)
+    front_end = types.SimpleNamespace(pad_id=0, prompt=lambda n, language: [1], features=data.log_mel,
+                                      n_audio_tokens=data.n_audio_tokens, frame_multiple=8, languages={})
     short, long = torch.from_numpy(chirp(0.31, 16_000)), 5 * torch.from_numpy(chirp(1.0, 16_000))
     alone, pair = data.collate([short], front_end), data.collate([short, long], front_end)
     assert pair.mel_lens.tolist() == [32, 104] and torch.equal(pair.mel[0, :, :32], alone.mel[0])

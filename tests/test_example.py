@@ -13,7 +13,7 @@ import transformers
 import opd
 from conftest import ROOT
 from data import load_audio, read_manifest
-from model import ArkASR, align_vocabularies
+from model import SpeechLM, align_vocabularies
 
 EXAMPLE = ROOT / "example"
 TESTS = ["en-clean", "en-other", "zh-read", "zh-net", "zh-meeting"]
@@ -63,7 +63,7 @@ def test_models_are_stock_folders_in_float32(name):
     assert "model.audio_tower.conv1.weight" in weights
     net = transformers.GlmAsrForConditionalGeneration.from_pretrained(EXAMPLE / name)
     processor = transformers.AutoProcessor.from_pretrained(EXAMPLE / name)
-    ours = ArkASR.from_pretrained(EXAMPLE / name)
+    ours = SpeechLM.from_pretrained(EXAMPLE / name)
     from data import collate
     for clip in clips_of("en-clean", "zh-read")[::40]:
         waveform = load_audio(clip)
@@ -77,7 +77,7 @@ def test_models_are_stock_folders_in_float32(name):
 
 
 def test_teacher_and_base_share_one_vocabulary():
-    base, teacher = (ArkASR.from_pretrained(EXAMPLE / name) for name in ("base", "teacher"))
+    base, teacher = (SpeechLM.from_pretrained(EXAMPLE / name) for name in ("base", "teacher"))
     alignment = align_vocabularies(base, teacher)
     assert torch.equal(alignment.student_forbidden, base.forbidden)
     assert sum(p.numel() for p in base.parameters()) < sum(p.numel() for p in teacher.parameters())

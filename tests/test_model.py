@@ -1,4 +1,4 @@
-"""ArkASR: padding invariance, teacher forcing, sampling, forbidden ids,
+"""SpeechLM: padding invariance, teacher forcing, sampling, forbidden ids,
 and the folder in stock transformers."""
 import json
 import shutil
@@ -10,7 +10,7 @@ import transformers
 
 from conftest import DATA, SPECIALS, byte_tokenizer, noise, tiny_config, tiny_model
 from data import BLOCK, InputError, collate
-from model import ArkASR, FrontEnd, Rollout, add_audio_tokens
+from model import SpeechLM, FrontEnd, Rollout, add_audio_tokens
 
 LENGTHS_S = [0.31, 1.7, 0.1, 2.9, 1.0, 0.987]
 
@@ -38,7 +38,8 @@ def test_padded_batch_equals_single_clips():
         with torch.no_grad():
             one_embeds, one_hidden = model.encode(alone)[0], model(alone, given(model, [text]))[0]
         n = int(alone.audio_lens)
-        torch.testing.assert_close(embeds[i, :n], one_embeds[0, :n], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(embeds[:n], one_embeds, rtol=1e-5, atol=1e-5)
+        embeds = embeds[n:]
         torch.testing.assert_close(hidden[first:first + len(one_hidden)], one_hidden, rtol=1e-5, atol=1e-5)
         first += len(one_hidden)
     assert first == len(hidden) == sum(len(t) + 1 for t in texts)
@@ -53,7 +54,7 @@ def test_embeddings_depend_on_all_of_the_clip_and_nothing_else():
     with torch.no_grad():
         a, b = model.encode(batch)[0], model.encode(noisy)[0]
     n = int(batch.audio_lens[0])
-    assert torch.equal(a[0, :n], b[0, :n]) and (a[1] - b[1]).abs().max() > 0.1
+    assert torch.equal(a[:n], b[:n]) and (a[n:] - b[n:]).abs().max() > 0.1
 
 
 # ---- rows --------------------------------------------------------------------------------------------------
@@ -72,7 +73,7 @@ def test_supervised_ids_of_one_example():
     assert targets.ids.tolist() == [[a, b, front_end.stop_id],
                                     [front_end.stop_id, front_end.pad_id, front_end.pad_id]]
     assert targets.ids[targets.row_mask()].tolist() == [a, b, front_end.stop_id, front_end.stop_id]
-    assert front_end.prompt(16_000) == (
+    assert front_end.prompt(12) == (
         front_end.tokenizer.convert_tokens_to_ids(["<|user|>", "<|begin_of_audio|>"])
         + [front_end.audio_id] * 12 + [front_end.tokenizer.convert_tokens_to_ids("<|end_of_audio|>")]
         + front_end.encode_text("Please transcribe this audio.")
@@ -263,7 +264,7 @@ def test_saved_folder_is_stock_transformers(tmp_path, tied, model_type):
 def test_round_trip(tmp_path, tied):
     model = tiny_model(6, tied=tied)
     model.save_pretrained(tmp_path)
-    again = ArkASR.from_pretrained(tmp_path)
+    again = SpeechLM.from_pretrained(tmp_path)
     names = set(safetensors.torch.load_file(tmp_path / "model.safetensors"))
     assert (("lm_head.weight" in names) == (not tied)
             and "model.audio_tower.layers.0.self_attn.o_proj.weight" in names)
@@ -281,7 +282,7 @@ def test_a_tied_folder_also_loads_with_lm_head_stored(tmp_path):
     weights = safetensors.torch.load_file(tmp_path / "model.safetensors")
     weights["lm_head.weight"] = weights["model.language_model.embed_tokens.weight"].clone()
     safetensors.torch.save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    again = ArkASR.from_pretrained(tmp_path)
+    again = SpeechLM.from_pretrained(tmp_path)
     assert (again.head.weight is again.lm.embed_tokens.weight
             and torch.equal(again.head.weight, model.head.weight))
 
@@ -322,7 +323,7 @@ def test_broken_folders_are_one_clear_line(tmp_path, how):
     tiny_model().save_pretrained(folder)
     break_folder(folder, how)
     with pytest.raises(InputError) as error:
-        ArkASR.from_pretrained(folder)
+        SpeechLM.from_pretrained(folder)
     assert "\n" not in str(error.value) and len(str(error.value)) < 600
     assert how == "wrong audio token" or "broken" in str(error.value)
 
@@ -337,8 +338,8 @@ def test_a_stock_tokenizer_gets_the_audio_tokens():
         pad_token="<|endoftext|>")
     with pytest.raises(InputError, match=r"lacks the token\(s\) <\|user\|>"):
         FrontEnd(tokenizer)
-    assert add_audio_tokens(tokenizer) == 5 and FrontEnd(tokenizer).prompt(1280)
-    model = ArkASR.from_config(tiny_config(), tokenizer)
+    assert add_audio_tokens(tokenizer) == 5 and FrontEnd(tokenizer).prompt(1)
+    model = SpeechLM.from_config(tiny_config(), tokenizer)
     assert len(model.forbidden) == len(tokenizer) == 264 and model.forbidden.sum() == 7
 
 
@@ -349,7 +350,7 @@ def test_the_real_qwen3_tokenizer():
     tokenizer = transformers.AutoTokenizer.from_pretrained(DATA / "qwen3_tokenizer")
     text = "打开 the light <|im_end|> <think> é"
     before = tokenizer("打开 the light", add_special_tokens=False)["input_ids"]
-    model = ArkASR.from_config(tiny_config(), tokenizer)
+    model = SpeechLM.from_config(tiny_config(), tokenizer)
     ids = model.front_end.encode_text(text)
     assert ids[:len(before)] == before and model.front_end.decode(ids) == text
     assert model.front_end.stop_id == 151645 and model.front_end.pad_id == 151643
