@@ -1,63 +1,86 @@
-r"""Decode manifests greedily and score them: WER for words, CER for characters.
+r"""Decode manifests greedily and score them: WER for words, CER for characters, with 95 % intervals.
 
     python eval.py --model example/teacher --data example/en-clean.jsonl example/zh-read.jsonl \
         --out runs/teacher
-    # clips are split over ranks
-    torchrun --nproc_per_node=8 eval.py --model DIR --data test.jsonl --out runs/x
-    # prints the transcript
-    python eval.py --model DIR --data clip.flac
+    torchrun --nproc_per_node=8 eval.py --model DIR --data test.jsonl --out runs/x    # clips split over ranks
+    python eval.py --model DIR --data clip.flac                                       # prints the transcript
+    python eval.py --score runs/x/*.jsonl --normalizer paper                          # rescores, no model
+    python eval.py --compare runs/x/test.jsonl runs/y/test.jsonl                      # paired bootstrap
 
-Writes OUT/<stem>.jsonl (the manifest's fields plus hyp, stopped, errors, units, substitutions, deletions,
-insertions) and OUT/summary.json. A result file is itself a manifest, its audio paths lead from where it lies:
-`sft.py --text-field hyp` learns from it. The example's 500 test clips take 4 s on two cores.
+--model writes OUT/<stem>.jsonl (the manifest's fields plus hyp, stopped, errors, units, substitutions,
+deletions, insertions) and OUT/summary.json. A result file is itself a manifest, its audio paths lead from
+where it lies: `sft.py --text-field hyp` learns from it. A clip that cannot be read has "error" in place of
+hyp, is counted as failed, and makes the exit status 1 once everything else is done. A clip without a language
+is decoded by Qwen3-ASR in the one that it hears. The example's 500 test clips take 4 s on two cores.
 """
+import functools
+import importlib.metadata
 import json
 import os
 import re
+import sys
 import time
 import unicodedata
+import zlib
+from unicodedata import category
 
 import jiwer
 import numpy as np
+import opencc
 import torch.distributed as dist
 from tqdm import tqdm
 from whisper_normalizer.english import EnglishTextNormalizer
 
-from data import (InputError, Parser, at_least, clip_from_file, collate, load_audio, make_folder,
-                  micro_batches, rank_and_world, read_manifest, run_script, setup_distributed)
-from model import ArkASR
+from data import (AudioError, InputError, Parser, at_least, clip_from_file, collate, language_code,
+                  load_audio, make_folder, micro_batches, rank_and_world, read_manifest, run_script,
+                  script_language, setup_distributed)
+from model import SpeechLM, check_languages
 
 MAX_NEW_TOKENS, TOKENS_PER_SECOND = 256, 8.0              # caps of a transcript, see --help
 COUNTS = ("errors", "units", "substitutions", "deletions", "insertions")
-RESULT_KEYS = ("hyp", "stopped", *COUNTS)                   # what a result line adds to the manifest's fields
+RESULT_KEYS = ("hyp", "stopped", "error", *COUNTS)          # what a result line adds to the manifest's fields
 CHARACTER_LANGUAGES = ("zh", "yue", "ja", "th", "ko")     # scored by character; every other language by word
-LANGUAGE_NAMES = {"english": "en", "chinese": "zh", "mandarin": "zh", "cmn": "zh", "cantonese": "yue",
-                  "japanese": "ja", "korean": "ko", "thai": "th"}
+VARIATION = re.compile("[\ufe00-\ufe0f\U000e0100-\U000e01ef]")       # selectors of a character's glyph
 english = EnglishTextNormalizer()
+simplifier = functools.cache(lambda: opencc.OpenCC("t2s"))
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Scoring
 # ------------------------------------------------------------------------------------------------------------
-def normalize(text, language):
+def normalize(text, language, style="default", simplify=False):
     """The units that are compared: a list of words, or of characters for CHARACTER_LANGUAGES.
 
-    en: Whisper's English normaliser, then words. Others: NFKC, lower case, punctuation and symbols removed;
-    characters without blanks for zh and its like (Latin letters one by one), words otherwise. Applied to both
-    sides alike.
+    First, format characters, variation selectors and enclosing marks go. default, en: NFKC, then Whisper's
+    English normaliser; default, others: NFKC, lower case, punctuation and symbols as blanks. paper: lower
+    case, punctuation and symbols deleted. Characters are taken without blanks, Latin words in Chinese text
+    letter by letter. Traditional characters stay unless `simplify`.
     """
-    if language == "en":
-        return english(text).split()
-    text = unicodedata.normalize("NFKC", text).lower()
-    kinds = {c: unicodedata.category(c) for c in text}
-    text = "".join(" " if kinds[c][0] in "PSZ" or kinds[c] == "Cc" else c for c in text if kinds[c] != "Cf")
-    return list(re.sub(r"\s+", "", text)) if language in CHARACTER_LANGUAGES else text.split()
+    text = "".join(c for c in text if category(c) not in ("Cf", "Me") and not VARIATION.match(c))
+    if style == "default":
+        text = unicodedata.normalize("NFKC", text)
+        if language == "en":                    # Whisper's knows neither the curly apostrophe nor "Wait..."
+            return english(re.sub(r"\.{2,}", " ", text.replace("’", "'"))).split()
+    blank = " " if style == "default" else ""
+    text = "".join(blank if category(c)[0] in "PS" else " " if category(c) in ("Zs", "Zl", "Zp", "Cc") else c
+                   for c in text.lower())
+    if language not in CHARACTER_LANGUAGES:
+        return text.split()
+    text = text.replace(" ", "")
+    return list(simplifier().convert(text) if simplify and language in ("zh", "yue") else text)
 
 
-def count_errors(reference, hypothesis, language):
+def normalizer_name(language, style="default", simplify=False):
+    """Name and version of what `normalize` does; a change of its results changes the version."""
+    name = ("paper/1" if style == "paper" else "zh/1" if language in CHARACTER_LANGUAGES else "words/1"
+            if language != "en" else f"en/1-whisper-{importlib.metadata.version('whisper-normalizer')}")
+    return name + ("+t2s" if simplify and language in ("zh", "yue") else "")
+
+
+def count_errors(reference, hypothesis, language, style="default", simplify=False):
     """{errors, units, substitutions, deletions, insertions} of one clip, by jiwer.
     An empty reference counts insertions."""
-    ref, hyp = normalize(reference, language), normalize(hypothesis, language)
+    ref, hyp = (normalize(text, language, style, simplify) for text in (reference, hypothesis))
     if ref:
         m = jiwer.process_words(" ".join(ref), " ".join(hyp))
         s, d, i = m.substitutions, m.deletions, m.insertions
@@ -66,26 +89,104 @@ def count_errors(reference, hypothesis, language):
     return dict(errors=s + d + i, units=len(ref), substitutions=s, deletions=d, insertions=i)
 
 
-def summarize(results):
-    """Corpus figures of one set from its result lines: value = 100 × Σ errors / Σ units.
-    Clips without text are decoded only."""
-    scored = [r for r in results if "errors" in r]
-    kinds = {language_of(r) in CHARACTER_LANGUAGES for r in scored}
-    summary = dict(metric="MER" if len(kinds) == 2 else "CER" if kinds == {True} else "WER", value=None,
-                   n=len(results), scored=len(scored),
-                   **{key: sum(r[key] for r in scored) for key in COUNTS},
-                   empty=sum(not r["hyp"] for r in results), capped=sum(not r["stopped"] for r in results),
-                   hours=sum(r["duration"] for r in results) / 3600)
-    if summary["units"]:
-        summary["value"] = 100 * summary["errors"] / summary["units"]
-    return summary
+def looping(text):
+    """Whisper's sign of a repetition loop: the UTF-8 text compresses by more than 2.4."""
+    raw = text.encode()
+    return len(raw) > 2.4 * len(zlib.compress(raw))
+
+
+def resampled_sums(table, draws, seed):
+    """(draws, c): column sums of a table (n, c) whose rows are drawn n times with replacement."""
+    rng, table = np.random.default_rng(seed), np.asarray(table, dtype=np.float64)
+    n = len(table)
+    return np.stack([np.bincount(rng.integers(n, size=n), minlength=n) @ table for _ in range(draws)])
+
+
+def bootstrap(errors, units, draws, seed=0):
+    """95 % percentile interval (low, high) of 100 × Σ errors / Σ units, utterances drawn with replacement.
+    Draws without a unit do not count; (None, None) where there is no unit, or no draw, at all."""
+    if not draws or not sum(units):
+        return None, None
+    sums = resampled_sums(np.stack([errors, units], axis=1), draws, seed)
+    sums = sums[sums[:, 1] > 0]
+    return tuple(map(float, np.percentile(100 * sums[:, 0] / sums[:, 1], [2.5, 97.5])))
 
 
 def language_of(fields):
-    """Language code of a result line: its `language` ("zh-CN", "Chinese" → "zh"), else zh if the text has CJK
-    characters, else en."""
-    name = re.split("[-_]", (fields.get("language") or "").strip().lower())[0]
-    return LANGUAGE_NAMES.get(name, name) or ("zh" if re.search(r"[\u3400-\u9fff]", fields["text"]) else "en")
+    """Language code that a result line is scored in: its `language`, else the script of its text, else en."""
+    return language_code(fields.get("language")) or script_language(fields["text"]) or "en"
+
+
+def score(results, style="default", simplify=False):
+    """Result lines with their error counts, those that have a text and a hypothesis."""
+    plain = [{key: value for key, value in r.items() if key not in COUNTS} for r in results]
+    return [{**r, **count_errors(r["text"], r["hyp"], language_of(r), style, simplify)}
+            if "hyp" in r and isinstance(r.get("text"), str) else r for r in plain]
+
+
+def summarize(results, style="default", simplify=False, draws=10_000, seconds=None):
+    """Corpus figures of one set from its scored lines: value = 100 × Σ errors / Σ units, low–high its 95 %
+    bootstrap interval. Clips without text are decoded only. `seconds`: decoding time, for the RTF."""
+    scored, heard = [r for r in results if "errors" in r], [r for r in results if "hyp" in r]
+    languages = {language_of(r) for r in scored}
+    kinds = {language in CHARACTER_LANGUAGES for language in languages}
+    total = {key: sum(r[key] for r in scored) for key in COUNTS}
+    low, high = bootstrap([r["errors"] for r in scored], [r["units"] for r in scored], draws)
+    audio_s = sum(r["duration"] for r in heard)
+    return dict(metric="MER" if len(kinds) == 2 else "CER" if kinds == {True} else "WER",
+                value=100 * total["errors"] / total["units"] if total["units"] else None, low=low, high=high,
+                **total, n=len(results), scored=len(scored), failed=len(results) - len(heard),
+                empty=sum(not r["hyp"] for r in heard), looping=sum(looping(r["hyp"]) for r in heard),
+                capped=sum(not r["stopped"] for r in heard), hours=audio_s / 3600,
+                normalizer=", ".join(sorted({normalizer_name(x, style, simplify) for x in languages})),
+                rtf=seconds / audio_s if seconds and audio_s else None)
+
+
+def read_results(path):
+    """Lines of a result file, each with `key`, what makes two lines the same clip, and `where`."""
+    results = []
+    for clip in read_manifest(path):
+        if not isinstance(clip.fields.get("hyp"), str) and "error" not in clip.fields:
+            raise InputError(f'{clip.where}: neither "hyp" nor "error"; give a result file of eval.py')
+        results.append({"stopped": True, **clip.fields, "where": clip.where,
+                        "key": (os.path.realpath(clip.audio), *clip.key[1:])})
+    return results
+
+
+def compare(results_a, results_b, draws=10_000, seed=0):
+    """Paired bootstrap of two systems over the same clips, in whatever order.
+
+    → dict: metric, n, a, b (%), difference = b − a (points), low–high its 95 % interval, and p, two-sided:
+    twice the smaller share of draws with a difference ≤ 0 or ≥ 0, (count + 1) / (draws + 1), at most 1.
+    Raises InputError where the files do not hold the same clips with the same texts, each once and decoded.
+    """
+    both = []
+    for results in (results_a, results_b):
+        both.append({r["key"]: r for r in results})
+        if len(both[-1]) < len(results):
+            twice = next(r for r in results if both[-1][r["key"]] is not r)
+            raise InputError(f"--compare: {twice['where']}: {twice['audio']} is there twice")
+        for r in results:
+            if "errors" not in r:
+                raise InputError(f"--compare: {r['where']}: {r['audio']} was not decoded, or has no text")
+    by_key_a, by_key_b = both
+    for r in (*results_a, *results_b):
+        if r["key"] not in by_key_a or r["key"] not in by_key_b:
+            raise InputError(f"--compare: {r['where']}: {r['audio']} is in one of the files only")
+        if by_key_a[r["key"]]["text"] != by_key_b[r["key"]]["text"]:
+            raise InputError(f"--compare: {r['where']}: {r['audio']} has another text in the other file")
+    table = np.array([(r["errors"], by_key_b[r["key"]]["errors"], r["units"]) for r in results_a])
+    summary = summarize(results_a, draws=0)
+    if not summary["units"]:
+        raise InputError("--compare: no reference has a unit to compare")
+    a, b = 100 * table[:, :2].sum(axis=0) / table[:, 2].sum()
+    sums = resampled_sums(table, draws, seed)
+    sums = sums[sums[:, 2] > 0]
+    differences = 100 * (sums[:, 1] - sums[:, 0]) / sums[:, 2]
+    low, high = np.percentile(differences, [2.5, 97.5])
+    shares = ((differences <= 0).sum() + 1, (differences >= 0).sum() + 1)
+    return dict(metric=summary["metric"], n=len(table), a=float(a), b=float(b), difference=float(b - a),
+                low=float(low), high=float(high), p=float(min(1.0, 2 * min(shares) / (len(differences) + 1))))
 
 
 def print_table(rows, header):
@@ -98,15 +199,26 @@ def print_table(rows, header):
                         for c, (cell, w) in enumerate(zip(row, widths))))
 
 
+def print_summaries(summaries):
+    """The table of several sets."""
+    print_table(
+        [[stem, s["metric"], s["value"], None if s["low"] is None else f"{s['low']:.2f}–{s['high']:.2f}",
+          *(s[key] for key in ("substitutions", "deletions", "insertions", "n")), f"{s['hours']:.3f}",
+          *(s[key] for key in ("empty", "looping", "capped", "failed")),
+          None if s["rtf"] is None else f"{s['rtf']:.4f}"] for stem, s in summaries.items()],
+        "set|metric|%|95 %|S|D|I|clips|hours|empty|loops|capped|failed|RTF".split("|"))
+    print("normalizer: " + "; ".join(sorted({s["normalizer"] or "none" for s in summaries.values()})))
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Decoding
 # ------------------------------------------------------------------------------------------------------------
 def transcribe(model, clips, device, batch_seconds, label="decode", max_new_tokens=MAX_NEW_TOKENS,
                tokens_per_second=TOKENS_PER_SECOND):
-    """Greedy transcripts of this rank's share of the clips, longest first;
+    """Greedy transcripts of this rank's share of the clips, longest first, one batch of audio in memory;
     all ranks get all of them, in order.
 
-    → [(hyp, stopped)] as long as `clips`.
+    → result dicts as many as `clips`: hyp and stopped, or error.
     """
     rank, world = rank_and_world()
     durations = np.array([clip.duration for clip in clips])
@@ -114,11 +226,19 @@ def transcribe(model, clips, device, batch_seconds, label="decode", max_new_toke
     found = {}
     batches = micro_batches(mine, durations, batch_seconds)
     for indices in tqdm(batches, desc=label, disable=rank > 0 or len(batches) < 2, leave=False):
-        batch = collate([load_audio(clips[i]) for i in indices], model.front_end).to(device)
-        rollout = model.sample(batch, max_new_tokens, k=1, tokens_per_second=tokens_per_second)
-        for i, ids, n, stopped in zip(indices, rollout.ids.tolist(), rollout.lens.tolist(),
-                                      rollout.stopped.tolist()):
-            found[i] = (model.front_end.decode(ids[:n]), stopped)
+        waveforms = {}
+        for i in indices:
+            try:
+                waveforms[i] = load_audio(clips[i])
+            except AudioError as error:
+                found[i] = {"error": str(error)}
+        if not waveforms:
+            continue
+        batch = collate(list(waveforms.values()), model.front_end, [clips[i].language for i in waveforms])
+        rollout = model.sample(model.with_languages(batch.to(device)), max_new_tokens, k=1,
+                               tokens_per_second=tokens_per_second)
+        for i, hyp, stopped in zip(waveforms, model.front_end.texts(rollout), rollout.stopped.tolist()):
+            found[i] = {"hyp": hyp, "stopped": stopped}
     if world > 1:
         shares = [None] * world
         dist.all_gather_object(shares, found)
@@ -126,27 +246,41 @@ def transcribe(model, clips, device, batch_seconds, label="decode", max_new_toke
     return [found[i] for i in range(len(clips))]
 
 
-def evaluate(model, sets, device, batch_seconds, out=None, **caps):
+def evaluate(model, sets, device, batch_seconds, out=None, style="default", simplify=False, draws=10_000,
+             strict=True, **caps):
     """Decodes and scores `sets` {stem: [Clip]}. → {stem: summary};
-    rank 0 writes result files and summary.json to `out`."""
+    rank 0 writes result files and summary.json to `out`. `strict`: an undecodable clip is an InputError."""
     summaries, writes = {}, out is not None and rank_and_world()[0] == 0
+    for clips in sets.values():
+        check_languages(clips, model)
     for stem, clips in sets.items():
-        results = []
-        for clip, (hyp, stopped) in zip(clips, transcribe(model, clips, device, batch_seconds, stem, **caps)):
+        results, start = [], time.perf_counter()
+        for clip, found in zip(clips, transcribe(model, clips, device, batch_seconds, stem, **caps)):
+            if strict and "error" in found:
+                raise InputError(found["error"])
             fields = {key: value for key, value in clip.fields.items() if key not in RESULT_KEYS}
             if out is not None:                     # so that the result file is a manifest where it lies
                 fields["audio"] = os.path.relpath(os.path.realpath(clip.audio), os.path.realpath(out))
-            counts = {} if clip.text is None else count_errors(clip.text, hyp, language_of(fields))
-            results.append({**fields, "hyp": hyp, "stopped": stopped, **counts})
-        summaries[stem] = summarize(results)
+            results.append({**fields, **found})
+        seconds = time.perf_counter() - start
+        results = score(results, style, simplify)
+        summaries[stem] = summarize(results, style, simplify, draws, seconds)
         if writes:
             os.makedirs(out, exist_ok=True)
             with open(os.path.join(out, f"{stem}.jsonl"), "w", encoding="utf-8") as file:
                 file.writelines(json.dumps(result, ensure_ascii=False) + "\n" for result in results)
+        if rank_and_world()[0] == 0:
+            for result in results:
+                if "error" in result:
+                    print(f"eval.py: not decoded: {result['error']}", file=sys.stderr, flush=True)
     if writes:
-        with open(os.path.join(out, "summary.json"), "w") as file:
-            json.dump(summaries, file, indent=1)
+        write_summaries(out, summaries)
     return summaries
+
+
+def write_summaries(out, summaries):
+    with open(os.path.join(out, "summary.json"), "w") as file:
+        json.dump(summaries, file, indent=1)
 
 
 def read_sets(paths, max_seconds):
@@ -171,22 +305,53 @@ def read_sets(paths, max_seconds):
 # ------------------------------------------------------------------------------------------------------------
 def parse_args(argv=None):
     parser = Parser(prog="eval.py", description=__doc__)
-    parser.add_argument("--model", required=True, help="model folder (student or teacher)")
-    parser.add_argument("--data", required=True, nargs="+", help="manifests (.jsonl) or audio files")
-    parser.add_argument("--out", help="folder for result files and summary.json; "
-                                      "without it results are only printed")
-    parser.add_argument("--batch-seconds", type=at_least(0.01), default=600.0,
-                        help="audio decoded at once per process, in seconds")
-    parser.add_argument("--max-seconds", type=at_least(0.01), default=30.0,
-                        help="longest clip accepted, in seconds; longer is an error")
-    parser.add_argument("--max-new-tokens", type=at_least(1, int), default=MAX_NEW_TOKENS,
-                        help="cap on a transcript's tokens")
-    parser.add_argument("--tokens-per-second", type=at_least(0), default=TOKENS_PER_SECOND,
-                        help="a clip's cap is also this × its seconds + 16 tokens; 0 = off")
-    return parser.parse_args(argv)
+    task = parser.add_mutually_exclusive_group(required=True)
+    task.add_argument("--model", help="student or teacher, folder or hub name: decode and score --data")
+    task.add_argument("--score", nargs="+", metavar="hyps.jsonl", help="score result files, without a model")
+    task.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two result files of the same clips")
+    add = parser.add_argument
+    add("--data", nargs="+", default=[], help="manifests (.jsonl) or audio files, with --model")
+    add("--out", help="folder for result files and summary.json; without it results are only printed")
+    add("--normalizer", choices=["default", "paper"], default="default",
+        help="default: by language; paper: only lower case and punctuation removed")
+    add("--simplify", action="store_true", help="score traditional Chinese as simplified, both sides")
+    add("--bootstrap", type=at_least(0, int), default=10_000, help="draws for intervals and p; 0 = none")
+    add("--batch-seconds", type=at_least(0.01), default=600.0, help="seconds of audio decoded at once")
+    add("--max-seconds", type=at_least(0.01), default=30.0, help="longest clip accepted; longer is an error")
+    add("--max-new-tokens", type=at_least(1, int), default=MAX_NEW_TOKENS, help="cap on a transcript")
+    add("--tokens-per-second", type=at_least(0), default=TOKENS_PER_SECOND,
+        help="a clip's cap is also this × its seconds + 16 tokens; 0 = off")
+    args = parser.parse_args(argv)
+    if bool(args.model) != bool(args.data):
+        parser.error("--model and --data go together")
+    if args.compare and (args.out or not args.bootstrap):
+        parser.error("--compare prints only, and needs --bootstrap draws")
+    return args
 
 
 def main(args):
+    style = dict(style=args.normalizer, simplify=args.simplify)
+    # ---- result files --------------------------------------------------------------------------------------
+    if args.compare:
+        a, b = (score(read_results(path), **style) for path in args.compare)
+        c = compare(a, b, args.bootstrap)
+        print_table([[*(c[key] for key in ("metric", "n", "a", "b", "difference")),
+                      f"{c['low']:.2f} to {c['high']:.2f}", f"{c['p']:.4f}"]],
+                    ["metric", "clips", "A %", "B %", "B − A", "95 %", "p"])
+        return
+    if args.score:
+        summaries = {}
+        for path in args.score:
+            stem = os.path.splitext(os.path.basename(path))[0]
+            if stem in summaries:
+                raise InputError(f"--score: two files have the stem {stem!r}; score them one by one")
+            summaries[stem] = summarize(score(read_results(path), **style), **style, draws=args.bootstrap)
+        print_summaries(summaries)
+        if args.out is not None:
+            make_folder(args.out)
+            write_summaries(args.out, summaries)
+        return
+    # ---- decoding ------------------------------------------------------------------------------------------
     rank, world, device = setup_distributed()
     sets = read_sets(args.data, args.max_seconds)
     if args.out is not None:
@@ -195,26 +360,29 @@ def main(args):
             if os.path.realpath(path) == os.path.realpath(os.path.join(args.out, os.path.basename(path))):
                 raise InputError(f"--out {args.out} is the folder of {path}: "
                                  "the result would overwrite the manifest")
-    model = ArkASR.from_pretrained(args.model).to(device).eval()
-    start, caps = time.perf_counter(), dict(max_new_tokens=args.max_new_tokens,
-                                            tokens_per_second=args.tokens_per_second)
-    # bare audio: just read it
-    if args.out is None and not any(clip.text is not None for clips in sets.values() for clip in clips):
-        clips = [clip for clips in sets.values() for clip in clips]
-        for clip, (hyp, _) in zip(clips, transcribe(model, clips, device, args.batch_seconds, **caps)):
-            if rank == 0:
-                print(hyp if len(clips) == 1 else f"{clip.audio}\t{hyp}")
-        return
-    summaries = evaluate(model, sets, device, args.batch_seconds, args.out, **caps)
-    seconds = time.perf_counter() - start
-    if rank > 0:
-        return
-    print_table([[stem, s["metric"], s["value"], s["errors"], s["units"], s["substitutions"], s["deletions"],
-                  s["insertions"], s["n"], s["empty"], s["capped"]] for stem, s in summaries.items()],
-                ["set", "metric", "%", "errors", "units", "S", "D", "I", "clips", "empty", "capped"])
-    hours = sum(s["hours"] for s in summaries.values())
-    print(f"{hours:.3f} hours in {seconds:.1f} s on {world} process(es)"
-          + (f"; results in {args.out}" if args.out else ""))
+    model = SpeechLM.from_pretrained(args.model).to(device).eval()
+    clips = [clip for clips in sets.values() for clip in clips]
+    caps = dict(max_new_tokens=args.max_new_tokens, tokens_per_second=args.tokens_per_second)
+    check_languages(clips, model)
+    transcribe(model, clips[:1] * world, device, args.batch_seconds, **caps)    # warm-up, for the RTF
+    if args.out is None and all(clip.text is None for clip in clips):       # just read it
+        found = transcribe(model, clips, device, args.batch_seconds, **caps)
+        failed = sum("error" in result for result in found)
+        for clip, result in zip(clips, found):
+            if rank == 0 and "error" in result:
+                print(f"eval.py: not decoded: {result['error']}", file=sys.stderr)
+            elif rank == 0:
+                print(result["hyp"] if len(clips) == 1 else f"{clip.audio}\t{result['hyp']}")
+    else:
+        summaries = evaluate(model, sets, device, args.batch_seconds, args.out, **style, draws=args.bootstrap,
+                             strict=False, **caps)
+        failed = sum(s["failed"] for s in summaries.values())
+        if rank == 0:
+            print_summaries(summaries)
+            print(f"{world} process(es) on {device.type}" + (f"; results in {args.out}" if args.out else ""))
+    if rank == 0 and failed:                    # the other ranks end in peace: torchrun would stop this one
+        print(f"eval.py: {failed} clip(s) not decoded", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":
