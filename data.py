@@ -214,29 +214,30 @@ def load_audio(clip):
         return AudioError(f"{clip.where}: {clip.audio}: {reason}")
 
     try:
-        with open(clip.audio, "rb") as file:        # by content, whatever the name's extension claims
-            size, offset = os.fstat(file.fileno()).st_size, clip.offset or 0
+        with open(clip.audio, "rb") as raw:         # by content, whatever the name's extension claims
+            size, offset = os.fstat(raw.fileno()).st_size, clip.offset or 0
             nbytes = size if clip.nbytes is None else clip.nbytes
             if offset + nbytes > size:
                 raise bad(f"ends before byte {offset + nbytes}; the shard is shorter than the manifest says")
-            file.seek(offset)
-            content = io.BytesIO(file.read(nbytes))
-        with soundfile.SoundFile(content) as file:
-            rate, n_frames = file.samplerate, file.frames
-            if n_frames > 2**40 or rate // math.gcd(rate, SAMPLE_RATE) > 5_000:
-                raise bad(f"states {n_frames} samples at {rate} Hz: a streamed or damaged header; "
-                          "re-encode it")
-            begin = round(max(clip.begin_time, 0) * rate)
-            end = round(clip.end_time * rate) if clip.end_time >= 0 else n_frames
-            if n_frames and (begin >= n_frames or end > n_frames + round(DURATION_TOLERANCE_S * rate)):
-                raise bad(f"the segment {clip.begin_time:g}–{clip.end_time:g} s is outside its "
-                          f"{n_frames / rate:.2f} s")
-            end = min(end, n_frames)
-            # libsndfile's seek misplaces Vorbis by a fraction of a second and spoils the first frame of MP3.
-            first = 0 if file.subtype == "VORBIS" or file.subtype.startswith("MPEG") else begin
-            file.seek(first)
-            channels = file.read(end - first, dtype="float32", always_2d=True)          # (samples, channels)
-            channels = channels[begin - first:]
+            raw.seek(offset)
+            # A segment of a long recording is sought, anything else read at once.
+            content = raw if clip.end_time >= 0 and clip.offset is None else io.BytesIO(raw.read(nbytes))
+            with soundfile.SoundFile(content) as file:
+                rate, n_frames = file.samplerate, file.frames
+                if n_frames > 2**40 or rate // math.gcd(rate, SAMPLE_RATE) > 5_000:
+                    raise bad(f"states {n_frames} samples at {rate} Hz: a streamed or damaged header; "
+                              "re-encode it")
+                begin = round(max(clip.begin_time, 0) * rate)
+                end = round(clip.end_time * rate) if clip.end_time >= 0 else n_frames
+                if n_frames and (begin >= n_frames or end > n_frames + round(DURATION_TOLERANCE_S * rate)):
+                    raise bad(f"the segment {clip.begin_time:g}–{clip.end_time:g} s is outside its "
+                              f"{n_frames / rate:.2f} s")
+                end = min(end, n_frames)
+                # libsndfile's seek misplaces Vorbis by a fraction of a second and spoils MP3's first frame.
+                first = 0 if file.subtype == "VORBIS" or file.subtype.startswith("MPEG") else begin
+                file.seek(first)
+                channels = file.read(end - first, dtype="float32", always_2d=True)      # (samples, channels)
+                channels = channels[begin - first:]
     except OSError as error:
         raise bad(f"{error.strerror or error}; "
                   "check the path (relative paths start at the manifest's folder)") from None
@@ -667,8 +668,13 @@ def fsdd(args):
     """{digit}_{speaker}_{take}.wav; takes of one speaker are joined, with pauses, to strings of digits."""
     root, takes = next(iter(Path(args.root).glob("recordings")), Path(args.root)), {}
     for path in sorted(root.glob("[0-9]_*_*.wav")):
-        digit, speaker, take = path.stem.split("_")
-        if ("test" if int(take) < 5 else "train") in (args.split or ["train", "test"]):
+        match = re.fullmatch(r"(\d)_([^_]+)_(\d+)", path.stem)
+        if not match:
+            yield "not named digit_speaker_take", str(path)
+            continue
+        digit, speaker, take = match.groups()
+        if (("test" if int(take) < 5 else "train") in (args.split or ["train", "test"])
+                and speaker in (args.speakers or [speaker])):
             try:
                 wave = load_audio(clip_from_file(str(path))).numpy()
             except InputError as error:
@@ -680,7 +686,7 @@ def fsdd(args):
             level = np.sqrt(np.mean(wave**2))                                       # some speakers are faint
             takes.setdefault(speaker, []).append((int(digit), wave / level))
     if args.split and not takes:
-        raise InputError(f"--split {args.split[0]}: no such take in {root}; 0 to 4 are test, others train")
+        raise InputError(f"--split {args.split[0]}: no usable take in {root}; 0 to 4 are test, others train")
     for speaker in set(args.speakers) - set(takes):
         raise InputError(f"--speakers {speaker}: not in {root}; there are {', '.join(sorted(takes))}")
     speakers = args.speakers or sorted(takes)
@@ -751,20 +757,21 @@ def import_clip(line, language, pack, tars):
         info.size = len(audio)
         line.update(audio=tars[-1].name, offset=tars[-1].offset + 512, nbytes=len(audio))   # after the header
         tars[-1].addfile(info, io.BytesIO(audio))
+        tars[-1].members.clear()                                    # tarfile's own memory of them, unbounded
         line = {key: value for key, value in line.items() if key not in ("begin_time", "end_time")}
     return line
 
 
 def import_corpus(args):
     """Writes the manifest of a corpus, with --pack its tar shards; prints what is in it and what is not."""
-    out, partial, tars, left_out = Path(args.out).absolute(), Path(args.out + ".partial"), [], {}
+    out, partial, tars, left_out = Path(os.path.abspath(args.out)), Path(args.out + ".partial"), [], {}
     n = n_untexted = seconds = 0
     if out.exists():
         raise InputError(f"--out {out} exists; remove it first")
     if not os.path.isdir(args.root):
         raise InputError(f"{args.root}: no such folder")
-    pack = args.pack or (args.out if args.command == "fsdd" else None)          # joined clips are nowhere yet
-    pack = pack and os.path.splitext(os.path.abspath(pack))[0]
+    default = os.path.splitext(args.out)[0] if args.command == "fsdd" else None # joined clips are nowhere yet
+    pack = (args.pack or default) and os.path.abspath(args.pack or default).removesuffix(".tar")
     for path in (args.out, pack or args.out):
         make_folder(os.path.dirname(os.path.abspath(path)))
     try:

@@ -4,10 +4,11 @@
         → prompt → Qwen causal LM → hidden rows → scores
 
 `SpeechLM` keeps its weights in transformers' own classes, GlmAsr (Ark) or Qwen3-ASR, so a folder on disk is
-a stock folder, and adds what they lack: an encoder whose result does not depend on the batch's padding, hidden
-rows at transcript positions only, and batched sampling that keeps the top-k ids of every step. Student and
-teacher are the same class. The loss is pure functions on tensors: `union_support`, `support_kl` and the two
-that score the support, `teacher_support` and `student_scores`. At the end: optimizer, schedule and checkpoints.
+a stock folder, and adds what they lack: an encoder whose result does not depend on the batch's padding,
+hidden rows at transcript positions only, and batched sampling that keeps the top-k ids of every step. Student
+and teacher are the same class. The loss is pure functions on tensors: `union_support`, `support_kl` and the
+two that score the support, `teacher_support` and `student_scores`. At the end: optimizer, schedule,
+checkpoints.
 
 Legend: B clips, S prompt tokens, T transcript tokens, A audio tokens, F mel frames, V vocabulary, K top-k,
 N transcript rows (clip, position) of a batch, U = 2K support entries, H hidden size of the LM,
@@ -59,8 +60,8 @@ class FrontEnd:
     languages = {}                      # code → name as the prompt has it; empty: the prompt names none
 
     def __init__(self, tokenizer, prompt_text=ARK_PROMPT):
-        missing = [token for token in (*self.prompt_tokens, STOP_TOKEN, PAD_TOKEN)
-                   if token not in tokenizer.get_vocab()]
+        vocab = tokenizer.get_vocab()
+        missing = [token for token in (*self.prompt_tokens, STOP_TOKEN, PAD_TOKEN) if token not in vocab]
         if missing:
             raise InputError(f"tokenizer {tokenizer.name_or_path} lacks the token(s) {' '.join(missing)}; "
                              "a new student gets them from sft.py --tokenizer or --lm")
@@ -143,8 +144,9 @@ class Qwen3ASRFrontEnd(FrontEnd):
 def add_audio_tokens(tokenizer):
     """Adds the prompt's control tokens that a stock Qwen tokenizer lacks. Changes the tokenizer;
     returns how many."""
+    vocab = tokenizer.get_vocab()
     return tokenizer.add_special_tokens({"additional_special_tokens": [
-        token for token in (*PROMPT_TOKENS, STOP_TOKEN, PAD_TOKEN) if token not in tokenizer.get_vocab()]},
+        token for token in (*PROMPT_TOKENS, STOP_TOKEN, PAD_TOKEN) if token not in vocab]},
         replace_extra_special_tokens=False)
 
 
@@ -197,6 +199,9 @@ def key_masked_attention(module, query, key, value, attention_mask, scaling, dro
 ALL_ATTENTION_FUNCTIONS.register("key_masked", key_masked_attention)
 
 
+THINKER = "{} is an original Qwen3-ASR checkpoint (thinker.* keys); take its conversion for transformers, {}"
+
+
 def local_folder(name):
     """`name` if it is a folder, else the cached, or now downloaded, folder of that hub repository."""
     name = os.fspath(name)
@@ -204,6 +209,8 @@ def local_folder(name):
         return name
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise InputError(f"{name} is no model folder: not a directory, nor like Qwen/Qwen3-ASR-0.6B-hf")
+    if re.fullmatch(r"Qwen/Qwen3-ASR-[\d.]+B", name):
+        raise InputError(THINKER.format(name, name + "-hf"))
     try:
         return huggingface_hub.snapshot_download(
             name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"])
@@ -224,8 +231,7 @@ def load_net(name, dtype):
         raise InputError(f"{name} is no model folder: config.json: {one_line(error)}") from None
     if "thinker_config" in raw:
         size = "0.6B" if "0.6b" in os.path.basename(os.path.realpath(folder)).lower() else "1.7B"
-        raise InputError(f"{name} is an original Qwen3-ASR checkpoint (thinker.* keys); take its conversion "
-                         f"for transformers, Qwen/Qwen3-ASR-{size}-hf")
+        raise InputError(THINKER.format(name, f"Qwen/Qwen3-ASR-{size}-hf"))
     stock = dict(glmasr=GlmAsrForConditionalGeneration, qwen3_asr=Qwen3ASRForConditionalGeneration)
     if kind != "ark" and kind not in stock:
         raise InputError(f"{name}: model_type is {kind!r}; a student or teacher is a glmasr or qwen3_asr "
@@ -240,8 +246,9 @@ def load_net(name, dtype):
             wrong = [*sorted(info["missing_keys"]), *sorted(info["unexpected_keys"]),
                      *sorted(map(str, info["mismatched_keys"]))]
             if kind == "qwen3_asr":
-                processor = AutoProcessor.from_pretrained(folder)
-            tokenizer = processor.tokenizer if processor else AutoTokenizer.from_pretrained(folder)
+                processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+            tokenizer = (processor.tokenizer if processor else
+                         AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
     except Exception as error:              # whatever the library says of a broken file, in one line
         raise InputError(f"{name} is no model folder: {one_line(error)}") from error
     if wrong:
@@ -363,8 +370,9 @@ class SpeechLM(nn.Module):
         """
         encoder, folder = load_net(encoder, torch.float32)[0], local_folder(lm)
         try:
-            lm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            lm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True,
+                                                      trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:
             raise InputError(f"--lm {folder} is no causal LM: {one_line(error)}") from error
         if encoder.config.model_type != "glmasr" or lm.config.model_type not in ("qwen2", "qwen3"):
@@ -374,7 +382,7 @@ class SpeechLM(nn.Module):
         add_audio_tokens(tokenizer)
         if len(tokenizer) > lm.config.vocab_size:
             lm.resize_token_embeddings(len(tokenizer))
-        for rows in {lm.get_input_embeddings().weight, lm.get_output_embeddings().weight}:
+        for rows in (lm.get_input_embeddings().weight, lm.lm_head.weight):     # one and the same where tied
             old, new = rows.data[:known], rows.data[known:len(tokenizer)]
             new.copy_(old.mean(0) + old.std(0) * torch.randn_like(new))
         net = GlmAsrForConditionalGeneration(glm_asr_config(
@@ -398,8 +406,8 @@ class SpeechLM(nn.Module):
         return cls(net, tokenizer, processor)
 
     def save_pretrained(self, folder):
-        """Writes a stock folder of the net's class: weights, config, tokenizer, processor, generation settings.
-        With an Ark model's, stock `generate` stops at the stop token and never writes a control token."""
+        """Writes a stock folder of the net's class: weights, config, tokenizer, processor, generation
+        settings; with an Ark model's, stock `generate` stops by itself and writes no control token."""
         front_end = self.front_end
         if not self.is_qwen3_asr:
             self.net.generation_config = GenerationConfig(
@@ -444,13 +452,14 @@ class SpeechLM(nn.Module):
         the convolutions pad with, and positions beyond it are not attended to: by a key mask here; Qwen3-ASR
         drops them.
         """
+        mel = batch.mel.to(self.head.weight.dtype)
         if self.is_qwen3_asr:
             mel_mask = torch.arange(batch.mel.shape[2], device=batch.mel.device) < batch.mel_lens[:, None]
-            return self.net.get_audio_features(batch.mel, mel_mask.long()).pooler_output, None, None
+            return self.net.get_audio_features(mel, mel_mask.long()).pooler_output, None, None
         frame_lens = batch.mel_lens // 2                                                  # 50 frames a second
         positions = torch.arange(batch.mel.shape[2] // 2, device=batch.mel.device)
         key_mask = (positions < frame_lens[:, None])[:, None, None, :]                    # (B, 1, 1, T')
-        frames = self.encoder(batch.mel, key_mask=key_mask).last_hidden_state             # (B, T', D)
+        frames = self.encoder(mel, key_mask=key_mask).last_hidden_state             # (B, T', D)
         merged = frames.reshape(len(frames), -1, 4 * frames.shape[2])                     # (B, T'/4, 4D)
         counted = torch.arange(merged.shape[1], device=merged.device) < batch.audio_lens[:, None]
         return self.adapter(merged[counted]), frames, frame_lens
@@ -554,7 +563,7 @@ def self_check(model, waveforms, languages):
         Rollout(*(x[b:b + 1] for x in vars(rollout).values()))) for b, waveform in enumerate(waveforms)])
     tokens = rollout.ids[rollout.row_mask()][:, None]                                     # (N, 1)
     largest = together[:, ~model.forbidden].abs().max()
-    tolerance = 1e-3 if together.dtype == next(model.parameters()).dtype else 0.1         # bf16 and its like
+    tolerance = 0.1 if next(model.parameters()).dtype in (torch.bfloat16, torch.float16) else 1e-3
     likeliest = together.gather(1, tokens) >= together.amax(1, True) - tolerance * largest
     found = dict(nll=-together.log_softmax(1).gather(1, tokens).mean().item(),
                  agreement=likeliest.float().mean().item(),
@@ -562,10 +571,10 @@ def self_check(model, waveforms, languages):
     limit = math.log(int((~model.forbidden).sum())) + tolerance
     if not (found["nll"] <= limit and found["agreement"] >= 0.95 and found["batch_difference"] <= tolerance):
         raise InputError(
-            f"self-check: {type(model.net).__name__} contradicts itself: nll of its own greedy transcripts "
-            f"{found['nll']:.3f} nats a token (at most {limit:.1f}), likeliest tokens {found['agreement']:.0%} (at "
-            f"least 95 %), logits alone and in a batch {found['batch_difference']:.1e} of the largest apart (at "
-            f"most {tolerance:g}): prompt, rows or masks are misaligned")
+            f"self-check: {type(model.net).__name__} contradicts itself, prompt, rows or masks are "
+            f"misaligned: nll of its own greedy transcripts {found['nll']:.3f} nats a token (at most "
+            f"{limit:.1f}), likeliest tokens {found['agreement']:.0%} (at least 95 %), logits alone and in a batch "
+            f"{found['batch_difference']:.1e} of the largest apart (at most {tolerance:g})")
     return found
 
 

@@ -167,7 +167,7 @@ def main(args):
     student = SpeechLM.from_pretrained(start_folder(args, args.student)).to(device).train()
     alignment = align_vocabularies(student, teacher)
     check_languages(clips, student, teacher)
-    # ---- self-check: on four clips, shortest to longest, misaligned prompts, rows or masks show -------------
+    # ---- self-check, on four clips: misaligned prompts, rows or masks show here ----------------------------
     by_length = sorted(range(len(clips)), key=lambda i: clips[i].duration)
     few = [clips[by_length[q * (len(clips) - 1) // 3]] for q in range(4)]
     waveforms = [load_audio(clip) for clip in few]

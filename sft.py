@@ -130,7 +130,7 @@ def main(args):
             raise InputError(f"--tokenizer {args.tokenizer}: not a folder")
         try:
             config = json.load(open(args.config))
-            tokenizer = transformers.AutoTokenizer.from_pretrained(args.tokenizer)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(args.tokenizer, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise InputError(f"--config {args.config}, --tokenizer {args.tokenizer}: "
                              f"{one_line(error)}") from None

@@ -88,13 +88,9 @@ def qwen3_tokenizer(extra=()):
     if not (folder / "tokenizer.json").exists():
         pytest.skip(f"no {folder}: set ASR_OPD_DATA to a folder with qwen3_tokenizer")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    add_tokens(tokenizer, extra)
-    return tokenizer
-
-
-def add_tokens(tokenizer, tokens):
     tokenizer.add_tokens([tokenizers.AddedToken(token, special=token.startswith("<|"), normalized=False)
-                          for token in tokens])
+                          for token in extra])
+    return tokenizer
 
 
 def write_released_ark_tokenizer(folder):

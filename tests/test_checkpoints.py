@@ -19,7 +19,7 @@ import transformers
 import eval as evaluation
 import opd
 import sft
-from conftest import (DATA, QWEN3_ASR_TEMPLATE, QWEN3_ASR_TOKENS, QWEN_SPECIALS, ROOT, add_tokens, ark_folder,
+from conftest import (DATA, QWEN3_ASR_TEMPLATE, QWEN3_ASR_TOKENS, QWEN_SPECIALS, ROOT, ark_folder,
                       ark_tensors, byte_tokenizer, glm_asr_nano_folder, noise, qwen3_asr_folder,
                       qwen3_lm_folder, qwen3_tokenizer, thinker_folder, tiny_model)
 from data import InputError, collate, language_code, script_language
@@ -31,7 +31,7 @@ NAMES = ("Chinese English Cantonese Arabic German French Spanish Portuguese Indo
          "Filipino Persian Greek Romanian Hungarian Macedonian").split()
 
 
-# ---- helpers -----------------------------------------------------------------------------------------------
+# ---- shared pieces -----------------------------------------------------------------------------------------
 @dataclasses.dataclass
 class Pair:
     """A folder in stock transformers and in ours."""
@@ -163,22 +163,14 @@ def test_qwen3_asr_forbidden_ids(qwen):
     assert allowed == [*range(256), tokenizer.convert_tokens_to_ids("<|im_end|>")]
 
 
-@pytest.fixture(scope="module")
-def real(tmp_path_factory):
-    """With the real tokenizer and 151,936 rows: (Qwen3-ASR pair, folder of a Qwen3 LM, ids of a text)."""
-    folder, tokenizer = tmp_path_factory.mktemp("real"), qwen3_tokenizer()
-    ids = tokenizer("今天 hello")["input_ids"]
-    qwen3_lm_folder(folder / "Qwen3-0.6B", tokenizer, hidden=16, rows=151_936)
-    add_tokens(tokenizer, QWEN3_ASR_TOKENS)
-    asr = qwen3_asr_folder(folder / "Qwen3-ASR-0.6B-hf", tokenizer, hidden=16, rows=151_936)
-    processor = transformers.Qwen3ASRProcessor(transformers.Qwen3ASRFeatureExtractor(), tokenizer,
-                                               chat_template=QWEN3_ASR_TEMPLATE)
-    return load_pair(asr, processor), folder / "Qwen3-0.6B", ids
-
-
-def test_qwen3_asr_with_the_released_ids(real):
-    """Ids, prompt, logits, forbidden ids, and the language that the model itself prefers."""
-    pair, wave = real[0], noise(0.99, seed=3)
+def test_qwen3_asr_with_the_released_ids(tmp_path):
+    """The real tokenizer and 151,936 rows: ids, prompt, logits, forbidden ids, and the language that the
+    model itself prefers."""
+    tokenizer = qwen3_tokenizer(QWEN3_ASR_TOKENS)
+    folder = qwen3_asr_folder(tmp_path / "Qwen3-ASR-0.6B-hf", tokenizer, hidden=16, rows=151_936)
+    pair = load_pair(folder, transformers.Qwen3ASRProcessor(
+        transformers.Qwen3ASRFeatureExtractor(), tokenizer, chat_template=QWEN3_ASR_TEMPLATE))
+    wave = noise(0.99, seed=3)
     front_end, forbidden = pair.model.front_end, pair.model.forbidden
     batch = pair.model.with_languages(collate([wave], front_end, ["zh"]))
     want = [151644, 8948, 198, 151645, 198, 151644, 872, 198, 151669, *[151676] * 13, 151670, 151645, 198,
@@ -521,15 +513,6 @@ def test_from_parts_takes_the_encoder_of_the_released_ark(tmp_path):
         embeds, frames, _ = model.encode(batch)
     assert_relative(frames[0], ark_oracle(state(tmp_path / "ark"), batch.mel[0])[0])
     assert embeds.shape[-1] == 48
-
-
-def test_from_parts_with_the_real_tokenizer(tmp_path, real):
-    """Qwen3's 151,936 rows hold the new tokens: no row is added, the text's ids stay."""
-    _, lm, ids = real
-    encoder = glm_asr_nano_folder(tmp_path / "encoder")
-    model = SpeechLM.from_parts(encoder, lm)
-    assert_parts(model, encoder, lm, 151_669)
-    assert model.head.out_features == 151_936 and model.front_end.encode_text("今天 hello") == ids
 
 
 def test_from_parts_refuses_what_does_not_fit(tmp_path):
@@ -931,6 +914,17 @@ def test_scripts_stop_at_a_failed_self_check(clips_dir, tmp_path, monkeypatch):
 
 
 # ---- real recordings, real vocabulary ----------------------------------------------------------------------
+@pytest.mark.slow
+def test_from_parts_with_the_real_tokenizer(tmp_path):
+    """Qwen3's 151,936 rows hold the new tokens: no row is added, the text's ids stay."""
+    tokenizer, encoder = qwen3_tokenizer(), glm_asr_nano_folder(tmp_path / "encoder")
+    lm = qwen3_lm_folder(tmp_path / "Qwen3-0.6B", tokenizer, hidden=16, rows=151_936)
+    model = SpeechLM.from_parts(encoder, lm)
+    assert_parts(model, encoder, lm, 151_669)
+    assert model.head.out_features == 151_936
+    assert model.front_end.encode_text("今天 hello") == tokenizer("今天 hello")["input_ids"]
+
+
 @pytest.mark.slow
 def test_real_vocabulary_run(tmp_path):
     """20 steps of opd.py with 151,936 rows on both sides, Mandarin and English recordings: under 5 minutes

@@ -222,6 +222,9 @@ def test_root_and_out_relative_to_the_current_folder(corpus, tmp_path, monkeypat
     monkeypatch.chdir("/")
     assert len(sounds(tmp_path / "other" / "m.jsonl")) == len(again) == N_CLIPS[corpus]
     assert all(os.path.isabs(line["audio"]) == (corpus != "fsdd") for line in again.values())
+    monkeypatch.chdir(tmp_path / "other")
+    above, _ = run(name, "../corpus", *short, "--out", "../above.jsonl")
+    assert not any(os.path.isabs(line["audio"]) for line in above.values()) and len(sounds("../above.jsonl"))
 
 
 @pytest.mark.parametrize("corpus", BUILD)
@@ -666,6 +669,16 @@ def test_fsdd_unusable_recordings_never_end_up_in_a_clip(samples, tmp_path):
         assert "3_ann_1.wav" in str(error) and sorted(os.listdir(tmp_path)) == ["f"]
     else:
         assert all(wave.abs().max() < 0.99 for wave in sounds(tmp_path / "m.jsonl").values())
+
+
+@pytest.mark.parametrize("name", ["3_ann_b_1.wav", "3_ann_x.wav"])
+def test_fsdd_other_names_end_in_no_traceback(name, tmp_path):
+    root = fsdd(tmp_path / "f", takes=range(1))
+    sound(root / name, 0.1)
+    try:
+        run("fsdd", root, "--count", 4, "--out", tmp_path / "m.jsonl")
+    except InputError as error:
+        assert name in str(error)
 
 
 def test_fsdd_same_seed_same_bytes(tmp_path):
