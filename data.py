@@ -22,6 +22,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -107,11 +108,11 @@ def parse_line(line, where, folder, text_field="text"):
     if not isinstance(fields, dict):
         raise InputError(f"{where}: expected a JSON object, found {type(fields).__name__}")
 
-    def get(key, kinds, what, required=False, default=None):
+    def get(key, kinds, what, default=None):
         value = fields.get(key)
         if value is None:
-            if required:
-                raise InputError(f'{where}: key "{key}" is missing; every line needs {what}')
+            if key in ("audio", "duration"):
+                raise InputError(f'{where}: key "{key}" is missing; every line needs {what}, "{key}"')
             return default
         if not isinstance(value, kinds) or isinstance(value, bool):
             raise InputError(f'{where}: "{key}" must be {what}, found {json.dumps(value)[:60]}')
@@ -119,22 +120,18 @@ def parse_line(line, where, folder, text_field="text"):
             raise InputError(f'{where}: "{key}" must be finite, found {str(value)[:20]}')
         return value
 
-    clip = Clip(audio=get("audio", str, 'a path, "audio"', required=True),
-                duration=float(get("duration", (int, float), 'a number of seconds, "duration"',
-                                   required=True)),
-                where=where, fields=fields, text=get(text_field, str, "a string"),
-                language=get("language", str, "a string"),
-                begin_time=float(get("begin_time", (int, float), "a number of seconds", default=-1)),
-                end_time=float(get("end_time", (int, float), "a number of seconds", default=-1)),
-                offset=get("offset", int, "a whole number of bytes"),
-                nbytes=get("nbytes", int, "a whole number of bytes"))
+    clip = Clip(get("audio", str, "a path"), where=where, fields=fields,
+                text=get(text_field, str, "a string"), language=get("language", str, "a string"),
+                **{key: float(get(key, (int, float), "a number of seconds", -1))
+                   for key in ("duration", "begin_time", "end_time")},
+                **{key: get(key, int, "a whole number of bytes") for key in ("offset", "nbytes")})
     if "\0" in clip.audio or not clip.audio:
         raise InputError(f'{where}: "audio" is not a path: {clip.audio!r}')
     if clip.duration <= 0:
         raise InputError(f'{where}: "duration" must be above 0 s, found {clip.duration:g}')
     if clip.end_time >= 0 and clip.end_time <= max(clip.begin_time, 0):
-        raise InputError(f"{where}: end_time {clip.end_time:g} s is not after "
-                         f"begin_time {clip.begin_time:g} s")
+        raise InputError(f"{where}: end_time {clip.end_time:g} s is not after begin_time "
+                         f"{clip.begin_time:g} s")
     if ((clip.offset is None) != (clip.nbytes is None)
             or (clip.offset is not None and (clip.offset < 0 or clip.nbytes <= 0))):
         raise InputError(f'{where}: "offset" and "nbytes" go together, offset ≥ 0 and nbytes > 0')
@@ -145,9 +142,8 @@ def parse_line(line, where, folder, text_field="text"):
 def read_manifest(path, text_field="text", errors=None):
     """All clips of a manifest, in order. Blank lines, CRLF and a byte-order mark are accepted.
 
-    With `errors` (a list) defects are appended to it as text and the line is left out, for `check`;
-    else InputError.
-    """
+    With `errors` (a list) defects are appended to it as text and the line is left out, for `check`; else
+    InputError."""
     try:
         raw = open(path, "rb").read()
     except OSError as error:
@@ -204,12 +200,11 @@ def resampler(rate):
 
 
 def load_audio(clip):
-    """The waveform of a clip: (samples,) float32 at 16 kHz, channels averaged.
-    Raises AudioError with line and remedy.
+    """The waveform of a clip: (samples,) float32 at 16 kHz, channels averaged. Raises AudioError with line
+    and remedy.
 
-    libsndfile shortens damaged files silently,
-    so the decoded length is compared with the manifest's `duration`.
-    """
+    libsndfile shortens damaged files silently, so the decoded length is compared with the manifest's
+    `duration`."""
     def bad(reason):
         return AudioError(f"{clip.where}: {clip.audio}: {reason}")
 
@@ -287,8 +282,7 @@ def log_mel(waveform, padded_samples=None):
     """Whisper's log-mel of one clip: (samples,) float32 → (128, F), F = padded_samples // 160.
 
     The clip is zero-padded at its end, by default to a multiple of 1,280 samples (80 ms), so that F is 8 per
-    audio token. Equal to `WhisperFeatureExtractor(feature_size=128)` on the padded clip.
-    """
+    audio token. Equal to `WhisperFeatureExtractor(feature_size=128)` on the padded clip."""
     padding = -len(waveform) % BLOCK if padded_samples is None else padded_samples - len(waveform)
     waveform = torch.nn.functional.pad(waveform, (0, padding))
     spectrum = torch.stft(waveform, N_FFT, HOP, window=torch.hann_window(N_FFT), center=True,
@@ -353,8 +347,7 @@ def batch_indices(durations, batch_size, seed, step, pool_batches=50):
 
     The clips form one endless stream, a fresh permutation each epoch. It is cut into pools of `pool_batches`
     batches (at most an epoch); each pool is sorted by duration, cut into batches of similar length, and the
-    batches are shuffled. No clip is dropped at the end of an epoch.
-    """
+    batches are shuffled. No clip is dropped at the end of an epoch."""
     pool_batches = max(min(pool_batches, len(durations) // batch_size), 1)
     pool, place = divmod(step, pool_batches)
     order = pool_order(durations.tobytes(), batch_size, seed, pool, pool_batches)
@@ -469,8 +462,7 @@ def start_run(args, rank, first_step=0):
 
     config.json holds the arguments, versions, git commit, world size and a hash of each training manifest. A
     resumed run must have the arguments it was started with, those of RESUME_FREE apart; metrics.jsonl and
-    samples.jsonl are cut back to `first_step`, so that they hold each step once.
-    """
+    samples.jsonl are cut back to `first_step`, so that they hold each step once."""
     config_path, link = os.path.join(args.out, "config.json"), os.path.join(args.out, "model")
     if os.path.lexists(link) and not args.resume:       # without a checkpoint there is no run yet to lose
         raise InputError(f"--out {args.out} already holds a run; choose another folder, or --resume")
@@ -506,12 +498,9 @@ def start_run(args, rank, first_step=0):
 
 def git_commit():
     """The commit of this folder, None where there is no git or no repository."""
-    try:
-        git = subprocess.run(["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"],
-                             capture_output=True, text=True)
-    except OSError:
-        return None
-    return git.stdout.strip() or None
+    command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"]
+    git = shutil.which("git") and subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return git or None
 
 
 def run_script(main, args):
@@ -558,6 +547,34 @@ class Parser(argparse.ArgumentParser):
 
     def convert_arg_line_to_args(self, line):
         return shlex.split(line, comments=True)
+
+
+def training_flags(parser, name):
+    """The flags that opd.py and sft.py share."""
+    add = parser.add_argument_group("data").add_argument
+    add("--train", nargs="+", required=True, metavar="m.jsonl", help="manifests; opd.py reads no text")
+    add("--eval", nargs="*", default=[], metavar="m.jsonl", help="scored at the end (opd: before too)")
+    add("--max-seconds", type=at_least(0.01), default=30.0, help="longer clips are left out and counted")
+    add("--workers", type=at_least(0, int), default=2, help="processes a rank that read ahead; 0 = none")
+    add = parser.add_argument_group("optimization").add_argument
+    add("--steps", type=at_least(1, int), default=10_000, help="optimizer updates")
+    add("--batch-size", type=at_least(1, int), default=960, help="clips per update, all ranks together")
+    add("--micro-seconds", type=at_least(0.01), default=600.0,
+        help="padded audio per forward pass and rank, in seconds; does not change results")
+    add("--lr", type=at_least(0), default=1e-4, help="peak learning rate")
+    add("--warmup-steps", type=at_least(0, int), default=1_000, help="linear warm-up, then cosine to 0")
+    add("--weight-decay", type=at_least(0), default=0.005, help="AdamW; not on norms, biases and embeddings")
+    add("--clip", type=at_least(0), default=1.0, help="gradient norm is clipped to this; 0 = off")
+    add = parser.add_argument_group("speed").add_argument
+    add("--bf16", action="store_true", help="bf16 compute; what trains stays float32")
+    add("--compile", action="store_true", help="torch.compile encoders and LMs; for GPUs")
+    add("--recompute", action="store_true", help="recompute activations in backward: less memory, more time")
+    add = parser.add_argument_group("run").add_argument
+    add("--out", default=f"runs/{name}", help="output folder; an existing run is refused unless --resume")
+    add("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    add("--save-every", type=at_least(1, int), default=1_000, help="steps between checkpoints")
+    add("--eval-every", type=at_least(0, int), default=0, help="steps between further evaluations; 0 = off")
+    add("--seed", type=at_least(0, int), default=0, help="of new weights, order, sampling, masks")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -677,14 +694,12 @@ def fsdd(args):
                 and speaker in (args.speakers or [speaker])):
             try:
                 wave = load_audio(clip_from_file(str(path))).numpy()
+                if not wave.any():
+                    raise InputError(f"{path}: all its samples are zero")
             except InputError as error:
                 yield "cannot be read", one_line(error)
                 continue
-            if not wave.any():
-                yield "all its samples are zero", str(path)
-                continue
-            level = np.sqrt(np.mean(wave**2))                                       # some speakers are faint
-            takes.setdefault(speaker, []).append((int(digit), wave / level))
+            takes.setdefault(speaker, []).append((int(digit), wave / np.sqrt(np.mean(wave**2))))  # one level
     if args.split and not takes:
         raise InputError(f"--split {args.split[0]}: no usable take in {root}; 0 to 4 are test, others train")
     for speaker in set(args.speakers) - set(takes):
@@ -713,16 +728,14 @@ def folder(args):
             yield "its .txt is not UTF-8", str(path)
 
 
-CORPORA = dict(librispeech=librispeech, aishell1=aishell1, wenetspeech=wenetspeech, kaldi=kaldi, fsdd=fsdd,
-               folder=folder)
+CORPORA = {corpus.__name__: corpus for corpus in (librispeech, aishell1, wenetspeech, kaldi, fsdd, folder)}
 
 
 def import_clip(line, language, pack, tars):
     """A corpus's line with duration, from the header alone, and language (by script where it has none).
 
     pack: stem of tar shards, or None; whole files go there byte for byte, segments as 16-bit FLAC, and `tars`
-    holds the shards made so far. A clip that cannot be read comes back as (reason, which).
-    """
+    holds the shards made so far. A clip that cannot be read comes back as (reason, which)."""
     line = {key: value for key, value in line.items() if value is not None}
     code = line.get("language") or language or script_language(line.get("text", ""))
     line.update({"language": code} if code else {})
@@ -816,8 +829,7 @@ def check(path, max_seconds):
         if first_line.setdefault(clip.key, clip.where) != clip.where:
             defects.append(f"{clip.where}: the same clip as {first_line[clip.key]}")
         if clip.duration > max_seconds:
-            defects.append(f"{clip.where}: {clip.duration:.1f} s is over --max-seconds {max_seconds:g}; "
-                           "split it")
+            defects.append(f"{clip.where}: {clip.duration:.1f} s is over --max-seconds {max_seconds:g}")
         try:
             waveform = load_audio(clip)
         except AudioError as error:
@@ -826,28 +838,23 @@ def check(path, max_seconds):
         if clip.text != "" and not waveform.any():
             defects.append(f"{clip.where}: {clip.audio}: every sample is zero")
         if len(waveform) < N_FFT:
-            defects.append(f"{clip.where}: {clip.audio}: {len(waveform)} samples, "
-                           "shorter than one 25 ms window")
+            defects.append(f"{clip.where}: {clip.audio}: {len(waveform)} samples, less than a 25 ms window")
         seconds += len(waveform) / SAMPLE_RATE
         languages[clip.language or "(none)"] += 1
     print(f"{path}: {len(clips)} clips, {seconds / 3600:.3f} hours, "
           f"with text {sum(c.text is not None for c in clips)}, "
           f"empty text {sum(c.text == '' for c in clips)}, languages "
           + (", ".join(f"{name} {n}" for name, n in languages.most_common()) or "none"))
-    for defect in defects:
-        print(f"  {defect}")
-    print(f"{path}: {len(defects)} defect(s)")
+    print(*(f"  {defect}\n" for defect in defects), f"{path}: {len(defects)} defect(s)", sep="")
     return len(defects)
 
 
 def parse_args(argv=None):
     parser = Parser(prog="data.py", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    checker = commands.add_parser(
-        "check", help="read every clip of manifests and report every defect; exit status 1 if any")
+    checker = commands.add_parser("check", help="read every clip, report every defect; exit status 1 if any")
     checker.add_argument("manifests", nargs="+", metavar="m.jsonl", help="manifests to read")
-    checker.add_argument("--max-seconds", type=at_least(0.01), default=30.0,
-                         help="longest clip that counts as sound, in seconds")
+    checker.add_argument("--max-seconds", type=at_least(0.01), default=30.0, help="longer clips are defects")
     for name, importer in CORPORA.items():
         corpus = commands.add_parser(name, help=importer.__doc__, description=importer.__doc__)
         corpus.add_argument("root", metavar="ROOT", help="folder of the corpus, as it is distributed")

@@ -54,8 +54,7 @@ def normalize(text, language, style="default", simplify=False):
     First, format characters, variation selectors and enclosing marks go. default, en: NFKC, then Whisper's
     English normaliser; default, others: NFKC, lower case, punctuation and symbols as blanks. paper: lower
     case, punctuation and symbols deleted. Characters are taken without blanks, Latin words in Chinese text
-    letter by letter. Traditional characters stay unless `simplify`.
-    """
+    letter by letter. Traditional characters stay unless `simplify`."""
     text = "".join(c for c in text if category(c) not in ("Cf", "Me") and not VARIATION.match(c))
     if style == "default":
         text = unicodedata.normalize("NFKC", text)
@@ -160,21 +159,15 @@ def compare(results_a, results_b, draws=10_000, seed=0):
     twice the smaller share of draws with a difference ≤ 0 or ≥ 0, (count + 1) / (draws + 1), at most 1.
     Raises InputError where the files do not hold the same clips with the same texts, each once and decoded.
     """
-    both = []
-    for results in (results_a, results_b):
-        both.append({r["key"]: r for r in results})
-        if len(both[-1]) < len(results):
-            twice = next(r for r in results if both[-1][r["key"]] is not r)
-            raise InputError(f"--compare: {twice['where']}: {twice['audio']} is there twice")
+    by_key_a, by_key_b = ({r["key"]: r for r in results} for results in (results_a, results_b))
+    for results, own, other in ((results_a, by_key_a, by_key_b), (results_b, by_key_b, by_key_a)):
         for r in results:
-            if "errors" not in r:
-                raise InputError(f"--compare: {r['where']}: {r['audio']} was not decoded, or has no text")
-    by_key_a, by_key_b = both
-    for r in (*results_a, *results_b):
-        if r["key"] not in by_key_a or r["key"] not in by_key_b:
-            raise InputError(f"--compare: {r['where']}: {r['audio']} is in one of the files only")
-        if by_key_a[r["key"]]["text"] != by_key_b[r["key"]]["text"]:
-            raise InputError(f"--compare: {r['where']}: {r['audio']} has another text in the other file")
+            wrong = ("is there twice" if own[r["key"]] is not r else
+                     "was not decoded, or has no text" if "errors" not in r else
+                     "is in one of the files only" if r["key"] not in other else
+                     "has another text in the other" if other[r["key"]].get("text") != r["text"] else None)
+            if wrong:
+                raise InputError(f"--compare: {r['where']}: {r['audio']} {wrong}")
     table = np.array([(r["errors"], by_key_b[r["key"]]["errors"], r["units"]) for r in results_a])
     summary = summarize(results_a, draws=0)
     if not summary["units"]:
@@ -215,11 +208,10 @@ def print_summaries(summaries):
 # ------------------------------------------------------------------------------------------------------------
 def transcribe(model, clips, device, batch_seconds, label="decode", max_new_tokens=MAX_NEW_TOKENS,
                tokens_per_second=TOKENS_PER_SECOND):
-    """Greedy transcripts of this rank's share of the clips, longest first, one batch of audio in memory;
-    all ranks get all of them, in order.
+    """Greedy transcripts of this rank's share of the clips, longest first, one batch of audio in memory; all
+    ranks get all of them, in order.
 
-    → result dicts as many as `clips`: hyp and stopped, or error.
-    """
+    → result dicts as many as `clips`: hyp and stopped, or error."""
     rank, world = rank_and_world()
     durations = np.array([clip.duration for clip in clips])
     mine = np.argsort(-durations, kind="stable")[rank::world].tolist()
@@ -269,10 +261,11 @@ def evaluate(model, sets, device, batch_seconds, out=None, style="default", simp
             os.makedirs(out, exist_ok=True)
             with open(os.path.join(out, f"{stem}.jsonl"), "w", encoding="utf-8") as file:
                 file.writelines(json.dumps(result, ensure_ascii=False) + "\n" for result in results)
-        if rank_and_world()[0] == 0:
-            for result in results:
-                if "error" in result:
-                    print(f"eval.py: not decoded: {result['error']}", file=sys.stderr, flush=True)
+        for result in results if rank_and_world()[0] == 0 else ():
+            if "error" in result:
+                print(f"eval.py: not decoded: {result['error']}", file=sys.stderr, flush=True)
+            elif out is None and not summaries[stem]["scored"]:         # just read it
+                print(result["hyp"] if len(results) == 1 else f"{result['audio']}\t{result['hyp']}")
     if writes:
         write_summaries(out, summaries)
     return summaries
@@ -365,21 +358,12 @@ def main(args):
     caps = dict(max_new_tokens=args.max_new_tokens, tokens_per_second=args.tokens_per_second)
     check_languages(clips, model)
     transcribe(model, clips[:1] * world, device, args.batch_seconds, **caps)    # warm-up, for the RTF
-    if args.out is None and all(clip.text is None for clip in clips):       # just read it
-        found = transcribe(model, clips, device, args.batch_seconds, **caps)
-        failed = sum("error" in result for result in found)
-        for clip, result in zip(clips, found):
-            if rank == 0 and "error" in result:
-                print(f"eval.py: not decoded: {result['error']}", file=sys.stderr)
-            elif rank == 0:
-                print(result["hyp"] if len(clips) == 1 else f"{clip.audio}\t{result['hyp']}")
-    else:
-        summaries = evaluate(model, sets, device, args.batch_seconds, args.out, **style, draws=args.bootstrap,
-                             strict=False, **caps)
-        failed = sum(s["failed"] for s in summaries.values())
-        if rank == 0:
-            print_summaries(summaries)
-            print(f"{world} process(es) on {device.type}" + (f"; results in {args.out}" if args.out else ""))
+    summaries = evaluate(model, sets, device, args.batch_seconds, args.out, **style, draws=args.bootstrap,
+                         strict=False, **caps)
+    failed = sum(s["failed"] for s in summaries.values())
+    if rank == 0 and (args.out or any(s["scored"] for s in summaries.values())):
+        print_summaries(summaries)
+        print(f"{world} process(es) on {device.type}" + (f"; results in {args.out}" if args.out else ""))
     if rank == 0 and failed:                    # the other ranks end in peace: torchrun would stop this one
         print(f"eval.py: {failed} clip(s) not decoded", file=sys.stderr)
         sys.exit(1)

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (AutoModelForCausalLM, AutoProcessor, AutoTokenizer, GenerationConfig, GlmAsrConfig,
                           GlmAsrForConditionalGeneration, GlmAsrProcessor, Qwen2Config, Qwen2TokenizerFast,
                           Qwen3ASRForConditionalGeneration, WhisperFeatureExtractor)
@@ -168,8 +169,7 @@ def forbidden_ids(tokenizer, vocab_size, stop_id):
 class Rollout:
     """Transcripts of B clips. Row (b, t) is scored for t < lens[b], and at t = lens[b] where stopped[b].
 
-    Masks come from the lengths, never from `ids == pad`: the pad id may be a text's end.
-    """
+    Masks come from the lengths, never from `ids == pad`: the pad id may be a text's end."""
     ids: torch.Tensor           # (B, T) int64; the stop token at [b, lens[b]] where stopped; padding after it
     lens: torch.Tensor          # (B,) transcript tokens, without the stop token
     stopped: torch.Tensor       # (B,) bool, False = cut by the length cap
@@ -188,9 +188,8 @@ def key_masked_attention(module, query, key, value, attention_mask, scaling, dro
                          **kwargs):
     """The encoder's attention with padded key positions left out: (B, heads, T', d) → (B, T', heads, d).
 
-    Stock GlmAsr has no such mask (its attention_mask is always None),
-    and its embeddings depend on the batch's padding.
-    """
+    Stock GlmAsr has no such mask (its attention_mask is always None), and its embeddings depend on the
+    batch's padding."""
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=key_mask, dropout_p=dropout,
                                          scale=scaling)
     return out.transpose(1, 2), None
@@ -280,8 +279,7 @@ def import_ark(folder, raw, dtype):
     """(net, tokenizer, names that do not fit) of the released ARK-ASR checkpoint, without its remote code.
 
     Keys are renamed. Its rotary embedding turns neighbouring pairs of the first half of each head, the stock
-    one turns halves: the even rows of q and k come first, then the odd ones.
-    """
+    one turns halves: the even rows of q and k come first, then the odd ones."""
     whisper, tied = raw["whisper_config"], raw.get("tie_word_embeddings", True)
     if raw.get("merge_factor", 4) != 4:
         raise InputError(f"{folder}: merge_factor {raw['merge_factor']}; the adapter merges 4 frames")
@@ -365,9 +363,8 @@ class SpeechLM(nn.Module):
     def from_parts(cls, encoder, lm):
         """A new student: encoder and norm of a GlmAsr or ARK model, a Qwen causal LM, a random adapter.
 
-        The rows of audio tokens that the LM's tokenizer lacks are drawn with the mean
-        and the spread of the LM's other rows.
-        """
+        The rows of audio tokens that the LM's tokenizer lacks are drawn with the mean and the spread of the
+        LM's other rows."""
         encoder, folder = load_net(encoder, torch.float32)[0], local_folder(lm)
         try:
             lm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True,
@@ -397,8 +394,7 @@ class SpeechLM(nn.Module):
         """A model from a folder or the hub: GlmAsr, Qwen3-ASR (`-hf`), or the released ARK-ASR, told by
         config.json. Raises InputError that says what is missing.
 
-        Weights are kept in `dtype` whatever the file holds: training wants float32 masters.
-        """
+        Weights are kept in `dtype` whatever the file holds: training wants float32 masters."""
         net, tokenizer, processor = load_net(name, dtype)
         for key, p in net.named_parameters():
             if not p.isfinite().all():
@@ -423,8 +419,7 @@ class SpeechLM(nn.Module):
         """The batch with a language in every prompt, which Qwen3-ASR wants; an Ark model's as it is.
 
         A clip whose language is not known takes the one of the script of its text (texts: B), else the one
-        that the model itself finds likeliest of its thirty.
-        """
+        that the model itself finds likeliest of its thirty."""
         if None not in batch.languages:
             return batch
         front_end, n_audio = self.front_end, batch.audio_lens.tolist()
@@ -450,8 +445,7 @@ class SpeechLM(nn.Module):
 
         A clip's result does not depend on its batch mates: mel is 0 beyond a clip's own frames, which is what
         the convolutions pad with, and positions beyond it are not attended to: by a key mask here; Qwen3-ASR
-        drops them.
-        """
+        drops them."""
         mel = batch.mel.to(self.head.weight.dtype)
         if self.is_qwen3_asr:
             mel_mask = torch.arange(batch.mel.shape[2], device=batch.mel.device) < batch.mel_lens[:, None]
@@ -470,14 +464,13 @@ class SpeechLM(nn.Module):
         is_audio = (batch.prompt_ids == self.front_end.audio_id) & batch.prompt_mask                # (B, S)
         return embeds.masked_scatter(is_audio[:, :, None], audio_embeds.to(embeds.dtype))
 
-    def forward(self, batch, rollout):
-        """Teacher forcing: hidden rows (N, H) at the scored positions of `rollout`, clip by clip,
-        and the encoder's frames.
+    def forward(self, batch, rollout, encoded=None):
+        """Teacher forcing: hidden rows (N, H) at the scored positions of `rollout`, clip by clip, and the
+        encoder's frames. encoded: what `encode` gave for this batch, if it is at hand.
 
-        Row (b, t) predicts token t of clip b: the last prompt column predicts token 0.
-        Returns (rows, frames, frame_lens).
-        """
-        audio_embeds, frames, frame_lens = self.encode(batch)
+        Row (b, t) predicts token t of clip b: the last prompt column predicts token 0. Returns (rows, frames,
+        frame_lens)."""
+        audio_embeds, frames, frame_lens = encoded or self.encode(batch)
         row_mask = rollout.row_mask()
         T, S = max(int((rollout.lens + rollout.stopped).max()), 1), batch.prompt_ids.shape[1]
         embeds = torch.cat([self.embed_prompt(batch, audio_embeds),
@@ -490,16 +483,15 @@ class SpeechLM(nn.Module):
 
     @torch.no_grad()
     def sample(self, batch, max_new_tokens, temperature=0.0, k=32, tokens_per_second=0.0, forbidden=None,
-               uniforms=None):
-        """Writes transcripts: greedy at temperature 0, else sampling from softmax(logits / temperature).
-        → `Rollout`
+               uniforms=None, encoded=None):
+        """Writes transcripts: greedy at temperature 0, else sampling from softmax(logits / temperature). →
+        `Rollout`
 
         batch: Batch of B clips; max_new_tokens: cap, the stop token counted; tokens_per_second: a row's cap
         is also tokens_per_second × seconds + 16 (0: off), so that one looping row cannot hold the batch;
         forbidden: (V,) bool, default the model's own; uniforms: (B, max_new_tokens) draws in [0, 1) that make
-        sampling a pure function of them. The top-k ids of a step are taken after forbidding. Not in the
-        paper: the cap by seconds.
-        """
+        sampling a pure function of them; encoded: what `encode` gave, if it is at hand. The top-k ids of a
+        step are taken after forbidding. Not in the paper: the cap by seconds."""
         was_training = self.training
         self.eval()
         forbidden = self.forbidden if forbidden is None else forbidden
@@ -507,74 +499,135 @@ class SpeechLM(nn.Module):
         if tokens_per_second > 0:
             caps = caps.minimum((batch.seconds * tokens_per_second).clamp(max=max_new_tokens).long() + 16)
         B, T, k = len(caps), int(caps.max()), min(k, len(forbidden))
-        ids = caps.new_full((B, T), self.front_end.pad_id)
-        topk_ids = caps.new_full((B, T, k), -1)
-        n_tokens, stopped, active = torch.zeros_like(caps), torch.zeros_like(caps, dtype=torch.bool), caps > 0
-        mask = batch.prompt_mask
-        out = self.lm(inputs_embeds=self.embed_prompt(batch, self.encode(batch)[0]), attention_mask=mask,
-                      position_ids=positions_of(mask), use_cache=True)                        # prefill
-        for t in range(T):
-            logits = self.head(out.last_hidden_state[:, -1]).float().masked_fill(
-                forbidden, -math.inf)                                                         # (B, V)
+        mask, on_gpu = batch.prompt_mask, batch.mel.is_cuda
+        embeds = self.embed_prompt(batch, (encoded or self.encode(batch))[0])
+        out = self.lm(inputs_embeds=embeds, attention_mask=mask, position_ids=positions_of(mask),
+                      use_cache=True)                                                         # prefill
+        decoder = Decoder(self.lm, self.head, out.past_key_values, mask, T)
+        hidden = out.last_hidden_state[:, -1].to(decoder.dtype).clone()                       # (B, H)
+        ids, topk_ids = caps.new_full((B, T), self.front_end.pad_id), caps.new_full((B, T, k), -1)
+        t, n_tokens = caps.new_zeros(1), torch.zeros_like(caps)
+        stopped, active = torch.zeros_like(caps, dtype=torch.bool), caps > 0
+        if temperature > 0:
+            uniforms = torch.rand(B, T) if uniforms is None else uniforms
+            uniforms = uniforms.to(caps.device, torch.float64)
+
+        def step():
+            """One token for every row. All in place, so that a GPU can capture it once and replay it."""
+            logits = F.linear(hidden, decoder.head).float().masked_fill(forbidden, -math.inf)  # (B, V)
             top = logits.topk(k)
+            token = top.indices[:, 0]
             if temperature > 0:
                 cumulative = (logits.double() / temperature).softmax(-1).cumsum(-1)
-                draw = torch.rand(B, device=ids.device) if uniforms is None else uniforms[:, t].to(ids.device)
-                draw = draw.double()[:, None].contiguous()
                 # The last valid id ends the table at 1,
                 # so a draw of 0.999… cannot pick a forbidden id behind it.
-                token = torch.searchsorted(cumulative / cumulative[:, -1:], draw, right=True)[:, 0]
-            else:
-                token = top.indices[:, 0]
-            ids[:, t] = torch.where(active, token, ids[:, t])
-            topk_ids[:, t] = torch.where(active[:, None] & top.values.isfinite(), top.indices, -1)
-            n_tokens += active
-            stopped |= active & (token == self.front_end.stop_id)
-            active = active & ~stopped & (t + 1 < caps)
-            if not active.any():
+                token = torch.searchsorted(cumulative / cumulative[:, -1:], uniforms.index_select(1, t),
+                                           right=True)[:, 0]
+            ids.index_copy_(1, t, token.where(active, self.front_end.pad_id)[:, None])
+            valid = active[:, None] & top.values.isfinite()
+            topk_ids.index_copy_(1, t, top.indices.where(valid, -1)[:, None])
+            n_tokens.add_(active)
+            stopped.logical_or_(active & (token == self.front_end.stop_id))
+            active.logical_and_(~stopped & (t + 1 < caps))
+            hidden.copy_(decoder.step(F.embedding(token, self.lm.embed_tokens.weight), t))
+            t.add_(1)
+
+        replay, check_every = step, 8 if on_gpu else 1      # on a GPU, asking whether all have stopped waits
+        for i in range(T):
+            if on_gpu and i == 3:                           # three plain steps have warmed the kernels up
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    step()
+                replay = graph.replay
+            replay()
+            if (i + 1) % check_every == 0 and not active.any():
                 break
-            mask = F.pad(mask, (0, 1), value=True)
-            out = self.lm(inputs_embeds=self.lm.embed_tokens(ids[:, t:t + 1]), attention_mask=mask,
-                          position_ids=positions_of(mask)[:, -1:], past_key_values=out.past_key_values,
-                          use_cache=True)
         self.train(was_training)
-        return Rollout(ids[:, :t + 1], n_tokens - stopped.long(), stopped, topk_ids[:, :t + 1])
+        used = max(int(n_tokens.max()), 1)
+        return Rollout(ids[:, :used], n_tokens - stopped.long(), stopped, topk_ids[:, :used])
+
+
+class Decoder:
+    """One-token steps of a Qwen LM after a prefill: fixed key and value storage, fused projections.
+
+    cache: the prefill's, S positions; prompt_mask: (B, S); T: tokens that may follow. Equal to the stock
+    modules up to rounding; weights are copied, so one lives for one batch.
+    """
+
+    def __init__(self, lm, head, cache, prompt_mask, T):
+        c, kind, past = lm.config, prompt_mask.device.type, cache.layers
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else past[0].values.dtype
+        self.heads, self.kv_heads, self.eps = c.num_attention_heads, c.num_key_value_heads, c.rms_norm_eps
+        self.dtype, self.head, self.norm = dtype, head.weight.to(dtype), lm.norm.weight.to(dtype)
+        self.act = lm.layers[0].mlp.act_fn
+        self.S, self.mask = prompt_mask.shape[1], F.pad(prompt_mask, (0, T))[:, None, None]  # (B, 1, 1, S+T)
+        self.first = prompt_mask.sum(dim=1)                                          # (B,) the next position
+        positions = torch.arange(self.S + T, device=prompt_mask.device)[None]
+        self.cos, self.sin = (x[0].to(dtype) for x in lm.rotary_emb(past[0].keys, positions))   # (S + T, d)
+        self.layers = []
+        for layer, (keys, values) in zip(lm.layers, ((x.keys, x.values) for x in past)):
+            a, mlp = layer.self_attn, layer.mlp
+            qkv = a.q_proj, a.k_proj, a.v_proj
+            parts = (layer.input_layernorm.weight, torch.cat([p.weight for p in qkv]),
+                     None if a.q_proj.bias is None else torch.cat([p.bias for p in qkv]),
+                     *(norm and norm.weight for norm in (getattr(a, f"{x}_norm", None) for x in "qk")),
+                     F.pad(keys, (0, 0, 0, T)), F.pad(values, (0, 0, 0, T)), a.o_proj.weight,
+                     layer.post_attention_layernorm.weight,
+                     torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]), mlp.down_proj.weight)
+            self.layers.append([None if part is None else part.to(dtype) for part in parts])
+
+    def step(self, x, t):
+        """Hidden rows (B, H) after token t (a (1,) tensor) with embeddings x (B, H)."""
+        at, B, d, x = self.S + t, len(x), self.cos.shape[1], x.to(self.dtype)
+        self.mask.index_fill_(3, at, True)
+        cos, sin = (table[self.first + t][:, None] for table in (self.cos, self.sin))       # (B, 1, d)
+
+        def rotate(y):
+            return y * cos + torch.cat([-y[..., d // 2:], y[..., :d // 2]], dim=-1) * sin
+
+        for norm1, qkv, bias, q_norm, k_norm, keys, values, o, norm2, gate_up, down in self.layers:
+            y = F.linear(F.rms_norm(x, x.shape[-1:], norm1, self.eps), qkv, bias).view(B, -1, d)
+            q, k, v = y.split([self.heads, self.kv_heads, self.kv_heads], dim=1)            # (B, heads, d)
+            if q_norm is not None:                                                          # Qwen3
+                q, k = F.rms_norm(q, (d,), q_norm, self.eps), F.rms_norm(k, (d,), k_norm, self.eps)
+            keys.index_copy_(2, at, rotate(k)[:, :, None])
+            values.index_copy_(2, at, v[:, :, None])
+            # Query heads that share a key head take the place of query positions.
+            q = rotate(q).view(B, self.kv_heads, -1, d)
+            y = F.scaled_dot_product_attention(q, keys, values, attn_mask=self.mask)        # (B, kv, g, d)
+            x = x + F.linear(y.reshape(B, -1), o)
+            gate, up = F.linear(F.rms_norm(x, x.shape[-1:], norm2, self.eps), gate_up).chunk(2, dim=-1)
+            x = x + F.linear(self.act(gate) * up, down)
+        return F.rms_norm(x, x.shape[-1:], self.norm, self.eps)
 
 
 @torch.no_grad()
 def self_check(model, waveforms, languages):
     """Does the model agree with itself? Its greedy transcripts of a few clips, scored by teacher forcing.
 
-    → dict: nll, their mean negative log-likelihood, nats a token; agreement, the share of tokens that are
-    the likeliest of their row; batch_difference, the largest difference of a logit between the clips in one
-    batch and one by one, relative to the largest logit. Raises InputError where shifted rows or a leaking
-    batch show: a greedy token's likelihood is never below 1 / V, whatever the weights.
-    """
-    device, k = model.forbidden.device, min(2, len(model.forbidden))
+    → dict: nll, their mean negative log-likelihood, nats a token; agreement, the share of tokens that are the
+    likeliest of their row; batch_difference, the largest difference of a logit between the clips in one batch
+    and one by one, relative to the largest logit. Raises InputError where shifted rows or a leaking batch
+    show: a greedy token's likelihood is never below 1 / V, whatever the weights."""
+    device, allowed = model.forbidden.device, ~model.forbidden
     batch = model.with_languages(collate(waveforms, model.front_end, languages).to(device))
-    rollout = model.sample(batch, 32, k=k)
-
-    def logits(batch, rollout):
-        return model.head(model(batch, rollout)[0]).float().masked_fill(model.forbidden, -math.inf)  # (N, V)
-
-    together = logits(batch, rollout)
-    alone = torch.cat([logits(
-        collate([waveform], model.front_end, batch.languages[b:b + 1]).to(device),
-        Rollout(*(x[b:b + 1] for x in vars(rollout).values()))) for b, waveform in enumerate(waveforms)])
-    tokens = rollout.ids[rollout.row_mask()][:, None]                                     # (N, 1)
-    largest = together[:, ~model.forbidden].abs().max()
-    tolerance = 0.1 if next(model.parameters()).dtype in (torch.bfloat16, torch.float16) else 1e-3
+    rollout = model.sample(batch, 32, k=1)
+    alone = [(collate([wave], model.front_end, batch.languages[b:b + 1]).to(device),
+              Rollout(*(x[b:b + 1] for x in vars(rollout).values()))) for b, wave in enumerate(waveforms)]
+    together, alone = (torch.cat([model.head(model(*pair)[0]).float()[:, allowed] for pair in pairs])
+                       for pairs in ([(batch, rollout)], alone))
+    tokens = (allowed.cumsum(0) - 1)[rollout.ids[rollout.row_mask()]][:, None]             # among the allowed
+    largest, log_p = together.abs().max(), together.log_softmax(1).gather(1, tokens)       # (N, 1)
+    tolerance = 0.1 if model.head.weight.dtype in (torch.bfloat16, torch.float16) else 1e-3
     likeliest = together.gather(1, tokens) >= together.amax(1, True) - tolerance * largest
-    found = dict(nll=-together.log_softmax(1).gather(1, tokens).mean().item(),
-                 agreement=likeliest.float().mean().item(),
-                 batch_difference=((together - alone)[:, ~model.forbidden].abs().max() / largest).item())
-    limit = math.log(int((~model.forbidden).sum())) + tolerance
-    if not (found["nll"] <= limit and found["agreement"] >= 0.95 and found["batch_difference"] <= tolerance):
+    found = dict(nll=-log_p.mean().item(), agreement=likeliest.float().mean().item(),
+                 batch_difference=((together - alone).abs().max() / largest).item())
+    if not (found["nll"] <= math.log(together.shape[1]) + tolerance and found["agreement"] >= 0.95
+            and found["batch_difference"] <= tolerance):
+        figures = ", ".join(f"{name} {value:.3g}" for name, value in found.items())
         raise InputError(
-            f"self-check: {type(model.net).__name__} contradicts itself, prompt, rows or masks are "
-            f"misaligned: nll of its own greedy transcripts {found['nll']:.3f} nats a token (at most "
-            f"{limit:.1f}), likeliest tokens {found['agreement']:.0%} (at least 95 %), logits alone and in a batch "
-            f"{found['batch_difference']:.1e} of the largest apart (at most {tolerance:g})")
+            f"self-check: {type(model.net).__name__} contradicts itself, its prompt, rows or masks are "
+            f"misaligned: {figures}; sound are at most log V, at least 0.95, at most {tolerance:g}")
     return found
 
 
@@ -634,9 +687,8 @@ def teacher_rollout(rollout, alignment):
 def union_support(student_ids, teacher_ids):
     """U_t = S_t ∪ T_t without duplicates and invalid ids (Eq. 1).
 
-    student_ids, teacher_ids: (N, K) int64, ids < 0 invalid. → support_ids (N, 2K) int64, ascending,
-    −1 where not counted; support_mask (N, 2K) bool, True = counted.
-    """
+    student_ids, teacher_ids: (N, K) int64, ids < 0 invalid. → support_ids (N, 2K) int64, ascending, −1 where
+    not counted; support_mask (N, 2K) bool, True = counted."""
     ids = torch.cat([student_ids, teacher_ids], dim=1).sort(dim=1).values
     first = torch.ones_like(ids, dtype=torch.bool)
     first[:, 1:] = ids[:, 1:] != ids[:, :-1]
@@ -647,11 +699,10 @@ def union_support(student_ids, teacher_ids):
 def support_kl(student_logits, teacher_logits, support_mask, temperature=1.0):
     """KL(teacher ‖ student) on the support, both renormalised there (Eq. 1): τ² Σ_u p_u (log p_u − log q_u).
 
-    student_logits, teacher_logits: (N, U) raw scores of any float dtype, p = softmax_U(teacher/τ),
-    q = softmax_U(student/τ); support_mask: (N, U) bool. → kl (N,) nats × τ², float32 (float64 if an input
-    is); counted (N,) bool, rows with at least two valid entries. Other rows are 0 and give no gradient. The
-    teacher gets none either.
-    """
+    student_logits, teacher_logits: (N, U) raw scores of any float dtype, p = softmax_U(teacher/τ), q =
+    softmax_U(student/τ); support_mask: (N, U) bool. → kl (N,) nats × τ², float32 (float64 if an input is);
+    counted (N,) bool, rows with at least two valid entries. Other rows are 0 and give no gradient. The
+    teacher gets none either."""
     dtype = torch.float64 if torch.float64 in (student_logits.dtype, teacher_logits.dtype) else torch.float32
     counted = support_mask.sum(dim=1) >= 2
     keep = support_mask & counted[:, None]
@@ -669,10 +720,9 @@ def support_kl(student_logits, teacher_logits, support_mask, temperature=1.0):
 def teacher_support(teacher, hidden, student_topk, alignment, k, chunk=1024):
     """The union support of every row and the teacher's scores on it.
 
-    hidden: (N, H') teacher rows; student_topk: (N, K) student ids, −1 invalid. → support_ids,
-    support_mask (N, 2K) in student ids; teacher scores (N, 2K) float32, raw logits; teacher top-k (N, K)
-    in student ids, −1 invalid. `chunk` rows at a time reach the head, so no (N, V) tensor is kept.
-    """
+    hidden: (N, H') teacher rows; student_topk: (N, K) student ids, −1 invalid. → support_ids, support_mask
+    (N, 2K) in student ids; teacher scores (N, 2K) float32, raw logits; teacher top-k (N, K) in student ids,
+    −1 invalid. `chunk` rows at a time reach the head, so no (N, V) tensor is kept."""
     parts = []
     for rows, student_ids in zip(hidden.split(chunk), student_topk.split(chunk)):
         logits = teacher.head(rows).float().masked_fill(alignment.teacher_forbidden, -math.inf)  # (chunk, V')
@@ -687,11 +737,61 @@ def teacher_support(teacher, hidden, student_topk, alignment, k, chunk=1024):
     return tuple(torch.cat(column) for column in zip(*parts))
 
 
+class SupportScores(torch.autograd.Function):
+    """scores[n, u] = weight[ids[n, u]] · hidden[n]: (V, H), (N, H), (N, U) → (N, U), a chunk of rows at a
+    time, so that the gathered rows (N, U, H) are never there at once, in backward neither."""
+
+    @staticmethod
+    def chunks(hidden, ids):
+        return range(0, len(ids), size := max(2**22 // max(ids.shape[1] * hidden.shape[1], 1), 1)), size
+
+    @staticmethod
+    def forward(ctx, weight, hidden, ids):
+        ctx.save_for_backward(weight, hidden, ids)
+        scores, (starts, n) = hidden.new_empty(ids.shape), SupportScores.chunks(hidden, ids)
+        for i in starts:
+            scores[i:i + n] = torch.einsum("nuh,nh->nu", F.embedding(ids[i:i + n], weight), hidden[i:i + n])
+        return scores
+
+    @staticmethod
+    def backward(ctx, grad):
+        weight, hidden, ids = ctx.saved_tensors
+        grad_weight, grad_hidden = torch.zeros_like(weight), torch.empty_like(hidden)
+        starts, n = SupportScores.chunks(hidden, ids)
+        for i in starts:
+            g, rows = grad[i:i + n], ids[i:i + n]
+            grad_hidden[i:i + n] = torch.einsum("nu,nuh->nh", g, F.embedding(rows, weight))
+            grad_weight.index_add_(0, rows.flatten(), (g[:, :, None] * hidden[i:i + n, None]).flatten(0, 1))
+        return grad_weight, grad_hidden, None
+
+
 def student_scores(head_weight, hidden, support_ids):
-    """Raw logits of the support only: (V, H) output matrix, (N, H) rows, (N, U) ids → (N, U).
-    No (N, V) tensor is made."""
-    scores = torch.einsum("nh,nuh->nu", hidden, F.embedding(support_ids.clamp(min=0), head_weight))
-    return scores.to(torch.promote_types(scores.dtype, torch.float32))
+    """Raw logits of the support only: (V, H) output matrix, (N, H) rows, (N, U) ids → (N, U), in the matrix's
+    dtype. No (N, V) tensor is made."""
+    return SupportScores.apply(head_weight, hidden.to(head_weight.dtype), support_ids.clamp(min=0))
+
+
+def full_kl(student, student_hidden, teacher, teacher_hidden, alignment, temperature=1.0, chunk=256):
+    """`support_kl` over all ids that both models may write. Exact: (N, H) and (N, H') rows → kl (N,), counted
+    (N,); the logits of `chunk` rows at a time, computed again in backward."""
+    def part(student_rows, teacher_rows):
+        with torch.no_grad():
+            teacher_logits = teacher.head(teacher_rows).float()[:, alignment.to_teacher.clamp(min=0)]
+        return support_kl(student.head(student_rows).float(), teacher_logits,
+                          ~alignment.student_forbidden.expand(len(teacher_rows), -1), temperature)
+
+    parts = [checkpoint(part, *rows, use_reentrant=False)
+             for rows in zip(student_hidden.split(chunk), teacher_hidden.split(chunk))]
+    return tuple(torch.cat(column) for column in zip(*parts))
+
+
+def speed_options(model, compiled, checkpointed):
+    """torch.compile of encoder and LM; activations recomputed in backward. Neither changes results."""
+    if checkpointed:
+        model.net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if compiled:
+        model.encoder.compile(dynamic=True)
+        model.lm.compile(dynamic=True)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -729,12 +829,11 @@ def all_reduce_gradients(parameters):
 
 
 def save_checkpoint(out, step, model, optimizer, extra=None, keep=2):
-    """Writes out/checkpoints/step-N (HF folder `model`, `state.pt`), complete or not at all,
-    and points out/model at it.
+    """Writes out/checkpoints/step-N (HF folder `model`, `state.pt`), complete or not at all, and points
+    out/model at it.
 
-    Written beside and renamed; the link is replaced in one step; the last `keep` stay.
-    `extra`: further state (tensors).
-    """
+    Written beside and renamed; the link is replaced in one step; the last `keep` stay. `extra`: further state
+    (tensors)."""
     final = os.path.join(out, "checkpoints", f"step-{step:07d}")
     partial, link = final + ".partial", os.path.join(out, "model")
     for leftover in (*glob.glob(os.path.join(out, "checkpoints", "*.partial")), final):
@@ -765,8 +864,7 @@ def start_folder(args, folder):
 def load_state(out, optimizer):
     """Restores `optimizer` from the state.pt beside the weights that out/model names. → step, extra state
 
-    Raises InputError where the run has no checkpoint, or one of other modules.
-    """
+    Raises InputError where the run has no checkpoint, or one of other modules."""
     path = os.path.join(os.path.dirname(os.path.realpath(os.path.join(out, "model"))), "state.pt")
     if not os.path.exists(path):
         raise InputError(f"--resume: {out}/model does not lead to a checkpoint with its state.pt; "

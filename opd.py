@@ -27,11 +27,11 @@ from tqdm import tqdm
 
 from data import (Batch, InputError, Parser, StepDataset, all_reduce_sum, at_least, barrier, collate,
                   drop_long, load_audio, read_manifest, run_script, setup_distributed, start_run,
-                  step_batches)
+                  step_batches, training_flags)
 from eval import evaluate, print_table, read_sets
 from model import (Rollout, SpeechLM, align_vocabularies, all_reduce_gradients, check_languages, cosine_lr,
-                   load_state, make_optimizer, save_checkpoint, self_check, start_folder, student_scores,
-                   support_kl, teacher_rollout, teacher_support)
+                   full_kl, load_state, make_optimizer, save_checkpoint, self_check, speed_options,
+                   start_folder, student_scores, support_kl, teacher_rollout, teacher_support)
 from overlap import set_overlap
 
 PHASES = ("data", "rollout", "teacher", "update")
@@ -50,32 +50,37 @@ class Scored:
     support_ids: torch.Tensor       # (N, 2K) U_t
     support_mask: torch.Tensor      # (N, 2K) True = counted
     teacher_scores: torch.Tensor    # (N, 2K) raw teacher logits on U_t
+    teacher_hidden: torch.Tensor    # (N, H')
+    encoded: tuple | None           # the student's encoder result with its graph, where the rollout left it
 
 
 @torch.no_grad()
-def score_rollout(teacher, alignment, batch, teacher_batch, rollout, k):
+def score_rollout(teacher, alignment, batch, teacher_batch, rollout, k, encoded=None):
     """The frozen teacher on the student's own tokens: top-k ids, union support and raw logits there.
     → `Scored`"""
     hidden = teacher(teacher_batch, teacher_rollout(rollout, alignment))[0]                   # (N, H')
     student_topk = rollout.topk_ids[rollout.row_mask()]                                       # (N, K)
     ids, mask, scores, teacher_topk = teacher_support(teacher, hidden, student_topk, alignment, k)
-    return Scored(batch, rollout, student_topk, teacher_topk, ids, mask, scores)
+    return Scored(batch, rollout, student_topk, teacher_topk, ids, mask, scores, hidden, encoded)
 
 
-def backward_kl(student, scored, tau, device):
-    """Gradient of L = Σ_t KL_t / |𝒯| (Eq. 1), 𝒯 counted over all micro-batches and ranks of the step.
+def backward_kl(student, scored, tau, device, full=None, bf16=False):
+    """Gradient of L = Σ_t KL_t / |𝒯| (Eq. 1), 𝒯 counted over all micro-batches and ranks of the step. full =
+    (teacher, alignment): KL over all ids in place of the union (--support full).
 
-    Every rank's gradients end as the global sum;
-    a rank, or all of them, without a counted position takes part with 0.
-    → per micro-batch the KL of its rows (N,) at τ and at temperature 1, nats, and |𝒯|.
-    """
-    n_counted = int(all_reduce_sum([sum(int((s.support_mask.sum(dim=1) >= 2).sum()) for s in scored)],
-                                   device)[0])
+    Every rank's gradients end as the global sum; a rank, or all of them, without a counted position takes
+    part with 0. → per micro-batch the KL of its rows (N,) at τ and at temperature 1, nats, and |𝒯|."""
+    counted = [len(s.support_mask) if full else int((s.support_mask.sum(dim=1) >= 2).sum()) for s in scored]
+    n_counted = int(all_reduce_sum([sum(counted)], device)[0])
     losses, at_1 = [], []
     for s in scored:
-        hidden = student(s.batch, s.rollout)[0]                                               # (N, H)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            hidden = student(s.batch, s.rollout, s.encoded)[0]                                # (N, H)
         student_logits = student_scores(student.head.weight, hidden, s.support_ids)           # (N, 2K)
-        kl, _ = support_kl(student_logits, s.teacher_scores, s.support_mask, tau)             # (N,)
+        if full:
+            kl, _ = full_kl(student, hidden, full[0], s.teacher_hidden, full[1], tau)         # (N,)
+        else:
+            kl, _ = support_kl(student_logits, s.teacher_scores, s.support_mask, tau)         # (N,)
         (kl.sum() / max(n_counted, 1)).backward()
         losses.append(kl.detach())
         at_1.append(support_kl(student_logits.detach(), s.teacher_scores, s.support_mask)[0])
@@ -114,40 +119,21 @@ def write_samples(path, step, clips, front_end, rollout, teacher_texts, kl, n=2)
 # ------------------------------------------------------------------------------------------------------------
 def parse_args(argv=None):
     parser = Parser(prog="opd.py", description=__doc__)
-    add = parser.add_argument_group("data").add_argument
-    add("--train", nargs="+", required=True, metavar="m.jsonl", help="manifests; transcripts are not read")
-    add("--eval", nargs="*", default=[], metavar="m.jsonl", help="decoded and scored before and after")
-    add("--max-seconds", type=at_least(0.01), default=30.0,
-        help="longer clips are left out of training and counted, in seconds; in --eval an error")
-    add("--workers", type=at_least(0, int), default=2, help="processes a rank that read ahead; 0 = none")
+    training_flags(parser, "opd")
     add = parser.add_argument_group("models (GlmAsr, Qwen3-ASR -hf, ARK-ASR)").add_argument
     add("--student", required=True, help="folder or hub name of the model to distil into; it is not changed")
     add("--teacher", required=True, help="folder or hub name of the frozen teacher")
     add = parser.add_argument_group("objective").add_argument
     add("--k", type=at_least(1, int), default=32, help="top-k ids per model; U_t is the union of both")
+    add("--support", choices=["union", "full"], default="union", help="ids that the KL is over: U_t, or all")
     add("--tau", type=at_least(1e-3), default=1.0, help="temperature of both distributions in the loss")
     add = parser.add_argument_group("rollout").add_argument
     add("--temperature", type=at_least(0), default=0.0, help="of the rollout's sampling; 0 = greedy")
     add("--max-new-tokens", type=at_least(1, int), default=64, help="cap on a rollout's tokens")
     add("--tokens-per-second", type=at_least(0), default=8.0,
         help="a clip's cap is also this × its seconds + 16 tokens; 0 = off")
-    add = parser.add_argument_group("optimization").add_argument
-    add("--steps", type=at_least(1, int), default=10_000, help="optimizer updates")
-    add("--batch-size", type=at_least(1, int), default=960, help="clips per update, all ranks together")
-    add("--micro-seconds", type=at_least(0.01), default=600.0,
-        help="padded audio per forward pass and rank, in seconds; does not change results")
-    add("--lr", type=at_least(0), default=1e-4, help="peak learning rate")
-    add("--warmup-steps", type=at_least(0, int), default=1_000, help="linear warm-up, then cosine to 0")
-    add("--weight-decay", type=at_least(0), default=0.005, help="AdamW; not on norms, biases and embeddings")
-    add("--clip", type=at_least(0), default=1.0, help="gradient norm is clipped to this; 0 = off")
-    add = parser.add_argument_group("run").add_argument
-    add("--out", default="runs/opd", help="output folder; an existing run is refused unless --resume")
-    add("--resume", action="store_true", help="go on from the last checkpoint in --out")
-    add("--save-every", type=at_least(1, int), default=1_000, help="steps between checkpoints")
-    add("--eval-every", type=at_least(0, int), default=0, help="steps between evaluations; 0 = off")
     add("--sample-every", type=at_least(0, int), default=100,
         help="steps between samples (2 rollouts) in samples.jsonl; 0 = off")
-    add("--seed", type=at_least(0, int), default=0, help="seed of the order of clips and of sampling")
     return parser.parse_args(argv)
 
 
@@ -163,7 +149,8 @@ def main(args):
         raise InputError(f"--train: no clip of at most --max-seconds {args.max_seconds:g}")
     eval_sets = read_sets(args.eval, args.max_seconds)
     # ---- models --------------------------------------------------------------------------------------------
-    teacher = SpeechLM.from_pretrained(args.teacher).to(device).eval().requires_grad_(False)
+    teacher = SpeechLM.from_pretrained(args.teacher, torch.bfloat16 if args.bf16 else torch.float32)
+    teacher.to(device).eval().requires_grad_(False)
     student = SpeechLM.from_pretrained(start_folder(args, args.student)).to(device).train()
     alignment = align_vocabularies(student, teacher)
     check_languages(clips, student, teacher)
@@ -192,6 +179,8 @@ def main(args):
               f"and teacher {sum(p.numel() for p in teacher.parameters()) / 1e6:.2f} M parameters, "
               f"{world} process(es) on {device.type}", flush=True)
 
+    speed_options(student, args.compile, args.recompute)
+    speed_options(teacher, args.compile, False)
     student_front_end, teacher_front_end = student.front_end, teacher.front_end
 
     def make(indices, step):
@@ -228,17 +217,23 @@ def main(args):
         rolled = []
         for indices, batch, teacher_batch, uniforms in micros:
             batch, teacher_batch = student.with_languages(batch.to(device)), teacher_batch.to(device)
-            rollout = student.sample(batch, args.max_new_tokens, args.temperature, args.k,
-                                     args.tokens_per_second, alignment.student_forbidden, uniforms)
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+                # The weights are the loss's, so one pass of the encoder serves both. Several micro-batches
+                # encode twice: all their activations would have to wait for the last one's rollout.
+                encoded = student.encode(batch) if len(micros) == 1 else None
+                rollout = student.sample(
+                    batch, args.max_new_tokens, args.temperature, args.k, args.tokens_per_second,
+                    alignment.student_forbidden, uniforms, encoded)
             if None in teacher_batch.languages:         # not in the manifest: by the script of the rollout
                 teacher_batch = teacher.with_languages(teacher_batch, student_front_end.texts(rollout))
-            rolled.append((batch, teacher_batch, rollout))
+            rolled.append((batch, teacher_batch, rollout, args.k, encoded))
         clock.append(time.perf_counter())
         # ---- teacher: scores of the very same tokens, no gradient ------------------------------------------
-        scored = [score_rollout(teacher, alignment, *parts, args.k) for parts in rolled]
+        scored = [score_rollout(teacher, alignment, *parts) for parts in rolled]
         clock.append(time.perf_counter())
         # ---- loss, backward --------------------------------------------------------------------------------
-        losses, losses_at_1, n_counted = backward_kl(student, scored, args.tau, device)
+        full = (teacher, alignment) if args.support == "full" else None
+        losses, losses_at_1, n_counted = backward_kl(student, scored, args.tau, device, full, args.bf16)
         # ---- step ------------------------------------------------------------------------------------------
         grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), args.clip or float("inf")).item()
         for group in optimizer.param_groups:
@@ -261,18 +256,16 @@ def main(args):
                        **{f"{phase}_s": b - a for phase, a, b in zip(PHASES, clock, clock[1:])},
                        rss_gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
         log(metrics)
-        bar.set_postfix({name: f"{metrics[key]:{spec}}" for name, key, spec in (
-            ("loss", "loss", ".3f"), ("kl", "kl", ".3f"), ("vuss", "vuss", ".1f"),
-            ("clips/s", "clips_per_s", ".0f"))}, refresh=False)
+        bar.set_postfix({"loss": f"{metrics['loss']:.3f}", "kl": f"{metrics['kl']:.3f}", "vuss":
+                         f"{metrics['vuss']:.1f}", "clips/s": f"{metrics['clips_per_s']:.0f}"}, refresh=False)
         if not metrics["loss"] < float("inf") or not grad_norm < float("inf"):
             raise RuntimeError(f"step {done}: loss {metrics['loss']}, gradient norm {grad_norm}: "
                                "not finite; lower --lr")
         if rank == 0 and args.sample_every and (step % args.sample_every == 0 or done == args.steps):
-            written = teacher.sample(rolled[0][1], args.max_new_tokens, k=1,
-                                     tokens_per_second=args.tokens_per_second)
-            write_samples(os.path.join(args.out, "samples.jsonl"), done, [clips[i] for i in micros[0][0]],
-                          student_front_end, scored[0].rollout, teacher_front_end.texts(written),
-                          losses_at_1[0])
+            written = teacher.sample(rolled[0][1], args.max_new_tokens, 0.0, 1, args.tokens_per_second)
+            write_samples(
+                os.path.join(args.out, "samples.jsonl"), done, [clips[i] for i in micros[0][0]],
+                student_front_end, scored[0].rollout, teacher_front_end.texts(written), losses_at_1[0])
         if rank == 0 and (done % args.save_every == 0 or done == args.steps):
             save_checkpoint(args.out, done, student, optimizer)
         if eval_sets and args.eval_every and done % args.eval_every == 0 and done < args.steps:
@@ -290,8 +283,7 @@ def main(args):
                        vuss_last=vuss_ends[1], seconds=seconds, model=os.path.join(args.out, "model"))
         with open(os.path.join(args.out, "summary.json"), "w") as file:
             json.dump(summary, file, indent=1)
-        rows = [[stem, s["metric"], s["value"], after[stem]["value"]]
-                for stem, s in before.items()
+        rows = [[stem, s["metric"], s["value"], after[stem]["value"]] for stem, s in before.items()
                 if stem in after and None not in (s["value"], after[stem]["value"])]
         if len(rows) > 1:
             rows.append(["mean", "", *(float(np.mean([row[c] for row in rows])) for c in (2, 3))])

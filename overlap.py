@@ -8,6 +8,7 @@ and T their top-k ids, U = S ∪ T, I = S ∩ T. All probabilities are over the 
 Prints a table, in all, by language and by quarter of the transcript; --out stores it as JSON. Values are sums
 over rows divided by counts over all ranks. Not in the paper: everything but VUSS.
 """
+import collections
 import json
 import os
 
@@ -26,12 +27,11 @@ MEASURES = ("vuss", "overlap_ratio", "jaccard", "top1", "mass_student", "mass_te
 
 
 def set_overlap(student_topk, teacher_topk, support_mask):
-    """Per-row set measures from top-k ids (N, K) (student ids, −1 invalid, best first)
-    and the union's mask (N, 2K).
+    """Per-row set measures from top-k ids (N, K) (student ids, −1 invalid, best first) and the union's mask
+    (N, 2K).
 
-    → dict of (N,) float64: vuss = |U|, overlap_ratio = |I| / K, jaccard = |I| / |U|,
-    top1 = both put the same id first.
-    """
+    → dict of (N,) float64: vuss = |U|, overlap_ratio = |I| / K, jaccard = |I| / |U|, top1 = both put the same
+    id first."""
     union = support_mask.sum(1).double()
     both = (student_topk >= 0).sum(1).double() + (teacher_topk >= 0).sum(1) - union    # |I| = |S| + |T| − |U|
     return dict(vuss=union, overlap_ratio=both / student_topk.shape[1], jaccard=both / union.clamp(min=1),
@@ -39,13 +39,12 @@ def set_overlap(student_topk, teacher_topk, support_mask):
 
 
 def probability_overlap(student_logits, teacher_logits, student_topk, teacher_topk):
-    """Per-row measures on probabilities.
-    Logits (N, V) in one id space, −inf where forbidden; top-k ids (N, K).
+    """Per-row measures on probabilities. Logits (N, V) in one id space, −inf where forbidden; top-k ids (N,
+    K).
 
-    → dict of (N,) float64: mass_student, mass_teacher = Σ_I p, Σ_I q;
-    advantage = Σ_I p̄ (log q̄ − log p̄) / |I|, p̄ and q̄ renormalised on I (≤ 0);
-    entropy_gap = |H(q) − H(p)|; kl_union, kl_full = KL(q ‖ p) on U and on all ids, in nats.
-    """
+    → dict of (N,) float64: mass_student, mass_teacher = Σ_I p, Σ_I q; advantage = Σ_I p̄ (log q̄ − log p̄) /
+    |I|, p̄ and q̄ renormalised on I (≤ 0); entropy_gap = |H(q) − H(p)|; kl_union, kl_full = KL(q ‖ p) on U
+    and on all ids, in nats."""
     log_p, log_q = student_logits.double().log_softmax(1), teacher_logits.double().log_softmax(1)
     p, q = log_p.exp(), log_q.exp()
     plain = lambda x, weight: torch.where(weight > 0, x, 0)                                   # 0 log 0 = 0
@@ -127,7 +126,7 @@ def main(args):
     alignment = align_vocabularies(student, teacher)
     check_languages(clips, student, teacher)
     durations = [clip.duration for clip in clips]
-    sums, counts = {}, {}                                        # {group: {measure: sum}}, {group: rows}
+    sums = collections.Counter()                        # (group, measure or "positions") → sum over rows
     for indices in tqdm(micro_batches(range(rank, len(clips), world), durations, args.batch_seconds),
                         disable=rank > 0, desc="overlap"):
         values, row_clip, row_quarter = measure(
@@ -138,24 +137,18 @@ def main(args):
                   for b, quarter in zip(row_clip, row_quarter)]
         for group in sorted({g for row in groups for g in row}):
             member = torch.tensor([group in row for row in groups], device=device)
-            total = sums.setdefault(group, dict.fromkeys(MEASURES, 0.0))
-            for name in MEASURES:
-                total[name] += values[name][member].sum().item()
-            counts[group] = counts.get(group, 0) + int(member.sum())
+            sums.update({(group, name): values[name][member].sum().item() for name in MEASURES})
+            sums[group, "positions"] += int(member.sum())
     if world > 1:
         shares = [None] * world
-        dist.all_gather_object(shares, (sums, counts))
-        sums, counts = {}, {}
-        for share_sums, share_counts in shares:
-            for group, total in share_sums.items():
-                old = sums.setdefault(group, dict.fromkeys(MEASURES, 0.0))
-                sums[group] = {name: old[name] + total[name] for name in MEASURES}
-                counts[group] = counts.get(group, 0) + share_counts[group]
+        dist.all_gather_object(shares, sums)
+        sums = collections.Counter()
+        for share in shares:
+            sums.update(share)                          # adds, negative values too
     if rank > 0:
         return
-    table = {group: dict(positions=counts[group],
-                         **{name: sums[group][name] / counts[group] for name in MEASURES})
-             for group in sorted(sums)}
+    table = {group: dict(positions=n, **{name: sums[group, name] / n for name in MEASURES})
+             for (group, key), n in sorted(sums.items()) if key == "positions"}
     print_table([[group, row["positions"], *(f"{row[name]:.4f}" for name in MEASURES)]
                  for group, row in table.items()], ["rows", "n", *MEASURES])
     if args.out:

@@ -25,47 +25,29 @@ from tqdm import tqdm
 
 from data import (InputError, Parser, StepDataset, all_reduce_sum, at_least, collate, drop_long, load_audio,
                   one_line, read_manifest, run_script, script_language, setup_distributed, start_run,
-                  step_batches)
+                  step_batches, training_flags)
 from eval import evaluate, print_table, read_sets
 from model import (SpeechLM, all_reduce_gradients, check_languages, cosine_lr, load_state, make_optimizer,
-                   save_checkpoint, start_folder)
+                   save_checkpoint, speed_options, start_folder)
 
 
 def parse_args(argv=None):
     parser = Parser(prog="sft.py", description=__doc__)
-    add = parser.add_argument_group("data").add_argument
-    add("--train", nargs="+", required=True, metavar="m.jsonl", help="manifests with --text-field")
+    training_flags(parser, "sft")
+    add = parser.add_argument_group("objective").add_argument
     add("--text-field", default="text", help='key to learn; "hyp" in a result file of eval.py')
-    add("--eval", nargs="*", default=[], metavar="m.jsonl", help="decoded every --eval-every, and at the end")
-    add("--max-seconds", type=at_least(0.01), default=30.0, help="longer clips are left out, counted")
-    add("--workers", type=at_least(0, int), default=2, help="processes a rank that read ahead; 0 = none")
+    add("--ctc-weight", type=at_least(0), default=0.0, help="weight of CTC on the encoder; 0 = off")
     add = parser.add_argument_group("model, in one of three ways (folders or hub names)").add_argument
     add("--model", help="start from this model: GlmAsr, Qwen3-ASR (-hf) or ARK-ASR")
     add("--encoder", help="GlmAsr or ARK-ASR model whose audio encoder a new student takes over (with --lm)")
     add("--lm", help="qwen2 or qwen3 causal LM of that student; the adapter between them is new")
     add("--config", help="config.json of a GlmAsr model: random weights of these sizes (with --tokenizer)")
     add("--tokenizer", help="tokenizer folder; the prompt's control tokens are added where it lacks them")
-    add = parser.add_argument_group("optimization").add_argument
-    add("--steps", type=at_least(1, int), default=10_000, help="optimizer updates")
-    add("--batch-size", type=at_least(1, int), default=960, help="clips per update, all ranks together")
-    add("--micro-seconds", type=at_least(0.01), default=600.0,
-        help="padded audio per forward pass and rank, in seconds; does not change results")
-    add("--lr", type=at_least(0), default=1e-4, help="peak learning rate")
-    add("--warmup-steps", type=at_least(0, int), default=1_000, help="linear warm-up, then cosine to 0")
-    add("--weight-decay", type=at_least(0), default=0.005, help="AdamW; not on norms, biases and embeddings")
-    add("--clip", type=at_least(0), default=1.0, help="gradient norm is clipped to this; 0 = off")
-    add("--ctc-weight", type=at_least(0), default=0.0, help="weight of CTC on the encoder; 0 = off")
     add = parser.add_argument_group("augmentation (SpecAugment)").add_argument
     add("--time-masks", type=at_least(0, int), default=0, help="masks along time per clip; 0 = off")
     add("--time-width", type=at_least(1, int), default=40, help="longest, in mel frames of 10 ms")
     add("--freq-masks", type=at_least(0, int), default=0, help="masks along frequency per clip; 0 = off")
     add("--freq-width", type=at_least(1, int), default=27, help="widest frequency mask, of 128 mel bins")
-    add = parser.add_argument_group("run").add_argument
-    add("--out", default="runs/sft", help="output folder; an existing run is refused unless --resume")
-    add("--resume", action="store_true", help="go on from the last checkpoint in --out")
-    add("--save-every", type=at_least(1, int), default=1_000, help="steps between checkpoints")
-    add("--eval-every", type=at_least(0, int), default=0, help="steps between evaluations; 0 = off")
-    add("--seed", type=at_least(0, int), default=0, help="seed of new weights, order, augmentation")
     return parser.parse_args(argv)
 
 
@@ -82,11 +64,10 @@ def augment(mel, args, step, clip):
 
 
 def ctc_loss(ctc_head, frames, frame_lens, texts):
-    """Sum over clips of CTC / bytes of its UTF-8 text: frames (B, T', D), lens (B,).
-    → loss, clips too short for their text.
+    """Sum over clips of CTC / bytes of its UTF-8 text: frames (B, T', D), lens (B,). → loss, clips too short
+    for their text.
 
-    Byte b is class b + 1, 0 is blank; 257 classes fit every language and need no vocabulary.
-    """
+    Byte b is class b + 1, 0 is blank; 257 classes fit every language and need no vocabulary."""
     targets = [list(text.encode()) for text in texts]
     lens = torch.tensor([len(t) for t in targets])
     flat = torch.tensor([b + 1 for t in targets for b in t], dtype=torch.long, device=frames.device)
@@ -140,6 +121,7 @@ def main(args):
     check_languages(clips, model)
     ctc_head = nn.Linear(model.net.config.audio_config.hidden_size, 257)
     model.to(device).train(), ctc_head.to(device)
+    speed_options(model, args.compile, args.recompute)
     trained = nn.ModuleList([model, ctc_head]) if args.ctc_weight else nn.ModuleList([model])
     # ---- output folder, optimizer, resume ------------------------------------------------------------------
     optimizer = make_optimizer(trained, args.lr, args.weight_decay)
@@ -192,8 +174,10 @@ def main(args):
         loss_sum = ctc_sum = n_short = 0
         for batch, targets, texts in micros:
             batch, targets = batch.to(device), targets.to(device)
-            hidden, frames, frame_lens = model(model.with_languages(batch), targets)
-            ce = F.cross_entropy(model.head(hidden).float(), targets.ids[targets.row_mask()], reduction="sum")
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+                hidden, frames, frame_lens = model(model.with_languages(batch), targets)
+                logits = model.head(hidden).float()                                           # (N, V)
+            ce = F.cross_entropy(logits, targets.ids[targets.row_mask()], reduction="sum")
             ctc, short = (ctc_loss(ctc_head, frames, frame_lens, texts) if args.ctc_weight
                           else (ce.new_zeros(()), 0))
             (ce / n_tokens + args.ctc_weight * ctc / args.batch_size).backward()

@@ -708,7 +708,7 @@ def test_check_reports_every_defect_with_its_line(checked):
     assert head.startswith("bad.jsonl: 7 clips, ") and tail == "bad.jsonl: 8 defect(s)"
     expected = {2: "not JSON", 3: "the same clip as bad.jsonl:1", 4: "DIR/gone.wav: No such file",
                 5: "4.0 s is over --max-seconds 3.5", 6: "DIR/zero.wav: every sample is zero",
-                7: "100 samples, shorter than one 25 ms window",
+                7: "100 samples, less than a 25 ms window",
                 8: "1.50 s decoded, the manifest says 1.00 s",
                 9: '"duration" must be'}
     for line, fragment in expected.items():

@@ -200,11 +200,10 @@ def test_resume_refuses_other_arguments_and_fewer_steps(script, clips_dir, model
 
 
 def test_without_git_a_run_works(clips_dir, models, tmp_path, monkeypatch):
-    def missing(*args, **kwargs):
-        raise FileNotFoundError(2, "No such file or directory", "git")
-    monkeypatch.setattr(subprocess, "run", missing)
+    monkeypatch.setattr(data.shutil, "which", lambda name: None)
     opd_run(clips_dir, models, tmp_path / "run", "--steps", 1)
     assert json.load(open(tmp_path / "run" / "config.json"))["git"] is None
+    monkeypatch.undo()
     for printed, want in (("0123abc\n", "0123abc"), ("", None)):            # in a repository, outside of one
         monkeypatch.setattr(subprocess, "run",
                             lambda *args, **kwargs: subprocess.CompletedProcess(args, 0, stdout=printed))
