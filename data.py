@@ -58,8 +58,7 @@ SCRIPTS = {"HIRAGANA": "ja", "KATAKANA": "ja", "HANGUL": "ko", "CJK": "zh", "LAT
 
 
 class InputError(ValueError):
-    """A mistake in what the user gave: shown as one line (what, where, remedy),
-    exit status 2, no traceback."""
+    """A user's mistake: shown as one line (what, where, remedy), exit status 2, no traceback."""
 
 
 class AudioError(InputError):
@@ -76,8 +75,7 @@ def one_line(error):
 # ------------------------------------------------------------------------------------------------------------
 @dataclasses.dataclass(slots=True)
 class Clip:
-    """One manifest line. Times in seconds, `offset`/`nbytes` in bytes;
-    `fields` is the line as it was read."""
+    """One manifest line. Times in s, `offset`/`nbytes` in bytes; `fields`: the line as it was read."""
     audio: str                      # path, made absolute against the manifest's folder
     duration: float                 # s, of the clip itself: end − begin for a segment
     where: str                      # "train.jsonl:12", for messages
@@ -169,8 +167,7 @@ def read_manifest(path, text_field="text", errors=None):
 
 
 def drop_long(clips, max_seconds):
-    """(clips of at most max_seconds, number left out):
-    training leaves longer clips out and shows how many."""
+    """(clips of at most max_seconds, number left out)."""
     kept = [clip for clip in clips if clip.duration <= max_seconds]
     return kept, len(clips) - len(kept)
 
@@ -292,8 +289,7 @@ def log_mel(waveform, padded_samples=None):
 
 
 def n_audio_tokens(n_samples):
-    """Audio tokens of a clip of n_samples at 16 kHz, 12.5 a second:
-    48,000 → 37, 112,400 → 88, 480,000 → 375."""
+    """Audio tokens of n_samples at 16 kHz, 12.5 a second: 48,000 → 37, 480,000 → 375."""
     return max((-(-n_samples // HOP) + 1) // 2 // 4, 1)
 
 
@@ -369,8 +365,7 @@ def pool_order(durations, batch_size, seed, pool, pool_batches):
 
 
 def micro_batches(indices, durations, micro_seconds):
-    """Cuts a rank's clips, longest first, so that clips × longest stays within micro_seconds
-    (one clip may exceed it)."""
+    """Cuts clips, longest first, so that clips × longest ≤ micro_seconds (one clip may exceed it)."""
     cut, current = [], []
     for i in sorted(indices, key=lambda i: (-durations[i], i)):
         if current and (len(current) + 1) * durations[current[0]] > micro_seconds:
@@ -399,8 +394,7 @@ class StepDataset(torch.utils.data.Dataset):
 
 
 def step_batches(dataset, first_step, last_step, workers):
-    """Yields `dataset` over steps [first_step, last_step),
-    prefetched by `workers` processes (0: by this one)."""
+    """Yields `dataset` over [first_step, last_step), prefetched by `workers` processes (0: by this)."""
     loader = torch.utils.data.DataLoader(dataset, batch_size=None, sampler=range(first_step, last_step),
                                          num_workers=workers, worker_init_fn=one_thread)
     for item in loader:
@@ -422,8 +416,7 @@ def rank_and_world():
 
 
 def setup_distributed():
-    """(rank, world size, device).
-    Under torchrun joins the group: LOCAL_RANK picks the device, RANK the data."""
+    """(rank, world size, device). Under torchrun LOCAL_RANK picks the device, RANK the data."""
     cuda = torch.cuda.is_available()
     local = int(os.environ.get("LOCAL_RANK", 0))
     if "RANK" in os.environ and not dist.is_initialized():
@@ -482,8 +475,7 @@ def start_run(args, rank, first_step=0):
                   world_size=int(os.environ.get("WORLD_SIZE", 1)), threads=torch.get_num_threads(),
                   device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
                   manifest_sha256={m: hashlib.sha256(open(m, "rb").read()).hexdigest() for m in args.train})
-    with open(config_path, "w") as file:
-        json.dump(config, file, indent=1)
+    write_json(config_path, config)
     for path in (os.path.join(args.out, name) for name in ("metrics.jsonl", "samples.jsonl")):
         if os.path.exists(path):
             lines = [line for line in open(path, encoding="utf-8") if line.endswith("}\n")]
@@ -494,6 +486,11 @@ def start_run(args, rank, first_step=0):
         with open(os.path.join(args.out, "metrics.jsonl"), "a") as file:
             file.write(json.dumps(metrics) + "\n")
     return log
+
+
+def write_json(path, value):
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1)
 
 
 def git_commit():
@@ -821,8 +818,7 @@ def import_corpus(args):
 # python data.py check
 # ------------------------------------------------------------------------------------------------------------
 def check(path, max_seconds):
-    """Reads every clip of a manifest; prints counts, hours, languages and every defect with its line.
-    → defect count"""
+    """Reads every clip; prints counts, hours, languages and every defect with its line. → defects"""
     defects, seconds, languages, first_line = [], 0.0, collections.Counter(), {}
     clips = read_manifest(path, errors=defects)
     for clip in clips:

@@ -33,7 +33,7 @@ from whisper_normalizer.english import EnglishTextNormalizer
 
 from data import (AudioError, InputError, Parser, at_least, clip_from_file, collate, language_code,
                   load_audio, make_folder, micro_batches, rank_and_world, read_manifest, run_script,
-                  script_language, setup_distributed)
+                  script_language, setup_distributed, write_json)
 from model import SpeechLM, check_languages
 
 MAX_NEW_TOKENS, TOKENS_PER_SECOND = 256, 8.0              # caps of a transcript, see --help
@@ -267,13 +267,8 @@ def evaluate(model, sets, device, batch_seconds, out=None, style="default", simp
             elif out is None and not summaries[stem]["scored"]:         # just read it
                 print(result["hyp"] if len(results) == 1 else f"{result['audio']}\t{result['hyp']}")
     if writes:
-        write_summaries(out, summaries)
+        write_json(os.path.join(out, "summary.json"), summaries)
     return summaries
-
-
-def write_summaries(out, summaries):
-    with open(os.path.join(out, "summary.json"), "w") as file:
-        json.dump(summaries, file, indent=1)
 
 
 def read_sets(paths, max_seconds):
@@ -342,7 +337,7 @@ def main(args):
         print_summaries(summaries)
         if args.out is not None:
             make_folder(args.out)
-            write_summaries(args.out, summaries)
+            write_json(os.path.join(args.out, "summary.json"), summaries)
         return
     # ---- decoding ------------------------------------------------------------------------------------------
     rank, world, device = setup_distributed()

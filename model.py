@@ -98,8 +98,7 @@ class FrontEnd:
         return [self.decode(ids[:n]) for ids, n in zip(rollout.ids.tolist(), rollout.lens.tolist())]
 
     def transcripts(self, texts):
-        """`Rollout` of given texts: their ids and the stop token,
-        for supervised training and teacher forcing."""
+        """`Rollout` of given texts, the stop token included: supervised training, teacher forcing."""
         ids = [self.encode_text(text) for text in texts]
         padded = torch.full((len(ids), max(map(len, ids)) + 1), self.pad_id)
         for b, row in enumerate(ids):
@@ -143,8 +142,7 @@ class Qwen3ASRFrontEnd(FrontEnd):
 
 
 def add_audio_tokens(tokenizer):
-    """Adds the prompt's control tokens that a stock Qwen tokenizer lacks. Changes the tokenizer;
-    returns how many."""
+    """Adds to a stock Qwen tokenizer the prompt's control tokens that it lacks. → how many"""
     vocab = tokenizer.get_vocab()
     return tokenizer.add_special_tokens({"additional_special_tokens": [
         token for token in (*PROMPT_TOKENS, STOP_TOKEN, PAD_TOKEN) if token not in vocab]},
@@ -152,8 +150,7 @@ def add_audio_tokens(tokenizer):
 
 
 def forbidden_ids(tokenizer, vocab_size, stop_id):
-    """(V,) bool, True = never a transcript token: special ids, added `<…>` tokens, rows without a token;
-    not the stop."""
+    """(V,) bool, True = never in a transcript: special, added `<…>`, rows without a token; not the stop."""
     mask = torch.ones(vocab_size, dtype=torch.bool)
     mask[[i for i in tokenizer.get_vocab().values() if i < vocab_size]] = False
     added = [i for i, token in tokenizer.added_tokens_decoder.items() if re.fullmatch("<.*>", token.content)]
@@ -342,11 +339,7 @@ class SpeechLM(nn.Module):
 
     @classmethod
     def from_config(cls, config, tokenizer):
-        """A model with random weights. `config`: the dict of a GlmAsr config.json;
-        vocabulary ids come from the tokenizer."""
-        if not isinstance(config, dict) or not {"audio_config", "text_config"} <= set(config):
-            raise InputError("--config: expected the config.json of a GlmAsr model, "
-                             'with "audio_config" and "text_config"')
+        """Random weights. `config`: the dict of a GlmAsr config.json; ids come from the tokenizer."""
         add_audio_tokens(tokenizer)
         try:
             text = dict(config["text_config"])
@@ -650,8 +643,7 @@ def positions_of(mask):
 # ------------------------------------------------------------------------------------------------------------
 @dataclasses.dataclass
 class Alignment:
-    """Ids of one vocabulary in the other, by identical token string; −1 where there is none.
-    All on the model's device."""
+    """Ids of one vocabulary in the other, by identical token string; −1 where there is none."""
     to_teacher: torch.Tensor        # (V_student,)
     to_student: torch.Tensor        # (V_teacher,)
     student_forbidden: torch.Tensor   # (V_student,) bool: forbidden in the student, or without a counterpart
@@ -659,8 +651,7 @@ class Alignment:
 
 
 def align_vocabularies(student, teacher):
-    """`Alignment` of two models.
-    Raises InputError where over 1 % of the student's text tokens have no counterpart."""
+    """`Alignment`; InputError where over 1 % of the student's text tokens have no counterpart."""
     student_vocab, teacher_vocab = (model.front_end.tokenizer.get_vocab() for model in (student, teacher))
     student_forbidden, teacher_forbidden = student.forbidden.tolist(), teacher.forbidden.tolist()
     pairs = {i: teacher_vocab[token] for token, i in student_vocab.items() if token in teacher_vocab
@@ -798,8 +789,7 @@ def speed_options(model, compiled, checkpointed):
 # Optimizer, schedule, checkpoints
 # ------------------------------------------------------------------------------------------------------------
 def make_optimizer(modules, lr, weight_decay):
-    """AdamW (0.9, 0.95); no decay on norms, biases and embeddings.
-    A tied matrix is one parameter and counted once."""
+    """AdamW (0.9, 0.95), no decay on norms, biases, embeddings. A tied matrix counts once."""
     decay, no_decay = [], []
     for name, p in modules.named_parameters():
         (no_decay if p.ndim < 2 or "embed_tokens" in name or "lm_head" in name else decay).append(p)
@@ -815,8 +805,7 @@ def cosine_lr(step, steps, warmup_steps, lr):
 
 
 def all_reduce_gradients(parameters):
-    """Sums gradients over the ranks, once per update.
-    A rank without a counted position takes part with zeros."""
+    """Sums gradients over the ranks; a rank without a counted position takes part with zeros."""
     parameters = list(parameters)
     for p in parameters:
         if p.grad is None:
@@ -866,9 +855,6 @@ def load_state(out, optimizer):
 
     Raises InputError where the run has no checkpoint, or one of other modules."""
     path = os.path.join(os.path.dirname(os.path.realpath(os.path.join(out, "model"))), "state.pt")
-    if not os.path.exists(path):
-        raise InputError(f"--resume: {out}/model does not lead to a checkpoint with its state.pt; "
-                         "start without --resume")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         optimizer.load_state_dict(state["optimizer"])

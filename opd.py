@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from data import (Batch, InputError, Parser, StepDataset, all_reduce_sum, at_least, barrier, collate,
                   drop_long, load_audio, read_manifest, run_script, setup_distributed, start_run,
-                  step_batches, training_flags)
+                  step_batches, training_flags, write_json)
 from eval import evaluate, print_table, read_sets
 from model import (Rollout, SpeechLM, align_vocabularies, all_reduce_gradients, check_languages, cosine_lr,
                    full_kl, load_state, make_optimizer, save_checkpoint, self_check, speed_options,
@@ -281,8 +281,7 @@ def main(args):
         seconds = {phase: sum(line[f"{phase}_s"] for line in lines) for phase in PHASES}
         summary = dict(steps=args.steps, before=before, after=after, vuss_first=vuss_ends[0],
                        vuss_last=vuss_ends[1], seconds=seconds, model=os.path.join(args.out, "model"))
-        with open(os.path.join(args.out, "summary.json"), "w") as file:
-            json.dump(summary, file, indent=1)
+        write_json(os.path.join(args.out, "summary.json"), summary)
         rows = [[stem, s["metric"], s["value"], after[stem]["value"]] for stem, s in before.items()
                 if stem in after and None not in (s["value"], after[stem]["value"])]
         if len(rows) > 1:

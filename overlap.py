@@ -9,7 +9,6 @@ Prints a table, in all, by language and by quarter of the transcript; --out stor
 over rows divided by counts over all ranks. Not in the paper: everything but VUSS.
 """
 import collections
-import json
 import os
 
 import torch
@@ -17,7 +16,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from data import (InputError, Parser, at_least, collate, load_audio, make_folder, micro_batches, run_script,
-                  setup_distributed)
+                  setup_distributed, write_json)
 from eval import print_table, read_sets
 from model import (SpeechLM, align_vocabularies, check_languages, support_kl, teacher_rollout,
                    teacher_support, union_support)
@@ -152,9 +151,8 @@ def main(args):
     print_table([[group, row["positions"], *(f"{row[name]:.4f}" for name in MEASURES)]
                  for group, row in table.items()], ["rows", "n", *MEASURES])
     if args.out:
-        with open(args.out, "w") as file:
-            json.dump(dict(student=args.student, teacher=args.teacher, data=args.data, k=args.k,
-                           clips=len(clips), measures=table), file, indent=1)
+        write_json(args.out, dict(student=args.student, teacher=args.teacher, data=args.data, k=args.k,
+                                  clips=len(clips), measures=table))
 
 
 if __name__ == "__main__":

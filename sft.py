@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from data import (InputError, Parser, StepDataset, all_reduce_sum, at_least, collate, drop_long, load_audio,
                   one_line, read_manifest, run_script, script_language, setup_distributed, start_run,
-                  step_batches, training_flags)
+                  step_batches, training_flags, write_json)
 from eval import evaluate, print_table, read_sets
 from model import (SpeechLM, all_reduce_gradients, check_languages, cosine_lr, load_state, make_optimizer,
                    save_checkpoint, speed_options, start_folder)
@@ -211,8 +211,7 @@ def main(args):
             run_eval(done)
     summaries = run_eval(args.steps) if eval_sets else {}
     if rank == 0:
-        with open(os.path.join(args.out, "summary.json"), "w") as file:
-            json.dump({"steps": args.steps, "eval": summaries}, file, indent=1)
+        write_json(os.path.join(args.out, "summary.json"), {"steps": args.steps, "eval": summaries})
         print(f"model: {os.path.join(args.out, 'model')}")
 
 

@@ -310,19 +310,55 @@ def largest_batch(student, device):
         fits, n = n, 2 * n
 
 
+def growth(device):
+    """Seconds of rollout, teacher and update of one OPD step, one of clips, seconds, vocabulary and k varied."""
+    base = dict(clips=16, seconds=2.0, vocab=512, k=32)
+    print("clips  seconds   vocab    k   rollout s  teacher s  update s   step / base")
+    for change in ({}, dict(clips=32), dict(clips=64), dict(seconds=4.0), dict(seconds=8.0), dict(vocab=16_384),
+                   dict(vocab=151_936), dict(k=8), dict(k=128)):
+        c = {**base, **change}
+        student, teacher = (everything_allowed(ark(width, layers, 4, width, layers, 4, 2, 3 * width, c["vocab"]))
+                            for width, layers in ((96, 3), (160, 4)))
+        batch, teacher_batch = (batch_of(lm, c["clips"], c["seconds"], device) for lm in (student, teacher))
+        same = torch.arange(c["vocab"])
+        alignment = m.Alignment(same, same, student.forbidden, student.forbidden)
+        kept = {}
+
+        def rolled():
+            kept["encoded"] = student.encode(batch)
+            kept["rollout"] = student.sample(batch, 16, k=c["k"], encoded=kept["encoded"])
+
+        def scored():
+            kept["scored"] = opd.score_rollout(teacher, alignment, batch, teacher_batch, kept["rollout"], c["k"],
+                                               kept["encoded"])
+
+        def update():
+            opd.backward_kl(student, [kept["scored"]], 1.0, device)
+            student.zero_grad(set_to_none=True)
+
+        phases = alternate(rolled, scored, update)
+        if not change:
+            whole = sum(phases)
+        print(f"{c['clips']:5d} {c['seconds']:8.0f} {c['vocab']:7d} {c['k']:4d}"
+              + "".join(f"{x:11.3f}" for x in phases) + f"{sum(phases) / whole:14.2f}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--quick", action="store_true", help="the example's sizes, on the CPU")
     size.add_argument("--real", action="store_true", help="the release's student, Qwen3-ASR-1.7B, on a GPU")
+    size.add_argument("--growth", action="store_true", help="how a step's time grows, example's sizes, CPU; no bars")
     parser.add_argument("--json", help="file for the figures")
     args = parser.parse_args()
     torch.manual_seed(0)
     if args.real and not torch.cuda.is_available():
         parser.error("--real needs a GPU")
     device = torch.device("cuda" if args.real else "cpu")
-    if args.quick:
+    if not args.real:
         torch.cuda.is_available = lambda: False             # time and memory of the CPU
+        if args.growth:
+            return growth(device)
         student = ark(96, 3, 4, 96, 2, 4, 2, 256, 512)
         teacher = ark(160, 4, 4, 128, 3, 4, 2, 384, 512)
         seconds, n, transcript, wide = 2.16, 256, 64, ark(96, 1, 4, 896, 1, 14, 2, 512, 151_936)
