@@ -265,6 +265,27 @@ def test_qwen3_asr_teaches_an_ark_student(clips_dir, tmp_path):
     SpeechLM.from_pretrained(tmp_path / "run" / "model")
 
 
+def test_the_teachers_prompt_takes_the_language_of_the_rollouts_script(clips_dir, tmp_path, monkeypatch):
+    """Without `language` in the manifest; what the student writes is made Russian, the references are not read."""
+    import model
+    teacher = qwen3_asr_folder(tmp_path / "teacher", byte_tokenizer(specials=[*QWEN3_ASR_TOKENS, *QWEN_SPECIALS]))
+    tiny_model().save_pretrained(tmp_path / "student")
+    lines = [json.loads(line) for line in open(clips_dir / "m.jsonl")]
+    (clips_dir / "m.jsonl").write_text("".join(
+        json.dumps({key: value for key, value in line.items() if key != "language"}) + "\n" for line in lines))
+    languages, score = [], opd.score_rollout
+    monkeypatch.setattr(model.FrontEnd, "texts", lambda self, rollout: ["Привет"] * len(rollout.lens))
+    monkeypatch.setattr(opd, "score_rollout", lambda *args: languages.extend(args[3].languages) or score(*args))
+    opd_metrics(clips_dir, tmp_path / "student", teacher, tmp_path / "run", "--steps", 1, "--sample-every", 0)
+    assert languages == ["ru"] * 6
+
+
+@pytest.mark.parametrize("field,value", [("rms_norm_eps", 1e-5), ("max_position_embeddings", 777)])
+def test_ark_config_fields_are_taken_over(field, value, tmp_path):
+    text = SpeechLM.from_pretrained(ark_folder(tmp_path / "ark", **{field: value})).net.config.text_config
+    assert getattr(text, field) == value
+
+
 def test_qwen3_asr_teacher_scores_are_stocks(tmp_path):
     """Top-k ids and raw logits on the union, for an Ark student's ids: stock's logits of the same bytes."""
     tokenizer = byte_tokenizer(specials=[*QWEN3_ASR_TOKENS, *QWEN_SPECIALS])
