@@ -734,7 +734,7 @@ class SupportScores(torch.autograd.Function):
 
     @staticmethod
     def chunks(hidden, ids):
-        return range(0, len(ids), size := max(2**22 // max(ids.shape[1] * hidden.shape[1], 1), 1)), size
+        return range(0, len(ids), size := max(2**20 // max(ids.shape[1] * hidden.shape[1], 1), 1)), size
 
     @staticmethod
     def forward(ctx, weight, hidden, ids):

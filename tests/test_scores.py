@@ -806,3 +806,17 @@ def test_real_texts_with_other_punctuation_are_no_errors(tmp_path):
     for text in [json.loads(line)["text"] for line in lines[:400]]:
         counts = evaluation.count_errors(text, "，" + " ".join(text.upper()) + "\u200b。", "zh")
         assert counts["errors"] == 0 and counts["units"] == sum(map(str.isalnum, text))
+
+
+def test_lines_that_were_not_decoded_teach_nothing(clips_dir, tmp_path, capsys):
+    """A result file with an undecodable clip is teacher data all the same; the clip is counted."""
+    import sft
+    tiny_model().save_pretrained(tmp_path / "model")
+    lines = [json.loads(line) for line in open(clips_dir / "m.jsonl")]
+    results = [{**line, "hyp": line["text"], "stopped": True} for line in lines]
+    results[3] = {**lines[3], "error": "is damaged"}
+    (clips_dir / "td.jsonl").write_text("".join(json.dumps(line) + "\n" for line in results))
+    sft.main(sft.parse_args([str(x) for x in (
+        "--train", clips_dir / "td.jsonl", "--text-field", "hyp", "--model", tmp_path / "model", "--steps", 1,
+        "--batch-size", 4, "--workers", 0, "--out", tmp_path / "run")]))
+    assert "train: 11 clips" in (shown := capsys.readouterr().out) and "1 that eval.py could not decode" in shown
