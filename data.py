@@ -700,7 +700,7 @@ def fsdd(args):
     if args.split and not takes:
         raise InputError(f"--split {args.split[0]}: no usable take in {root}; 0 to 4 are test, others train")
     for speaker in set(args.speakers) - set(takes):
-        raise InputError(f"--speakers {speaker}: not in {root}; there are {', '.join(sorted(takes))}")
+        raise InputError(f"--speakers {speaker}: {root} has {', '.join(sorted(takes)) or 'none'}")
     speakers = args.speakers or sorted(takes)
     rng, words = np.random.default_rng(args.seed), "zero one two three four five six seven eight nine".split()
     for n in range(args.count if speakers else 0):
@@ -802,7 +802,7 @@ def import_corpus(args):
                       for reason, (count, first) in left_out.items())
         if n == 0:
             raise InputError(f"{args.root}: no usable clip; {args.command} is "
-                             f"{CORPORA[args.command].__doc__}{one_line(why)}")
+                             f"{CORPORA[args.command].__doc__} {one_line(why)}")
         if tars:
             tars[-1].close()
         partial.rename(out)

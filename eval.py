@@ -319,7 +319,10 @@ def parse_args(argv=None):
 
 def main(args):
     style = dict(style=args.normalizer, simplify=args.simplify)
-    # ---- result files --------------------------------------------------------------------------------------
+    rank, world, device = setup_distributed()
+    # ---- result files: one process is enough ---------------------------------------------------------------
+    if rank > 0 and not args.model:
+        return
     if args.compare:
         a, b = (score(read_results(path), **style) for path in args.compare)
         c = compare(a, b, args.bootstrap)
@@ -340,7 +343,6 @@ def main(args):
             write_json(os.path.join(args.out, "summary.json"), summaries)
         return
     # ---- decoding ------------------------------------------------------------------------------------------
-    rank, world, device = setup_distributed()
     sets = read_sets(args.data, args.max_seconds)
     if args.out is not None:
         make_folder(args.out)
