@@ -496,36 +496,32 @@ class SpeechLM(nn.Module):
         embeds = self.embed_prompt(batch, (encoded or self.encode(batch))[0])
         out = self.lm(inputs_embeds=embeds, attention_mask=mask, position_ids=positions_of(mask),
                       use_cache=True)                                                         # prefill
-        decoder = Decoder(self.lm, self.head, out.past_key_values, mask, T)
+        decoder = Decoder(self.lm, out.past_key_values, mask, T)
         hidden = out.last_hidden_state[:, -1].to(decoder.dtype).clone()                       # (B, H)
-        ids, topk_ids = caps.new_full((B, T), self.front_end.pad_id), caps.new_full((B, T, k), -1)
-        t, n_tokens = caps.new_zeros(1), torch.zeros_like(caps)
-        stopped, active = torch.zeros_like(caps, dtype=torch.bool), caps > 0
+        head = self.head.weight.to(decoder.dtype)
+        never = head.new_zeros(len(forbidden)).masked_fill(forbidden, -math.inf)              # (V,)
+        ids, topk_ids, t = caps.new_zeros((B, T)), caps.new_zeros((B, T, k)), caps.new_zeros(1)
         if temperature > 0:
             uniforms = torch.rand(B, T) if uniforms is None else uniforms
             uniforms = uniforms.to(caps.device, torch.float64)
 
         def step():
             """One token for every row. All in place, so that a GPU can capture it once and replay it."""
-            logits = F.linear(hidden, decoder.head).float().masked_fill(forbidden, -math.inf)  # (B, V)
-            top = logits.topk(k)
-            token = top.indices[:, 0]
+            logits = F.linear(hidden, head, never).float()                                    # (B, V)
+            top = logits.topk(k).indices
+            token = top[:, 0]
             if temperature > 0:
                 cumulative = (logits.double() / temperature).softmax(-1).cumsum(-1)
                 # The last valid id ends the table at 1,
                 # so a draw of 0.999… cannot pick a forbidden id behind it.
                 token = torch.searchsorted(cumulative / cumulative[:, -1:], uniforms.index_select(1, t),
                                            right=True)[:, 0]
-            ids.index_copy_(1, t, token.where(active, self.front_end.pad_id)[:, None])
-            valid = active[:, None] & top.values.isfinite()
-            topk_ids.index_copy_(1, t, top.indices.where(valid, -1)[:, None])
-            n_tokens.add_(active)
-            stopped.logical_or_(active & (token == self.front_end.stop_id))
-            active.logical_and_(~stopped & (t + 1 < caps))
+            ids.index_copy_(1, t, token[:, None])
+            topk_ids.index_copy_(1, t, top[:, None])
             hidden.copy_(decoder.step(F.embedding(token, self.lm.embed_tokens.weight), t))
             t.add_(1)
 
-        replay, check_every = step, 8 if on_gpu else 1      # on a GPU, asking whether all have stopped waits
+        replay = step
         for i in range(T):
             if on_gpu and i == 3:                           # three plain steps have warmed the kernels up
                 graph = torch.cuda.CUDAGraph()
@@ -533,62 +529,70 @@ class SpeechLM(nn.Module):
                     step()
                 replay = graph.replay
             replay()
-            if (i + 1) % check_every == 0 and not active.any():
+            # Asking whether all rows are through waits for the device, so only now and then.
+            if i % 4 == 3 and ((ids[:, :i + 1] == self.front_end.stop_id).any(dim=1) | (caps <= i + 1)).all():
                 break
         self.train(was_training)
-        used = max(int(n_tokens.max()), 1)
-        return Rollout(ids[:, :used], n_tokens - stopped.long(), stopped, topk_ids[:, :used])
+        # A row ends at its first stop token or at its cap; what was written behind it is dropped.
+        places = torch.arange(i + 1, device=caps.device)
+        stop_at = torch.where(ids[:, :i + 1] == self.front_end.stop_id, places, T).amin(dim=1)   # (B,)
+        rollout = Rollout(ids[:, :i + 1], stop_at.minimum(caps), stop_at < caps)
+        used, written = max(int((rollout.lens + rollout.stopped).max()), 1), rollout.row_mask()
+        valid = torch.arange(k, device=caps.device) < (~forbidden).sum()        # forbidden ids come last
+        return Rollout(
+            ids[:, :i + 1].where(written, self.front_end.pad_id)[:, :used], rollout.lens, rollout.stopped,
+            topk_ids[:, :i + 1].where(written[:, :, None] & valid, -1)[:, :used])
 
 
 class Decoder:
     """One-token steps of a Qwen LM after a prefill: fixed key and value storage, fused projections.
 
     cache: the prefill's, S positions; prompt_mask: (B, S); T: tokens that may follow. Equal to the stock
-    modules up to rounding; weights are copied, so one lives for one batch.
-    """
+    modules up to rounding; weights are copied, so one lives for one batch."""
 
-    def __init__(self, lm, head, cache, prompt_mask, T):
+    def __init__(self, lm, cache, prompt_mask, T):
         c, kind, past = lm.config, prompt_mask.device.type, cache.layers
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else past[0].values.dtype
         self.heads, self.kv_heads, self.eps = c.num_attention_heads, c.num_key_value_heads, c.rms_norm_eps
-        self.dtype, self.head, self.norm = dtype, head.weight.to(dtype), lm.norm.weight.to(dtype)
-        self.act = lm.layers[0].mlp.act_fn
-        self.S, self.mask = prompt_mask.shape[1], F.pad(prompt_mask, (0, T))[:, None, None]  # (B, 1, 1, S+T)
+        self.dtype, self.norm, self.act = dtype, lm.norm.weight.to(dtype), lm.layers[0].mlp.act_fn
+        self.S, mask = prompt_mask.shape[1], F.pad(prompt_mask, (0, T)).repeat_interleave(self.kv_heads, 0)
+        self.bias = mask.new_zeros(mask.shape, dtype=dtype).masked_fill(~mask, -math.inf)[:, None]
         self.first = prompt_mask.sum(dim=1)                                          # (B,) the next position
         positions = torch.arange(self.S + T, device=prompt_mask.device)[None]
-        self.cos, self.sin = (x[0].to(dtype) for x in lm.rotary_emb(past[0].keys, positions))   # (S + T, d)
+        self.rotary = torch.cat(lm.rotary_emb(past[0].keys, positions), dim=2)[0].to(dtype)  # (S + T, 2d)
         self.layers = []
         for layer, (keys, values) in zip(lm.layers, ((x.keys, x.values) for x in past)):
             a, mlp = layer.self_attn, layer.mlp
-            qkv = a.q_proj, a.k_proj, a.v_proj
+            qkv, norms = (a.q_proj, a.k_proj, a.v_proj), None
+            if hasattr(a, "q_norm"):                                                 # Qwen3: (heads + kv, d)
+                norms = torch.cat([n.weight.expand(count, -1) for n, count in
+                                   ((a.q_norm, self.heads), (a.k_norm, self.kv_heads))])
             parts = (layer.input_layernorm.weight, torch.cat([p.weight for p in qkv]),
-                     None if a.q_proj.bias is None else torch.cat([p.bias for p in qkv]),
-                     *(norm and norm.weight for norm in (getattr(a, f"{x}_norm", None) for x in "qk")),
-                     F.pad(keys, (0, 0, 0, T)), F.pad(values, (0, 0, 0, T)), a.o_proj.weight,
-                     layer.post_attention_layernorm.weight,
+                     None if a.q_proj.bias is None else torch.cat([p.bias for p in qkv]), norms,
+                     *(F.pad(x.flatten(0, 1), (0, 0, 0, T)) for x in (keys, values)),     # (B·kv, S + T, d)
+                     a.o_proj.weight, layer.post_attention_layernorm.weight,
                      torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]), mlp.down_proj.weight)
             self.layers.append([None if part is None else part.to(dtype) for part in parts])
 
     def step(self, x, t):
         """Hidden rows (B, H) after token t (a (1,) tensor) with embeddings x (B, H)."""
-        at, B, d, x = self.S + t, len(x), self.cos.shape[1], x.to(self.dtype)
-        self.mask.index_fill_(3, at, True)
-        cos, sin = (table[self.first + t][:, None] for table in (self.cos, self.sin))       # (B, 1, d)
-
-        def rotate(y):
-            return y * cos + torch.cat([-y[..., d // 2:], y[..., :d // 2]], dim=-1) * sin
-
-        for norm1, qkv, bias, q_norm, k_norm, keys, values, o, norm2, gate_up, down in self.layers:
+        at, B, d, x = self.S + t, len(x), self.rotary.shape[1] // 2, x.to(self.dtype)
+        self.bias.index_fill_(2, at, 0.0)                                            # (B·kv, 1, S + T)
+        cos, sin = F.embedding(self.first + t, self.rotary)[:, None].chunk(2, dim=2)         # (B, 1, d)
+        for norm1, qkv, bias, norms, keys, values, o, norm2, gate_up, down in self.layers:
             y = F.linear(F.rms_norm(x, x.shape[-1:], norm1, self.eps), qkv, bias).view(B, -1, d)
-            q, k, v = y.split([self.heads, self.kv_heads, self.kv_heads], dim=1)            # (B, heads, d)
-            if q_norm is not None:                                                          # Qwen3
-                q, k = F.rms_norm(q, (d,), q_norm, self.eps), F.rms_norm(k, (d,), k_norm, self.eps)
-            keys.index_copy_(2, at, rotate(k)[:, :, None])
-            values.index_copy_(2, at, v[:, :, None])
-            # Query heads that share a key head take the place of query positions.
-            q = rotate(q).view(B, self.kv_heads, -1, d)
-            y = F.scaled_dot_product_attention(q, keys, values, attn_mask=self.mask)        # (B, kv, g, d)
-            x = x + F.linear(y.reshape(B, -1), o)
+            qk, v = y.split([self.heads + self.kv_heads, self.kv_heads], dim=1)              # (B, heads, d)
+            qk = qk if norms is None else F.rms_norm(qk, (d,), None, self.eps) * norms
+            qk = qk * cos + torch.cat([-qk[..., d // 2:], qk[..., :d // 2]], dim=2) * sin
+            q, k = qk.split([self.heads, self.kv_heads], dim=1)
+            keys.index_copy_(1, at, k.reshape(-1, 1, d))
+            values.index_copy_(1, at, v.reshape(-1, 1, d))
+            # Query heads that share a key head take the place of query positions. Written out: for one
+            # position PyTorch's own attention takes three times as long on a CPU.
+            q = q.reshape(B * self.kv_heads, -1, d)                                          # (B·kv, g, d)
+            scores = torch.baddbmm(self.bias, q, keys.mT, alpha=d**-0.5)                 # (B·kv, g, S + T)
+            y = torch.bmm(scores.softmax(dim=2, dtype=torch.float32).to(self.dtype), values)
+            x = x + F.linear(y.view(B, -1), o)
             gate, up = F.linear(F.rms_norm(x, x.shape[-1:], norm2, self.eps), gate_up).chunk(2, dim=-1)
             x = x + F.linear(self.act(gate) * up, down)
         return F.rms_norm(x, x.shape[-1:], self.norm, self.eps)

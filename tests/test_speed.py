@@ -124,7 +124,7 @@ def test_decoder_steps_equal_the_stock_lm(model_type, tied):
     with torch.no_grad():
         embeds, mask = lm.embed_prompt(batch, lm.encode(batch)[0]), batch.prompt_mask
         out = lm.lm(inputs_embeds=embeds, attention_mask=mask, position_ids=m.positions_of(mask), use_cache=True)
-        decoder = m.Decoder(lm.lm, lm.head, out.past_key_values, mask, 5)
+        decoder = m.Decoder(lm.lm, out.past_key_values, mask, 5)
         steps = [decoder.step(lm.lm.embed_tokens(tokens[:, t]), torch.tensor([t])) for t in range(5)]
         whole = torch.nn.functional.pad(mask, (0, 5), value=True)
         stock = lm.lm(inputs_embeds=torch.cat([embeds, lm.lm.embed_tokens(tokens)], dim=1), attention_mask=whole,
