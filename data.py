@@ -720,7 +720,7 @@ def folder(args):
     for path in sorted(path for path in Path(args.root).rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES):
         line, beside = dict(id=str(path.relative_to(args.root)), audio=str(path)), path.with_suffix(".txt")
         try:
-            yield {**line, "text": beside.read_text("utf-8-sig").strip()} if beside.exists() else line
+            yield {**line, "text": beside.read_text("utf-8-sig").strip()} if beside.is_file() else line
         except UnicodeDecodeError:
             yield "its .txt is not UTF-8", str(path)
 

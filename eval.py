@@ -11,7 +11,7 @@ r"""Decode manifests greedily and score them: WER for words, CER for characters,
 deletions, insertions) and OUT/summary.json. A result file is itself a manifest, its audio paths lead from
 where it lies: `sft.py --text-field hyp` learns from it. A clip that cannot be read has "error" in place of
 hyp, is counted as failed, and makes the exit status 1 once everything else is done. A clip without a language
-is decoded by Qwen3-ASR in the one that it hears. The example's 500 test clips take 4 s on two cores.
+is decoded by Qwen3-ASR in the one that it hears.
 """
 import functools
 import importlib.metadata
@@ -107,8 +107,8 @@ def bootstrap(errors, units, draws, seed=0):
     if not draws or not sum(units):
         return None, None
     sums = resampled_sums(np.stack([errors, units], axis=1), draws, seed)
-    sums = sums[sums[:, 1] > 0]
-    return tuple(map(float, np.percentile(100 * sums[:, 0] / sums[:, 1], [2.5, 97.5])))
+    rates = [100 * errors / units for errors, units in sums if units]
+    return tuple(map(float, np.percentile(rates, [2.5, 97.5]))) if rates else (None, None)
 
 
 def language_of(fields):
@@ -120,13 +120,13 @@ def score(results, style="default", simplify=False):
     """Result lines with their error counts, those that have a text and a hypothesis."""
     plain = [{key: value for key, value in r.items() if key not in COUNTS} for r in results]
     return [{**r, **count_errors(r["text"], r["hyp"], language_of(r), style, simplify)}
-            if "hyp" in r and isinstance(r.get("text"), str) else r for r in plain]
+            if isinstance(r.get("hyp"), str) and isinstance(r.get("text"), str) else r for r in plain]
 
 
 def summarize(results, style="default", simplify=False, draws=10_000, seconds=None):
     """Corpus figures of one set from its scored lines: value = 100 × Σ errors / Σ units, low–high its 95 %
     bootstrap interval. Clips without text are decoded only. `seconds`: decoding time, for the RTF."""
-    scored, heard = [r for r in results if "errors" in r], [r for r in results if "hyp" in r]
+    scored, heard = ([r for r in results if key in r and "error" not in r] for key in ("errors", "hyp"))
     languages = {language_of(r) for r in scored}
     kinds = {language in CHARACTER_LANGUAGES for language in languages}
     total = {key: sum(r[key] for r in scored) for key in COUNTS}
@@ -165,7 +165,8 @@ def compare(results_a, results_b, draws=10_000, seed=0):
             wrong = ("is there twice" if own[r["key"]] is not r else
                      "was not decoded, or has no text" if "errors" not in r else
                      "is in one of the files only" if r["key"] not in other else
-                     "has another text in the other" if other[r["key"]].get("text") != r["text"] else None)
+                     "has another text or language in the other" if any(
+                         other[r["key"]].get(x) != r.get(x) for x in ("text", "language")) else None)
             if wrong:
                 raise InputError(f"--compare: {r['where']}: {r['audio']} {wrong}")
     table = np.array([(r["errors"], by_key_b[r["key"]]["errors"], r["units"]) for r in results_a])

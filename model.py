@@ -347,7 +347,7 @@ class SpeechLM(nn.Module):
             # GlmAsrConfig would fill a dict with Llama's defaults, so the text config is built here, whole.
             text = transformers.CONFIG_MAPPING[text.pop("model_type", "qwen2")](**text)
             net = GlmAsrForConditionalGeneration(glm_asr_config(
-                config["audio_config"], text, tokenizer, config.get("tie_word_embeddings", True)))
+                config["audio_config"], text, tokenizer, config.get("tie_word_embeddings", True))).float()
         except Exception as error:              # whatever the library says of a wrong field, in one line
             raise InputError(f"--config: no model can be built from it: {one_line(error)}") from error
         return cls(net, tokenizer)
@@ -402,6 +402,8 @@ class SpeechLM(nn.Module):
             self.net.generation_config = GenerationConfig(
                 eos_token_id=front_end.stop_id, pad_token_id=front_end.pad_id, do_sample=False,
                 suppress_tokens=self.forbidden.nonzero()[:, 0].tolist() or None)
+        elif not self.net.generation_config.do_sample:      # sampling flags beside greedy could not be saved
+            self.net.generation_config.update(temperature=None, top_p=None, top_k=None)
         # the names of the classes, not of older files
         self.net.save_pretrained(folder, save_original_format=False)
         (self.processor or GlmAsrProcessor(
@@ -512,8 +514,7 @@ class SpeechLM(nn.Module):
             token = top[:, 0]
             if temperature > 0:
                 cumulative = (logits.double() / temperature).softmax(-1).cumsum(-1)
-                # The last valid id ends the table at 1,
-                # so a draw of 0.999… cannot pick a forbidden id behind it.
+                # The last valid id ends the table at 1: a draw of 0.999… picks no forbidden id behind it.
                 token = torch.searchsorted(cumulative / cumulative[:, -1:], uniforms.index_select(1, t),
                                            right=True)[:, 0]
             ids.index_copy_(1, t, token[:, None])
@@ -606,7 +607,8 @@ def self_check(model, waveforms, languages):
     likeliest of their row; batch_difference, the largest difference of a logit between the clips in one batch
     and one by one, relative to the largest logit. Raises InputError where shifted rows or a leaking batch
     show: a greedy token's likelihood is never below 1 / V, whatever the weights."""
-    device, allowed = model.forbidden.device, ~model.forbidden
+    device, allowed, was_training = model.forbidden.device, ~model.forbidden, model.training
+    model.eval()
     batch = model.with_languages(collate(waveforms, model.front_end, languages).to(device))
     rollout = model.sample(batch, 32, k=1)
     alone = [(collate([wave], model.front_end, batch.languages[b:b + 1]).to(device),
@@ -625,6 +627,7 @@ def self_check(model, waveforms, languages):
         raise InputError(
             f"self-check: {type(model.net).__name__} contradicts itself, its prompt, rows or masks are "
             f"misaligned: {figures}; sound are at most log V, at least 0.95, at most {tolerance:g}")
+    model.train(was_training)
     return found
 
 

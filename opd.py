@@ -5,14 +5,12 @@
     torchrun --nproc_per_node=8 opd.py --train m.jsonl --student DIR --teacher DIR
 
 The student transcribes each clip by itself, the frozen teacher scores those very tokens, and the student is
-pulled toward the teacher by KL on the union of both top-k supports. No transcript is read: `text` may be
-absent.
+pulled toward the teacher by KL on the union of both top-k supports. No transcript is read.
 Deviations from the release, each on purpose: the mean is over the positions of the whole global batch, not
 per rank; both sides of the KL are raw logits; token ids go to the teacher as they are, never through text;
 the stop token is scored where the rollout stopped by itself; a length cap by audio; float32 master weights.
-Prints a progress bar (loss, KL, VUSS, clips/s), then errors before and after, VUSS first and last,
-seconds per phase and the path of the model. The example takes 3.5 minutes on two cores. Every flag's
-default is the paper's or the release's value, where they state one; @FILE reads arguments from a file.
+Prints a progress bar, errors before and after, VUSS, seconds per phase and the path of the model. Defaults
+are the paper's or the release's values, where they state one; @FILE reads arguments from a file.
 """
 import dataclasses
 import json

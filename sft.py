@@ -9,8 +9,7 @@ over the transcript tokens and the stop token of the whole global batch, counted
 ranks. From random weights a CTC loss on the encoder's 50 Hz output (UTF-8 bytes, head dropped when saving)
 makes the model listen: without it the LM learns the text's statistics first. Not in the paper: CTC,
 SpecAugment. Prints a progress bar with loss and clips per second, and the error on --eval sets; writes
-OUT/model, metrics.jsonl, config.json, summary.json. Every flag's default is the paper's or the release's
-value, where they state one; the example's own are in example/make.py.
+OUT/model, metrics.jsonl, config.json, summary.json. Defaults are the paper's; the example's: example/make.py.
 """
 import json
 import os
@@ -118,7 +117,7 @@ def main(args):
         model = SpeechLM.from_config(config, tokenizer)
     if args.ctc_weight and model.is_qwen3_asr:
         raise InputError("--ctc-weight: only for GlmAsr encoders; leave it out for Qwen3-ASR")
-    check_languages(clips, model)
+    check_languages(sum(eval_sets.values(), clips), model)
     ctc_head = nn.Linear(model.net.config.audio_config.hidden_size, 257)
     model.to(device).train(), ctc_head.to(device)
     speed_options(model, args.compile, args.recompute)

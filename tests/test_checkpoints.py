@@ -968,3 +968,21 @@ def test_real_vocabulary_run(tmp_path):
     assert sum(losses[-5:]) < sum(losses[:5])
     saved = SpeechLM.from_pretrained(tmp_path / "run" / "model")
     assert saved.head.out_features == 151_936 and saved.front_end.audio_id == 151_663
+
+
+def test_self_check_is_in_eval_mode_and_leaves_the_mode_as_it_was():
+    """Dropout, which a checkpoint's config may carry, is off."""
+    model = tiny_model()
+    for layer in model.lm.layers:
+        layer.self_attn.attention_dropout = 0.5
+    model.train()
+    found = self_check(model, [noise(0.5), noise(1.2, seed=1)], [None, None])
+    assert found["agreement"] == 1 and found["batch_difference"] < 1e-4 and model.training
+
+
+def test_sampling_flags_of_a_checkpoint_do_not_stop_it_from_being_saved(tmp_path):
+    folder = qwen3_asr_folder(tmp_path / "m")
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "do_sample": False, "temperature": 1e-6}))
+    SpeechLM.from_pretrained(folder).save_pretrained(tmp_path / "saved")
+    transformers.Qwen3ASRForConditionalGeneration.from_pretrained(tmp_path / "saved")

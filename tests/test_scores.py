@@ -820,3 +820,18 @@ def test_lines_that_were_not_decoded_teach_nothing(clips_dir, tmp_path, capsys):
         "--train", clips_dir / "td.jsonl", "--text-field", "hyp", "--model", tmp_path / "model", "--steps", 1,
         "--batch-size", 4, "--workers", 0, "--out", tmp_path / "run")]))
     assert "train: 11 clips" in (shown := capsys.readouterr().out) and "1 that eval.py could not decode" in shown
+
+
+def test_scored_in_another_language_is_another_set_and_odd_lines_are_no_hypotheses(tmp_path):
+    """Characters and words do not compare; a null hyp beside an error is a failed clip."""
+    lines = [dict(audio="a.wav", duration=1.0, text="你好", hyp="你", stopped=True, language=x) for x in ("zh", "en")]
+    for name, line in zip("ab", lines):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(line) + "\n")
+    a, b = (evaluation.score(evaluation.read_results(tmp_path / f"{name}.jsonl")) for name in "ab")
+    with pytest.raises(InputError, match="another text or language"):
+        evaluation.compare(a, b)
+    odd = dict(lines[0], hyp=None, error="is damaged")
+    (tmp_path / "c.jsonl").write_text(json.dumps(odd) + "\n")
+    summary = evaluation.summarize(evaluation.score(evaluation.read_results(tmp_path / "c.jsonl")))
+    assert (summary["n"], summary["failed"], summary["scored"], summary["value"]) == (1, 1, 0, None)
+    assert evaluation.bootstrap([0] * 50 + [1], [0] * 50 + [1], 1, seed=1) in ((None, None), (100.0, 100.0))
