@@ -43,7 +43,7 @@ transformers.utils.logging.disable_progress_bar()
 PROMPT_TEXT = "Please transcribe this audio."
 AUDIO_TOKEN, STOP_TOKEN, PAD_TOKEN = "<|audio|>", "<|im_end|>", "<|endoftext|>"
 PROMPT_TOKENS = ["<|user|>", "<|begin_of_audio|>", AUDIO_TOKEN, "<|end_of_audio|>", "<|assistant|>"]
-ARK_PROMPT = "<|user|><|begin_of_audio|><|audio|><|end_of_audio|>" + PROMPT_TEXT + "<|assistant|>"
+ARK_PROMPT = "".join(PROMPT_TOKENS[:4]) + PROMPT_TEXT + PROMPT_TOKENS[4]
 # The same prompt for stock transformers' processor: user turns, each content item in its place, no newlines.
 CHAT_TEMPLATE = ("{% for message in messages %}{% if message['role'] == 'user' %}<|user|>"
                  "{% for part in message['content'] %}{% if part['type'] == 'audio' %}"

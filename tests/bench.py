@@ -387,7 +387,8 @@ def main():
         bar = bars[args.real]
         met = None if bar is None else value >= bar if bar > 0 else value <= -bar
         rows.append(dict(name=name, value=value, bar=bar and f"{'≥' if bar > 0 else '≤'} {abs(bar):.3g}", met=met))
-        print(f"{name:55s} {value:9.3f}   {rows[-1]['bar'] or 'shown':8s} {'' if met is None else 'met' if met else 'UNMET'}")
+        verdict = {None: "", True: "met", False: "UNMET"}[met]
+        print(f"{name:55s} {value:9.3f}   {rows[-1]['bar'] or 'shown':8s} {verdict}")
     if args.json:
         pathlib.Path(args.json).write_text(json.dumps(dict(machine=place, figures=rows), indent=1, ensure_ascii=False))
     sys.exit(any(row["met"] is False for row in rows))
