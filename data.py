@@ -306,6 +306,7 @@ class Batch:
     prompt_mask: torch.Tensor       # (B, S) True = prompt, False = padding on the left
     seconds: torch.Tensor           # (B,) clip durations
     languages: list                 # B codes, None = unknown; empty where prompts name no language
+    padded: bool                    # some clip is shorter than the batch
 
     def to(self, device):
         return Batch(*(x.to(device, non_blocking=True) if isinstance(x, torch.Tensor) else x
@@ -326,7 +327,8 @@ def collate(waveforms, front_end, languages=None, mels=None):
         mel[b, :, :mel_lens[b]] = mels[b]
     prompts = [front_end.prompt(n, language) for n, language in zip(audio_lens, languages or unknown)]
     return Batch(mel, mel_lens, torch.tensor(audio_lens), *pad_left(prompts, front_end.pad_id),
-                 torch.tensor([len(w) / SAMPLE_RATE for w in waveforms]), languages)
+                 torch.tensor([len(w) / SAMPLE_RATE for w in waveforms]), languages,
+                 int(mel_lens.min()) < mel.shape[2])
 
 
 def pad_left(prompts, pad_id):

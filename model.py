@@ -447,7 +447,7 @@ class SpeechLM(nn.Module):
             return self.net.get_audio_features(mel, mel_mask.long()).pooler_output, None, None
         frame_lens = batch.mel_lens // 2                                                  # 50 frames a second
         positions = torch.arange(batch.mel.shape[2] // 2, device=batch.mel.device)
-        key_mask = (positions < frame_lens[:, None])[:, None, None, :]                    # (B, 1, 1, T')
+        key_mask = (positions < frame_lens[:, None])[:, None, None, :] if batch.padded else None  # (B, 1, 1, T')
         frames = self.encoder(mel, key_mask=key_mask).last_hidden_state             # (B, T', D)
         merged = frames.reshape(len(frames), -1, 4 * frames.shape[2])                     # (B, T'/4, 4D)
         counted = torch.arange(merged.shape[1], device=merged.device) < batch.audio_lens[:, None]
@@ -493,7 +493,7 @@ class SpeechLM(nn.Module):
         caps = torch.full_like(batch.audio_lens, max_new_tokens)                              # (B,)
         if tokens_per_second > 0:
             caps = caps.minimum((batch.seconds * tokens_per_second).clamp(max=max_new_tokens).long() + 16)
-        B, T, k = len(caps), int(caps.max()), min(k, len(forbidden))
+        B, T, k = len(caps), -(-int(caps.max()) // 4) * 4, min(k, len(forbidden))
         mask, on_gpu = batch.prompt_mask, batch.mel.is_cuda
         embeds = self.embed_prompt(batch, (encoded or self.encode(batch))[0])
         out = self.lm(inputs_embeds=embeds, attention_mask=mask, position_ids=positions_of(mask),
@@ -502,47 +502,49 @@ class SpeechLM(nn.Module):
         hidden = out.last_hidden_state[:, -1].to(decoder.dtype).clone()                       # (B, H)
         head = self.head.weight.to(decoder.dtype)
         never = head.new_zeros(len(forbidden)).masked_fill(forbidden, -math.inf)              # (V,)
-        ids, topk_ids, t = caps.new_zeros((B, T)), caps.new_zeros((B, T, k)), caps.new_zeros(1)
+        ids, topk_ids, t = caps.new_full((B, T), -1), caps.new_zeros((B, T, k)), caps.new_zeros(1)
+        fours = torch.arange(4, device=caps.device)
         if temperature > 0:
-            uniforms = torch.rand(B, T) if uniforms is None else uniforms
+            uniforms = torch.rand(B, T) if uniforms is None else F.pad(uniforms, (0, T))
             uniforms = uniforms.to(caps.device, torch.float64)
 
-        def step():
-            """One token for every row. All in place, so that a GPU can capture it once and replay it."""
-            logits = F.linear(hidden, head, never).float()                                    # (B, V)
-            top = logits.topk(k).indices
-            token = top[:, 0]
-            if temperature > 0:
-                cumulative = (logits.double() / temperature).softmax(-1).cumsum(-1)
-                # The last valid id ends the table at 1: a draw of 0.999… picks no forbidden id behind it.
-                token = torch.searchsorted(cumulative / cumulative[:, -1:], uniforms.index_select(1, t),
-                                           right=True)[:, 0]
-            ids.index_copy_(1, t, token[:, None])
-            topk_ids.index_copy_(1, t, top[:, None])
-            hidden.copy_(decoder.step(F.embedding(token, self.lm.embed_tokens.weight), t))
-            t.add_(1)
+        def four_tokens():
+            """Four tokens for every row. All in place, so that a GPU can capture it once and replay it."""
+            recent = []
+            for _ in range(4):
+                recent.append(F.linear(hidden, head, never).float())                          # (B, V)
+                token = recent[-1].argmax(dim=1)
+                if temperature > 0:
+                    cumulative = (recent[-1].double() / temperature).softmax(-1).cumsum(-1)
+                    # The last valid id ends the table at 1: a draw of 0.999… picks no forbidden id behind it.
+                    token = torch.searchsorted(cumulative / cumulative[:, -1:], uniforms.index_select(1, t),
+                                               right=True)[:, 0]
+                ids.index_copy_(1, t, token[:, None])
+                hidden.copy_(decoder.step(F.embedding(token, self.lm.embed_tokens.weight), t))
+                t.add_(1)
+            topk_ids.index_copy_(1, t - 4 + fours, torch.stack(recent, dim=1).topk(k).indices)
 
-        replay = step
-        for i in range(T):
-            if on_gpu and i == 3:                           # three plain steps have warmed the kernels up
+        replay = four_tokens
+        for done in range(4, T + 1, 4):
+            if on_gpu and done == 8:                        # four plain steps have warmed the kernels up
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph):
-                    step()
+                    four_tokens()
                 replay = graph.replay
             replay()
             # Asking whether all rows are through waits for the device, so only now and then.
-            if i % 4 == 3 and ((ids[:, :i + 1] == self.front_end.stop_id).any(dim=1) | (caps <= i + 1)).all():
+            if ((ids[:, :done] == self.front_end.stop_id).any(dim=1) | (caps <= done)).all():
                 break
         self.train(was_training)
         # A row ends at its first stop token or at its cap; what was written behind it is dropped.
-        places = torch.arange(i + 1, device=caps.device)
-        stop_at = torch.where(ids[:, :i + 1] == self.front_end.stop_id, places, T).amin(dim=1)   # (B,)
-        rollout = Rollout(ids[:, :i + 1], stop_at.minimum(caps), stop_at < caps)
+        places = torch.arange(T, device=caps.device)
+        stop_at = torch.where(ids == self.front_end.stop_id, places, T).amin(dim=1)              # (B,)
+        rollout = Rollout(ids, stop_at.minimum(caps), stop_at < caps)
         used, written = max(int((rollout.lens + rollout.stopped).max()), 1), rollout.row_mask()
         valid = torch.arange(k, device=caps.device) < (~forbidden).sum()        # forbidden ids come last
         return Rollout(
-            ids[:, :i + 1].where(written, self.front_end.pad_id)[:, :used], rollout.lens, rollout.stopped,
-            topk_ids[:, :i + 1].where(written[:, :, None] & valid, -1)[:, :used])
+            ids.where(written, self.front_end.pad_id)[:, :used], rollout.lens, rollout.stopped,
+            topk_ids.where(written[:, :, None] & valid, -1)[:, :used])
 
 
 class Decoder:
