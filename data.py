@@ -70,9 +70,7 @@ def one_line(error):
     return " ".join(str(error).split())[:300]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Manifest
-# ------------------------------------------------------------------------------------------------------------
+# ---- Manifest ----------------------------------------------------------------------------------------------
 @dataclasses.dataclass(slots=True)
 class Clip:
     """One manifest line. Times in s, `offset`/`nbytes` in bytes; `fields`: the line as it was read."""
@@ -188,9 +186,7 @@ def script_language(text):
                 max(found, key=found.count, default=None))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Audio
-# ------------------------------------------------------------------------------------------------------------
+# ---- Audio -------------------------------------------------------------------------------------------------
 @functools.lru_cache(maxsize=16)
 def resampler(rate):
     return torchaudio.transforms.Resample(rate, SAMPLE_RATE)
@@ -266,9 +262,7 @@ def clip_from_file(path):
                 {"audio": path, "duration": info.duration})
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Features
-# ------------------------------------------------------------------------------------------------------------
+# ---- Features ----------------------------------------------------------------------------------------------
 @functools.lru_cache(maxsize=1)
 def mel_filters():
     return torchaudio.functional.melscale_fbanks(N_FFT // 2 + 1, 0.0, 8000.0, N_MELS, SAMPLE_RATE,
@@ -293,9 +287,7 @@ def n_audio_tokens(n_samples):
     return max((-(-n_samples // HOP) + 1) // 2 // 4, 1)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Batches
-# ------------------------------------------------------------------------------------------------------------
+# ---- Batches -----------------------------------------------------------------------------------------------
 @dataclasses.dataclass
 class Batch:
     """B clips as a model takes them. Prompts are padded on the left, so transcripts start in one column."""
@@ -409,9 +401,7 @@ def one_thread(worker_id):
     torch.set_num_threads(1)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Processes, output folders, errors: the plumbing that every script shares
-# ------------------------------------------------------------------------------------------------------------
+# ---- Processes, output folders, errors: the plumbing that every script shares ------------------------------
 def rank_and_world():
     """(rank, world size); (0, 1) without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -576,9 +566,7 @@ def training_flags(parser, name):
     add("--seed", type=at_least(0, int), default=0, help="of new weights, order, sampling, masks")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Corpora: generators over the layouts in which they are distributed
-# ------------------------------------------------------------------------------------------------------------
+# ---- Corpora: generators over the layouts in which they are distributed ------------------------------------
 # Each yields dicts with `id`, `audio` (a path, or FLAC bytes) and what is known of text, language, speaker,
 # begin_time and end_time; or, for what cannot be used, (reason, which), counted and shown at the end.
 def keyed_lines(path):
@@ -816,9 +804,7 @@ def import_corpus(args):
           f"{len(tars)} shard(s){why}")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# python data.py check
-# ------------------------------------------------------------------------------------------------------------
+# ---- python data.py check ----------------------------------------------------------------------------------
 def check(path, max_seconds):
     """Reads every clip; prints counts, hours, languages and every defect with its line. → defects"""
     defects, seconds, languages, first_line = [], 0.0, collections.Counter(), {}

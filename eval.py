@@ -45,9 +45,7 @@ english = EnglishTextNormalizer()
 simplifier = functools.cache(lambda: opencc.OpenCC("t2s"))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Scoring
-# ------------------------------------------------------------------------------------------------------------
+# ---- Scoring -----------------------------------------------------------------------------------------------
 def normalize(text, language, style="default", simplify=False):
     """The units that are compared: a list of words, or of characters for CHARACTER_LANGUAGES.
 
@@ -204,9 +202,7 @@ def print_summaries(summaries):
     print("normalizer: " + "; ".join(sorted({s["normalizer"] or "none" for s in summaries.values()})))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Decoding
-# ------------------------------------------------------------------------------------------------------------
+# ---- Decoding ----------------------------------------------------------------------------------------------
 def transcribe(model, clips, device, batch_seconds, label="decode", max_new_tokens=MAX_NEW_TOKENS,
                tokens_per_second=TOKENS_PER_SECOND):
     """Greedy transcripts of this rank's share of the clips, longest first, one batch of audio in memory; all
@@ -289,9 +285,7 @@ def read_sets(paths, max_seconds):
     return sets
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Command
-# ------------------------------------------------------------------------------------------------------------
+# ---- Command -----------------------------------------------------------------------------------------------
 def parse_args(argv=None):
     parser = Parser(prog="eval.py", description=__doc__)
     task = parser.add_mutually_exclusive_group(required=True)

@@ -51,9 +51,7 @@ CHAT_TEMPLATE = ("{% for message in messages %}{% if message['role'] == 'user' %
                  "{% endfor %}{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Front end: what a model wants to hear and read before the transcript
-# ------------------------------------------------------------------------------------------------------------
+# ---- Front end: what a model wants to hear and read before the transcript ----------------------------------
 class FrontEnd:
     """Features, prompt and token ids of an Ark/GlmAsr model. Small and picklable: data workers carry it."""
     prompt_tokens, audio_token = PROMPT_TOKENS, AUDIO_TOKEN
@@ -159,9 +157,7 @@ def forbidden_ids(tokenizer, vocab_size, stop_id):
     return mask
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Model
-# ------------------------------------------------------------------------------------------------------------
+# ---- Model -------------------------------------------------------------------------------------------------
 @dataclasses.dataclass
 class Rollout:
     """Transcripts of B clips. Row (b, t) is scored for t < lens[b], and at t = lens[b] where stopped[b].
@@ -647,9 +643,7 @@ def positions_of(mask):
     return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Loss: union-support KL (paper Eq. 1)
-# ------------------------------------------------------------------------------------------------------------
+# ---- Loss: union-support KL (paper Eq. 1) ------------------------------------------------------------------
 @dataclasses.dataclass
 class Alignment:
     """Ids of one vocabulary in the other, by identical token string; −1 where there is none."""
@@ -794,9 +788,7 @@ def speed_options(model, compiled, checkpointed):
         model.lm.compile(dynamic=True)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Optimizer, schedule, checkpoints
-# ------------------------------------------------------------------------------------------------------------
+# ---- Optimizer, schedule, checkpoints ----------------------------------------------------------------------
 def make_optimizer(modules, lr, weight_decay):
     """AdamW (0.9, 0.95), no decay on norms, biases, embeddings. A tied matrix counts once."""
     decay, no_decay = [], []

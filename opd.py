@@ -35,9 +35,7 @@ from overlap import set_overlap
 PHASES = ("data", "rollout", "teacher", "update")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The method: rollout → teacher rows → union KL → gradient
-# ------------------------------------------------------------------------------------------------------------
+# ---- The method: rollout → teacher rows → union KL → gradient ----------------------------------------------
 @dataclasses.dataclass
 class Scored:
     """A micro-batch of rollouts with what the teacher says of them, N rows."""
@@ -112,9 +110,7 @@ def write_samples(path, step, clips, front_end, rollout, teacher_texts, kl, n=2)
                 kl=[round(x, 4) for x in per_clip[b].tolist()]), ensure_ascii=False) + "\n")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Command
-# ------------------------------------------------------------------------------------------------------------
+# ---- Command -----------------------------------------------------------------------------------------------
 def parse_args(argv=None):
     parser = Parser(prog="opd.py", description=__doc__)
     training_flags(parser, "opd")
