@@ -12,21 +12,30 @@ each clip alone. The order of the clips is a pure function of (seed, step): see 
 """
 import argparse
 import collections
+import contextlib
 import dataclasses
 import functools
+import glob
 import hashlib
 import importlib.metadata
 import io
 import json
 import math
+import multiprocessing
 import os
 import re
+import resource
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
+import threading
+import time
 import unicodedata
+import zlib
 from pathlib import Path
 
 import ijson
@@ -40,8 +49,16 @@ SAMPLE_RATE = 16_000            # Hz
 N_FFT, HOP, N_MELS = 400, 160, 128   # 25 ms window, 10 ms hop
 BLOCK = 1_280                   # samples of one audio token: 80 ms = 8 mel frames = 4 encoder frames
 # what a resumed run may change: it moves no weight, but for --steps, which re-draws the schedule
-RESUME_FREE = {"steps", "resume", "out", "eval", "workers", "micro_seconds", "save_every", "eval_every",
-               "sample_every"}
+RESUME_FREE = {"steps", "resume", "overwrite", "keep", "on_bad_audio", "out", "eval", "workers",
+               "micro_seconds", "save_every", "eval_every", "sample_every"}
+RUN_FILES = ("checkpoints", "model", "metrics.jsonl", "samples.jsonl", "bad.jsonl", "summary.json",
+             "config.json", "eval-*", "nonfinite-*.jsonl")                  # what a run writes
+FIELDS = {                      # a manifest's keys: their types, and what to call them
+    "audio": ((str,), "a path"), "text": ((str,), "a string"), "language": ((str,), "a string"),
+    **dict.fromkeys(("duration", "begin_time", "end_time"), ((int, float), "a number of seconds")),
+    **dict.fromkeys(("offset", "nbytes", "crc32"), ((int,), "a whole number of bytes"))}
+STATES = ("text", "no text", "failed")      # of a line: with text_field or none wanted, without, without but "error"
+ROW = np.dtype([("offset", "<i8"), ("line", "<u4"), ("seconds", "<f4"), ("language", "u1"), ("state", "u1")])
 SHARD_BYTES = 10**9             # a tar shard ends at the first clip beyond this
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".au", ".caf", ".w64",
                   ".m4a", ".aac", ".mp4", ".webm", ".wma")          # the last five are counted as unreadable
@@ -84,6 +101,7 @@ class Clip:
     end_time: float = -1.0          # −1: to the end
     offset: int | None = None       # byte range inside `audio`; None: the whole file
     nbytes: int | None = None
+    crc32: int | None = None        # of those bytes
 
     @property
     def key(self):
@@ -95,7 +113,8 @@ def parse_line(line, where, folder, text_field="text"):
     """A `Clip` from one line of JSON. Raises InputError that names `where` and the field."""
     try:
         fields = json.loads(line)
-        json.dumps(fields, ensure_ascii=False).encode()
+        if "\\u" in line:
+            json.dumps(fields, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         raise InputError(f"{where}: not JSON ({error.msg} at column {error.colno}); "
                          "a manifest has one object a line") from None
@@ -103,24 +122,21 @@ def parse_line(line, where, folder, text_field="text"):
         raise InputError(f"{where}: unusable JSON ({error})") from None
     if not isinstance(fields, dict):
         raise InputError(f"{where}: expected a JSON object, found {type(fields).__name__}")
-
-    def get(key, kinds, what, default=None):
+    found = {}
+    for name, (kinds, what) in FIELDS.items():
+        key = text_field if name == "text" else name
         value = fields.get(key)
         if value is None:
-            if key in ("audio", "duration"):
-                raise InputError(f'{where}: key "{key}" is missing; every line needs {what}, "{key}"')
-            return default
-        if not isinstance(value, kinds) or isinstance(value, bool):
+            continue
+        if type(value) not in kinds:                    # type, not isinstance: True is no number
             raise InputError(f'{where}: "{key}" must be {what}, found {json.dumps(value)[:60]}')
-        if not isinstance(value, str) and not abs(value) < 2**62:     # NaN, infinity, or in no file
+        if kinds[0] is not str and not -2**62 < value < 2**62:        # NaN, infinity, or in no file
             raise InputError(f'{where}: "{key}" must be finite, found {str(value)[:20]}')
-        return value
-
-    clip = Clip(get("audio", str, "a path"), where=where, fields=fields,
-                text=get(text_field, str, "a string"), language=get("language", str, "a string"),
-                **{key: float(get(key, (int, float), "a number of seconds", -1))
-                   for key in ("duration", "begin_time", "end_time")},
-                **{key: get(key, int, "a whole number of bytes") for key in ("offset", "nbytes")})
+        found[name] = value
+    for key in ("audio", "duration"):
+        if key not in found:
+            raise InputError(f'{where}: key "{key}" is missing; every line needs {FIELDS[key][1]}, "{key}"')
+    clip = Clip(where=where, fields=fields, **found)
     if "\0" in clip.audio or not clip.audio:
         raise InputError(f'{where}: "audio" is not a path: {clip.audio!r}')
     if clip.duration <= 0:
@@ -135,39 +151,143 @@ def parse_line(line, where, folder, text_field="text"):
     return clip
 
 
-def read_manifest(path, text_field="text", errors=None):
-    """All clips of a manifest, in order. Blank lines, CRLF and a byte-order mark are accepted.
+def open_manifest(path):
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise InputError(f"manifest {path}: {error.strerror}; give the path of a JSON Lines file") from None
+
+
+def manifest_clips(path, text_field="text", errors=None, begin=0, end=math.inf, number=1):
+    """Yields (byte offset, line number, `Clip`) of the lines that start in [begin, end), `begin` being line
+    `number`. Blank lines, CRLF and a byte-order mark are accepted.
 
     With `errors` (a list) defects are appended to it as text and the line is left out, for `check`; else
     InputError."""
-    try:
-        raw = open(path, "rb").read()
-    except OSError as error:
-        raise InputError(f"manifest {path}: {error.strerror}; give the path of a JSON Lines file") from None
-    folder, clips = os.path.dirname(os.path.abspath(path)), []
-    for number, line in enumerate(raw.split(b"\n"), 1):
-        where = f"{path}:{number}"
-        try:
+    folder = os.path.dirname(os.path.abspath(path))
+    with open_manifest(path) as file:
+        file.seek(begin)
+        for raw in file:
+            if begin >= end:
+                break
+            where = f"{path}:{number}"
             try:
-                line = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-            except UnicodeDecodeError as error:
-                raise InputError(f"{where}: not UTF-8 (byte {error.start}); "
-                                 "save the manifest as UTF-8") from None
-            if line:
-                clips.append(parse_line(line, where, folder, text_field))
-        except InputError as error:
-            if errors is None:
-                raise
-            errors.append(str(error))
-    if not clips and not errors:
+                if number == 1 and raw.startswith(b"\x1f\x8b"):
+                    raise InputError(f"{where}: gzip; decompress the manifest")
+                try:
+                    line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                except UnicodeDecodeError as error:
+                    raise InputError(f"{where}: not UTF-8 (byte {error.start}); "
+                                     "save the manifest as UTF-8") from None
+                if line:
+                    yield begin, number, parse_line(line, where, folder, text_field)
+            except InputError as error:
+                if errors is None:
+                    raise
+                errors.append(str(error))
+            begin, number = begin + len(raw), number + 1
+
+
+def read_manifest(path, text_field="text"):
+    """All clips of a manifest, in order. Raises InputError."""
+    clips = [clip for _, _, clip in manifest_clips(path, text_field)]
+    if not clips:
         raise InputError(f"manifest {path}: holds no clip")
     return clips
 
 
-def drop_long(clips, max_seconds):
-    """(clips of at most max_seconds, number left out)."""
-    kept = [clip for clip in clips if clip.duration <= max_seconds]
-    return kept, len(clips) - len(kept)
+def index_span(span):
+    """The rows (n,) ROW of a part of a manifest: the arguments of `manifest_clips`."""
+    path, text_field, begin, end, number = span
+    codes, rows = {code: i for i, code in enumerate(LANGUAGES)}, []
+    for offset, line, clip in manifest_clips(path, text_field, None, begin, end, number):
+        code = language_code(clip.language) if clip.language else None
+        state = ("text" if clip.text is not None or text_field is None else
+                 "failed" if "error" in clip.fields else "no text")
+        rows.append((offset, line, clip.duration, codes.get(code, 254 if code else 255), STATES.index(state)))
+    return np.array(rows, ROW)
+
+
+def manifest_index(path, text_field):
+    """One ROW per clip of a manifest, memory-mapped, so that all processes of a machine share it. Made, with
+    every line checked, when the file is first seen or has changed; kept in $XDG_CACHE_HOME/asr-opd."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "asr-opd")
+    name = hashlib.sha256(f"{os.path.realpath(path)} {text_field} {ROW}".encode()).hexdigest()[:32]
+    try:
+        with open_manifest(path) as file:
+            status, spans, begin, number = os.fstat(file.fileno()), [], 0, 1
+            cache = folder / f"{name}-{status.st_size}-{status.st_mtime_ns}.npy"
+            if not cache.exists():
+                while block := file.read(2**24):
+                    block += file.readline()
+                    spans.append((path, text_field, begin, begin + len(block), number))
+                    begin, number = begin + len(block), number + block.count(b"\n")
+        if not cache.exists():
+            with multiprocessing.get_context("fork").Pool(min(len(spans), 16)) if len(spans) > 4 else (
+                    contextlib.nullcontext()) as pool:
+                parts = (pool.imap if pool else map)(index_span, spans)
+                rows = np.concatenate([np.empty(0, ROW), *parts])
+            folder.mkdir(parents=True, exist_ok=True)
+            for old in folder.glob(f"{name}-*"):
+                old.unlink(missing_ok=True)
+            with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+                np.save(file, rows)
+            os.replace(file.name, cache)
+        rows = np.load(cache, mmap_mode="r")
+    except InputError:
+        raise
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"index of manifest {path} in the cache folder {folder} (of XDG_CACHE_HOME): "
+                         f"{one_line(error)}; remove it, or name another folder") from None
+    if not len(rows):
+        raise InputError(f"manifest {path}: holds no clip")
+    return rows
+
+
+class Clips:
+    """The clips of several manifests as a sequence, those over max_seconds and those that eval.py could not
+    decode left out. A line is read when its clip is asked for; in memory are 8 bytes a clip.
+
+    seconds: (n,) float32; n_long, n_failed: how many were left out. Raises InputError where a line has no
+    `text_field` (None: no text is wanted)."""
+
+    def __init__(self, paths, text_field, max_seconds):
+        self.paths, self.text_field = paths, text_field
+        try:
+            if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+                [manifest_index(path, text_field) for path in paths]
+        finally:                                # an error is every rank's: the others meet it below
+            barrier()
+        self.indexes = [manifest_index(path, text_field) for path in paths]
+        self.ends = np.cumsum([len(index) for index in self.indexes])
+        seconds, states, languages = (np.concatenate([index[key] for index in self.indexes])
+                                      for key in ("seconds", "state", "language"))
+        if (states == STATES.index("no text")).any():
+            path, line = self.place(int((states == STATES.index("no text")).argmax()))[:2]
+            raise InputError(f'{path}:{line}: no "{text_field}"; '
+                             "supervised training needs it on every line (--text-field)")
+        failed, long = states == STATES.index("failed"), seconds > np.float32(max_seconds)
+        self.rows = np.flatnonzero(~(failed | long)).astype(np.uint32)
+        self.seconds, languages = seconds[self.rows], languages[self.rows]
+        self.n_failed, self.n_long = int(failed.sum()), int((long & ~failed).sum())
+        if not len(self.rows):
+            raise InputError(f"{', '.join(paths)}: no clip of at most --max-seconds {max_seconds:g}")
+        self.of_each_language = [self[int(i)] for i in np.unique(languages, return_index=True)[1]]
+
+    def place(self, row):
+        """(path, line number, byte offset) of a row, counted over all manifests."""
+        file = int(np.searchsorted(self.ends, row, side="right"))
+        entry = self.indexes[file][row - int(self.ends[file])]                      # from the end: negative
+        return self.paths[file], int(entry["line"]), int(entry["offset"])
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        path, number, offset = self.place(int(self.rows[i]))
+        for _, _, clip in manifest_clips(path, self.text_field, None, offset, offset + 1, number):
+            return clip
+        raise InputError(f"{path}:{number}: has changed since this run began")
 
 
 def language_code(name):
@@ -210,6 +330,9 @@ def load_audio(clip):
             raw.seek(offset)
             # A segment of a long recording is sought, anything else read at once.
             content = raw if clip.end_time >= 0 and clip.offset is None else io.BytesIO(raw.read(nbytes))
+            if clip.crc32 is not None and content is not raw and zlib.crc32(content.getbuffer()) != clip.crc32:
+                raise bad("its bytes are not those that the manifest was made for (crc32); the file or shard "
+                          "has changed, import it again")
             with soundfile.SoundFile(content) as file:
                 rate, n_frames = file.samplerate, file.frames
                 if n_frames > 2**40 or rate // math.gcd(rate, SAMPLE_RATE) > 5_000:
@@ -249,6 +372,16 @@ def load_audio(clip):
     return waveform if rate == SAMPLE_RATE else resampler(rate)(waveform)
 
 
+def load_or_note(clip, bad):
+    """`load_audio`; of a clip that cannot be used (0,) samples, which keep its place in the batch but count
+    for nothing, and a line in the list `bad`."""
+    try:
+        return load_audio(clip)
+    except AudioError as error:
+        bad.append(dict(clip=clip.where, audio=clip.audio, reason=str(error)))
+        return torch.zeros(0)
+
+
 def clip_from_file(path):
     """A `Clip` for a bare audio file, its duration from the header."""
     if not os.path.exists(path):
@@ -274,7 +407,7 @@ def log_mel(waveform, padded_samples=None):
 
     The clip is zero-padded at its end, by default to a multiple of 1,280 samples (80 ms), so that F is 8 per
     audio token. Equal to `WhisperFeatureExtractor(feature_size=128)` on the padded clip."""
-    padding = -len(waveform) % BLOCK if padded_samples is None else padded_samples - len(waveform)
+    padding = (padded_samples or max(len(waveform) + -len(waveform) % BLOCK, BLOCK)) - len(waveform)
     waveform = torch.nn.functional.pad(waveform, (0, padding))
     spectrum = torch.stft(waveform, N_FFT, HOP, window=torch.hann_window(N_FFT), center=True,
                           pad_mode="reflect", return_complex=True)[:, :-1]                    # (201, F)
@@ -296,7 +429,8 @@ class Batch:
     audio_lens: torch.Tensor        # (B,) audio tokens
     prompt_ids: torch.Tensor        # (B, S)
     prompt_mask: torch.Tensor       # (B, S) True = prompt, False = padding on the left
-    seconds: torch.Tensor           # (B,) clip durations
+    seconds: torch.Tensor           # (B,) clip durations; 0: no clip, the place counts for nothing
+    silent: torch.Tensor            # (B,) bool: every sample is zero
     languages: list                 # B codes, None = unknown; empty where prompts name no language
     padded: bool                    # some clip is shorter than the batch
 
@@ -319,7 +453,8 @@ def collate(waveforms, front_end, languages=None, mels=None):
         mel[b, :, :mel_lens[b]] = mels[b]
     prompts = [front_end.prompt(n, language) for n, language in zip(audio_lens, languages or unknown)]
     return Batch(mel, mel_lens, torch.tensor(audio_lens), *pad_left(prompts, front_end.pad_id),
-                 torch.tensor([len(w) / SAMPLE_RATE for w in waveforms]), languages,
+                 torch.tensor([len(w) / SAMPLE_RATE for w in waveforms]),
+                 torch.tensor([len(w) > 0 and not w.any() for w in waveforms]), languages,
                  int(mel_lens.min()) < mel.shape[2])
 
 
@@ -332,63 +467,89 @@ def pad_left(prompts, pad_id):
     return ids, mask
 
 
-def batch_indices(durations, batch_size, seed, step, pool_batches=50):
-    """Clip indices (batch_size,) of the global batch of `step` (from 0): a pure function of (seed, step).
+def epoch_order(places, n, seed, epoch):
+    """Clip numbers at `places` (m,) of this epoch's permutation of n clips, which is never there as a whole:
+    a Feistel network over the next power of four, walked until inside."""
+    bits = np.uint64(max(((n - 1).bit_length() + 1) // 2, 1))
+    low = (np.uint64(1) << bits) - np.uint64(1)
+    keys = np.random.default_rng((seed, 0, epoch)).integers(2**63, size=8, dtype=np.uint64)
+
+    def shuffled(x):
+        left, right = x >> bits, x & low
+        for key in keys:
+            mixed = (right ^ key) * np.uint64(0x9E3779B97F4A7C15)
+            mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+            left, right = right, left ^ ((mixed ^ (mixed >> np.uint64(32))) & low)
+        return left << bits | right
+
+    found = shuffled(np.asarray(places, np.uint64))
+    while (outside := found >= n).any():
+        found[outside] = shuffled(found[outside])
+    return found.astype(np.int64)
+
+
+def batch_indices(seconds, batch_size, seed, step, pool_batches=50):
+    """Clip numbers (batch_size,) of the global batch of `step` (from 0): a pure function of (seed, step).
 
     The clips form one endless stream, a fresh permutation each epoch. It is cut into pools of `pool_batches`
     batches (at most an epoch); each pool is sorted by duration, cut into batches of similar length, and the
     batches are shuffled. No clip is dropped at the end of an epoch."""
-    pool_batches = max(min(pool_batches, len(durations) // batch_size), 1)
+    n, pool_batches = len(seconds), max(min(pool_batches, len(seconds) // batch_size), 1)
     pool, place = divmod(step, pool_batches)
-    order = pool_order(durations.tobytes(), batch_size, seed, pool, pool_batches)
-    return order[place]
-
-
-@functools.lru_cache(maxsize=2)
-def pool_order(durations, batch_size, seed, pool, pool_batches):
-    durations = np.frombuffer(durations)
-    n, size = len(durations), batch_size * pool_batches
-    first, last = pool * size // n, ((pool + 1) * size - 1) // n        # epochs that this pool touches
-    stream = np.concatenate([np.random.default_rng((seed, 0, epoch)).permutation(n)
-                             for epoch in range(first, last + 1)])
-    stream = stream[pool * size - first * n:][:size]
+    size = batch_size * pool_batches
+    epoch, places = divmod(np.arange(pool * size, (pool + 1) * size), n)
+    stream = np.concatenate([epoch_order(places[epoch == e], n, seed, int(e)) for e in np.unique(epoch)])
     # sorted within an epoch: only a batch that straddles two epochs can hold a clip twice
-    epoch = np.arange(pool * size, (pool + 1) * size) // n
-    batches = stream[np.lexsort((durations[stream], epoch))].reshape(pool_batches, batch_size)
-    return batches[np.random.default_rng((seed, 1, pool)).permutation(pool_batches)]
+    batches = stream[np.lexsort((seconds[stream], epoch))].reshape(pool_batches, batch_size)
+    return batches[np.random.default_rng((seed, 1, pool)).permutation(pool_batches)[place]]
 
 
-def micro_batches(indices, durations, micro_seconds):
-    """Cuts clips, longest first, so that clips × longest ≤ micro_seconds (one clip may exceed it)."""
+def micro_batches(indices, seconds, micro_seconds, n_pieces=1):
+    """Cuts clips, longest first, so that clips × longest ≤ micro_seconds (one clip may exceed it), and into
+    at least n_pieces (or single clips)."""
     cut, current = [], []
-    for i in sorted(indices, key=lambda i: (-durations[i], i)):
-        if current and (len(current) + 1) * durations[current[0]] > micro_seconds:
+    for i in sorted(indices, key=lambda i: (-seconds[i], i)):
+        if current and (len(current) + 1) * seconds[current[0]] > micro_seconds:
             cut.append(current)
             current = []
         current.append(i)
-    return cut + [current] if current else cut
+    cut = cut + [current] if current else cut
+    while len(cut) < min(n_pieces, len(indices)):
+        largest = max(cut, key=len)
+        place, half = cut.index(largest), len(largest) // 2
+        cut[place:place + 1] = largest[:half], largest[half:]
+    return cut
+
+
+def longest_batch(seconds, batch_size, micro_seconds):
+    """Silence as long as the longest clips that a micro-batch may hold, `batch_size` at most: [(samples,)]."""
+    longest = float(seconds.max())
+    n = max(min(batch_size, len(seconds), int(micro_seconds / longest)), 1)
+    return [torch.zeros(round(longest * SAMPLE_RATE))] * n
 
 
 class StepDataset(torch.utils.data.Dataset):
-    """Item s = this rank's micro-batches of step s, as `make(clip indices, step)` builds them in a worker."""
+    """Item s = this rank's micro-batches of step s, as `make(clip numbers, step, bad)` builds them in a
+    worker, and `bad`, what `load_or_note` put there. All ranks have the same number of micro-batches."""
 
-    def __init__(self, clips, batch_size, micro_seconds, seed, rank, world, make):
-        self.durations = np.array([clip.duration for clip in clips])
-        self.batch_size, self.micro_seconds, self.seed, self.rank, self.world = (
-            batch_size, micro_seconds, seed, rank, world)
-        self.make = make
+    def __init__(self, seconds, batch_size, micro_seconds, seed, rank, world, make):
+        self.seconds, self.batch_size, self.micro_seconds, self.seed, self.rank, self.world, self.make = (
+            seconds, batch_size, micro_seconds, seed, rank, world, make)
 
     def __getitem__(self, step):
-        mine = batch_indices(self.durations, self.batch_size, self.seed, step)[self.rank::self.world]
+        batch, bad = batch_indices(self.seconds, self.batch_size, self.seed, step), []
+        shares = [batch[rank::self.world].tolist() for rank in range(self.world)]
+        n_pieces = max(len(micro_batches(share, self.seconds, self.micro_seconds)) for share in shares)
+        cuts = micro_batches(shares[self.rank], self.seconds, self.micro_seconds, n_pieces)
         try:
-            return [self.make(cut, step)
-                    for cut in micro_batches(mine.tolist(), self.durations, self.micro_seconds)]
+            return [self.make(cut, step, bad) for cut in cuts], bad
         except InputError as error:  # a worker would wrap it in its traceback; step_batches raises it plainly
             return error
 
 
 def step_batches(dataset, first_step, last_step, workers):
-    """Yields `dataset` over [first_step, last_step), prefetched by `workers` processes (0: by this)."""
+    """Yields (micro-batches, bad clips) of the steps [first_step, last_step), prefetched by `workers`
+    processes (0: by this)."""
     loader = torch.utils.data.DataLoader(dataset, batch_size=None, sampler=range(first_step, last_step),
                                          num_workers=workers, worker_init_fn=one_thread)
     for item in loader:
@@ -442,42 +603,150 @@ def make_folder(path):
         raise InputError(f"output folder {path}: not writable; give another")
 
 
-def start_run(args, rank, first_step=0):
-    """Makes the output folder (refuses an existing run unless --resume). → log(metrics), for metrics.jsonl
+def find_run(args, rank):
+    """Looks at --out before anything slow. → (step to go on from, folder of that checkpoint or None); step
+    None: the run is finished. Raises InputError where it may not be touched.
 
-    config.json holds the arguments, versions, git commit, world size and a hash of each training manifest. A
-    resumed run must have the arguments it was started with, those of RESUME_FREE apart; metrics.jsonl and
-    samples.jsonl are cut back to `first_step`, so that they hold each step once."""
-    config_path, link = os.path.join(args.out, "config.json"), os.path.join(args.out, "model")
-    if os.path.lexists(link) and not args.resume:       # without a checkpoint there is no run yet to lose
-        raise InputError(f"--out {args.out} already holds a run; choose another folder, or --resume")
-    if args.resume and os.path.exists(config_path):
-        for name, old in json.load(open(config_path))["args"].items():
-            if name not in RESUME_FREE and getattr(args, name, old) != old:
-                raise InputError(f"--resume: --{name.replace('_', '-')} was {old}, now "
-                                 f"{getattr(args, name)}; give the old value, or start another run")
+    A resumed run must have the arguments it was started with, those of RESUME_FREE apart."""
+    latest = os.path.join(args.out, "checkpoints", "latest")
+    say = print if rank == 0 else lambda *_, **__: None
+    if args.overwrite and args.resume == "auto":
+        raise InputError("--overwrite and --resume auto contradict each other; give one of them")
+    link, config = os.path.join(args.out, "model"), os.path.join(args.out, "config.json")
+    if os.path.lexists(link) and not (os.path.islink(link) and os.path.exists(config)):
+        raise InputError(f"--out {args.out} already holds a run, or a folder, that is not ours; choose another")
+    if not os.path.exists(latest) or args.overwrite:
+        if args.resume == "auto":
+            say(f"{args.out}: no checkpoint to go on from; starting from step 0", flush=True)
+        return 0, None
+    if args.resume != "auto":
+        raise InputError(f"--out {args.out} already holds a run; go on with it (--resume auto), replace it "
+                         "(--overwrite), or choose another folder")
+    try:
+        config = read_json(config)
+        summary = read_json(os.path.join(args.out, "summary.json"), {"steps": None})
+        step = int(os.path.realpath(latest)[-7:])
+    except (OSError, ValueError) as error:
+        raise InputError(f"--resume auto: {args.out} is no run of ours: {one_line(error)}") from None
+    for name, old in {"script": config["script"], **config["args"]}.items():
+        new = os.path.basename(sys.argv[0]) if name == "script" else getattr(args, name, old)
+        if name not in RESUME_FREE and new != old:
+            raise InputError(f"--resume auto: --{name.replace('_', '-')} was {old}, now {new}; give the old "
+                             "value, or start another run")
+    if args.steps < step:
+        raise InputError(f"--steps {args.steps}: {args.out} is at step {step} already")
+    if step == args.steps == summary["steps"]:
+        say(f"{args.out}: finished at step {step}; nothing to do", flush=True)
+        return None, None
+    say(f"{args.out}: goes on from step {step}", flush=True)
+    return step, os.path.realpath(latest)
+
+
+def start_run(args, rank, first_step):
+    """Makes the output folder; --overwrite: empties it of an earlier run. → log(metrics), for metrics.jsonl
+
+    config.json holds the arguments, versions, git commit, world size and a hash of each training manifest.
+    Line files are cut back to `first_step`, so that they hold each step once."""
     barrier()                                   # every rank has looked before rank 0 writes
     if rank > 0:
         return lambda metrics: None
     make_folder(args.out)
+    old = [path for name in RUN_FILES for path in glob.glob(os.path.join(glob.escape(args.out), name))]
+    for path in old if first_step == 0 and os.path.join(args.out, "config.json") in old else ():
+        (shutil.rmtree if os.path.isdir(path) and not os.path.islink(path) else os.remove)(path)
     versions = {name: importlib.metadata.version(name)
                 for name in ("torch", "torchaudio", "transformers", "numpy")}
+    hashes = {}
+    for path in args.train:
+        with open(path, "rb") as file:
+            hashes[path] = hashlib.file_digest(file, "sha256").hexdigest()
     config = dict(script=os.path.basename(sys.argv[0]), args=vars(args), git=git_commit(),
                   python=sys.version.split()[0], **versions,
                   world_size=int(os.environ.get("WORLD_SIZE", 1)), threads=torch.get_num_threads(),
                   device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-                  manifest_sha256={m: hashlib.sha256(open(m, "rb").read()).hexdigest() for m in args.train})
-    write_json(config_path, config)
-    for path in (os.path.join(args.out, name) for name in ("metrics.jsonl", "samples.jsonl")):
+                  manifest_sha256=hashes)
+    write_json(os.path.join(args.out, "config.json"), config)
+    for path in (os.path.join(args.out, name) for name in ("metrics.jsonl", "samples.jsonl", "bad.jsonl")):
         if os.path.exists(path):
-            lines = [line for line in open(path, encoding="utf-8") if line.endswith("}\n")]
-            with open(path, "w", encoding="utf-8") as file:
-                file.writelines(line for line in lines if json.loads(line)["step"] <= first_step)
+            kept = [line for line in read_lines(path) if line["step"] <= first_step]
+            os.remove(path)
+            add_lines(path, kept)
+    return lambda metrics: add_lines(os.path.join(args.out, "metrics.jsonl"), [metrics])
 
-    def log(metrics):
-        with open(os.path.join(args.out, "metrics.jsonl"), "a") as file:
-            file.write(json.dumps(metrics) + "\n")
-    return log
+
+def catch_sigterm():
+    """An event that SIGTERM sets; the ranks agree on it once a step."""
+    event = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: event.set())
+    return event
+
+
+def report_bad(args, step, bad):
+    """The clips that any rank could not use in `step`: written to bad.jsonl, or an error of all ranks."""
+    rank, world = rank_and_world()
+    shares = [bad]
+    if world > 1:
+        shares = [None] * world
+        dist.all_gather_object(shares, bad)
+    lines = [dict(step=step, **entry) for share in shares for entry in share]
+    if args.on_bad_audio == "error":
+        raise InputError(f"{lines[0]['reason']} (or leave such clips out: --on-bad-audio skip)")
+    if rank == 0:
+        add_lines(os.path.join(args.out, "bad.jsonl"), lines)
+
+
+def probe(args, rank, seconds, world, attempt):
+    """Calls attempt(waveforms) with the longest batch that the run can meet, so that memory runs out now."""
+    waveforms, start = longest_batch(seconds, args.batch_size // world, args.micro_seconds), time.perf_counter()
+    what = f"{len(waveforms)} clips of {len(waveforms[0]) / SAMPLE_RATE:.1f} s"
+    try:
+        attempt(waveforms)
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise InputError(f"the longest batch, {what}, does not fit into memory; lower --micro-seconds (now "
+                         f"{args.micro_seconds:g}) or add --bf16 or --recompute") from None
+    if rank == 0:
+        print(f"probe: the longest batch, {what}, took {time.perf_counter() - start:.1f} s; peak memory "
+              + ", ".join(f"{key[:3].upper()} {gb:.2f} GB" for key, gb in memory().items()), flush=True)
+
+
+def memory():
+    """Peak memory of this process and its GPU (0 without one), in GB."""
+    return dict(rss_gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+                gpu_gb=torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0)
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or its gradient is not finite: exit status 3."""
+
+
+def stop_nonfinite(args, rank, step, lines, loss, grad_norm):
+    """Saves this rank's batch, `lines` of clips, and stops before the weights are touched."""
+    path = os.path.join(args.out, f"nonfinite-{step}-{rank}.jsonl")
+    add_lines(path, lines)
+    barrier()
+    raise NonFiniteError(f"step {step}: loss {loss}, gradient norm {grad_norm}: not finite; the batch is in "
+                         f"{path}; lower --lr, or look at its clips")
+
+
+def read_json(path, default=None):
+    """A JSON file's value; `default`, if one is given, where there is no such file."""
+    if default is not None and not os.path.exists(path):
+        return default
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def read_lines(path):
+    """The objects of a file of JSON lines; a last line that was cut off is left out."""
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file if line.endswith("}\n")]
+
+
+def add_lines(path, lines):
+    with open(path, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
 def write_json(path, value):
@@ -493,13 +762,14 @@ def git_commit():
 
 
 def run_script(main, args):
-    """Runs main(args); a user's mistake becomes one line on rank 0 and exit status 2."""
+    """Runs main(args); a user's mistake becomes one line on rank 0 and exit status 2, a loss that is not
+    finite likewise and 3."""
     try:
         main(args)
-    except InputError as error:
+    except (InputError, NonFiniteError) as error:
         if int(os.environ.get("RANK", 0)) == 0 or isinstance(error, AudioError):
             print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        sys.exit(3 if isinstance(error, NonFiniteError) else 2)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -545,6 +815,8 @@ def training_flags(parser, name):
     add("--eval", nargs="*", default=[], metavar="m.jsonl", help="scored at the end (opd: before too)")
     add("--max-seconds", type=at_least(0.01), default=30.0, help="longer clips are left out and counted")
     add("--workers", type=at_least(0, int), default=2, help="processes a rank that read ahead; 0 = none")
+    add("--on-bad-audio", choices=["error", "skip"], default="error",
+        help="clips that cannot be used: stop, or leave out, count and list in bad.jsonl")
     add = parser.add_argument_group("optimization").add_argument
     add("--steps", type=at_least(1, int), default=10_000, help="optimizer updates")
     add("--batch-size", type=at_least(1, int), default=960, help="clips per update, all ranks together")
@@ -559,9 +831,11 @@ def training_flags(parser, name):
     add("--compile", action="store_true", help="torch.compile encoders and LMs; for GPUs")
     add("--recompute", action="store_true", help="recompute activations in backward: less memory, more time")
     add = parser.add_argument_group("run").add_argument
-    add("--out", default=f"runs/{name}", help="output folder; an existing run is refused unless --resume")
-    add("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    add("--out", default=f"runs/{name}", help="output folder; one that holds a run is refused without the next two")
+    add("--resume", choices=["never", "auto"], default="never", help="auto: from the last checkpoint, if any")
+    add("--overwrite", action="store_true", help="remove the run that --out holds")
     add("--save-every", type=at_least(1, int), default=1_000, help="steps between checkpoints")
+    add("--keep", type=at_least(1, int), default=2, help="last checkpoints kept")
     add("--eval-every", type=at_least(0, int), default=0, help="steps between further evaluations; 0 = off")
     add("--seed", type=at_least(0, int), default=0, help="of new weights, order, sampling, masks")
 
@@ -755,7 +1029,8 @@ def import_clip(line, language, pack, tars):
                 raise InputError(f"--pack: {error.filename}: {error.strerror}; remove it first") from None
         info = tarfile.TarInfo(f"{len(tars):05d}-{tars[-1].offset:010d}{suffix}")
         info.size = len(audio)
-        line.update(audio=tars[-1].name, offset=tars[-1].offset + 512, nbytes=len(audio))   # after the header
+        line.update(audio=tars[-1].name, offset=tars[-1].offset + 512, nbytes=len(audio),    # after the header
+                    crc32=zlib.crc32(audio))
         tars[-1].addfile(info, io.BytesIO(audio))
         tars[-1].members.clear()                                    # tarfile's own memory of them, unbounded
         line = {key: value for key, value in line.items() if key not in ("begin_time", "end_time")}
@@ -808,8 +1083,9 @@ def import_corpus(args):
 def check(path, max_seconds):
     """Reads every clip; prints counts, hours, languages and every defect with its line. → defects"""
     defects, seconds, languages, first_line = [], 0.0, collections.Counter(), {}
-    clips = read_manifest(path, errors=defects)
-    for clip in clips:
+    clips = []
+    for _, _, clip in manifest_clips(path, errors=defects):
+        clips.append(clip)
         if first_line.setdefault(clip.key, clip.where) != clip.where:
             defects.append(f"{clip.where}: the same clip as {first_line[clip.key]}")
         if clip.duration > max_seconds:
@@ -825,6 +1101,8 @@ def check(path, max_seconds):
             defects.append(f"{clip.where}: {clip.audio}: {len(waveform)} samples, less than a 25 ms window")
         seconds += len(waveform) / SAMPLE_RATE
         languages[clip.language or "(none)"] += 1
+    if not clips and not defects:
+        defects.append(f"{path}: holds no clip")
     print(f"{path}: {len(clips)} clips, {seconds / 3600:.3f} hours, "
           f"with text {sum(c.text is not None for c in clips)}, "
           f"empty text {sum(c.text == '' for c in clips)}, languages "

@@ -14,6 +14,7 @@ Legend: B clips, S prompt tokens, T transcript tokens, A audio tokens, F mel fra
 N transcript rows (clip, position) of a batch, U = 2K support entries, H hidden size of the LM,
 D encoder width.
 """
+import copy
 import dataclasses
 import glob
 import json
@@ -21,24 +22,30 @@ import math
 import os
 import re
 import shutil
+import warnings
 
 import huggingface_hub
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import (AutoModelForCausalLM, AutoProcessor, AutoTokenizer, GenerationConfig, GlmAsrConfig,
                           GlmAsrForConditionalGeneration, GlmAsrProcessor, Qwen2Config, Qwen2TokenizerFast,
                           Qwen3ASRForConditionalGeneration, WhisperFeatureExtractor)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from data import (HOP, LANGUAGES, N_MELS, InputError, collate, language_code, log_mel, n_audio_tokens,
-                  one_line, pad_left, script_language)
+from data import (HOP, LANGUAGES, N_MELS, InputError, all_reduce_sum, barrier, collate, language_code, log_mel,
+                  n_audio_tokens, one_line, pad_left, rank_and_world, script_language)
 
 transformers.utils.logging.disable_progress_bar()
+warnings.filterwarnings("ignore", "torch.distributed is disabled")     # DCP in one process
 
 PROMPT_TEXT = "Please transcribe this audio."
 AUDIO_TOKEN, STOP_TOKEN, PAD_TOKEN = "<|audio|>", "<|im_end|>", "<|endoftext|>"
@@ -96,13 +103,14 @@ class FrontEnd:
         return [self.decode(ids[:n]) for ids, n in zip(rollout.ids.tolist(), rollout.lens.tolist())]
 
     def transcripts(self, texts):
-        """`Rollout` of given texts, the stop token included: supervised training, teacher forcing."""
-        ids = [self.encode_text(text) for text in texts]
+        """`Rollout` of given texts, the stop token included: supervised training, teacher forcing. None: a
+        row that is not scored."""
+        ids = [self.encode_text(text or "") for text in texts]
         padded = torch.full((len(ids), max(map(len, ids)) + 1), self.pad_id)
         for b, row in enumerate(ids):
             padded[b, :len(row) + 1] = torch.tensor(row + [self.stop_id])
         return Rollout(padded, torch.tensor([len(row) for row in ids]),
-                       torch.ones(len(ids), dtype=torch.bool))
+                       torch.tensor([text is not None for text in texts]))
 
 
 class Qwen3ASRFrontEnd(FrontEnd):
@@ -390,9 +398,10 @@ class SpeechLM(nn.Module):
                 raise InputError(f"{name}: {key} holds NaN or infinite weights")
         return cls(net, tokenizer, processor)
 
-    def save_pretrained(self, folder):
-        """Writes a stock folder of the net's class: weights, config, tokenizer, processor, generation
-        settings; with an Ark model's, stock `generate` stops by itself and writes no control token."""
+    def save_pretrained(self, folder, weights=None):
+        """Writes a stock folder of the net's class: weights (its own, or those given by name), config,
+        tokenizer, processor, generation settings; with an Ark model's, stock `generate` stops by itself and
+        writes no control token."""
         front_end = self.front_end
         if not self.is_qwen3_asr:
             self.net.generation_config = GenerationConfig(
@@ -401,7 +410,7 @@ class SpeechLM(nn.Module):
         elif not self.net.generation_config.do_sample:      # sampling flags beside greedy could not be saved
             self.net.generation_config.update(temperature=None, top_p=None, top_k=None)
         # the names of the classes, not of older files
-        self.net.save_pretrained(folder, save_original_format=False)
+        self.net.save_pretrained(folder, state_dict=weights, save_original_format=False)
         (self.processor or GlmAsrProcessor(
             WhisperFeatureExtractor(feature_size=N_MELS), front_end.tokenizer, chat_template=CHAT_TEMPLATE,
             audio_token=AUDIO_TOKEN, default_transcription_prompt=PROMPT_TEXT)).save_pretrained(folder)
@@ -472,6 +481,9 @@ class SpeechLM(nn.Module):
                          use_cache=False)
         return hidden.last_hidden_state[:, S - 1:][row_mask[:, :T]], frames, frame_lens      # (N, H)
 
+    def set_requires_gradient_sync(self, on):
+        """Where the model is sharded FSDP2's method is found first: off, gradients wait for a later backward."""
+
     @torch.no_grad()
     def sample(self, batch, max_new_tokens, temperature=0.0, k=32, tokens_per_second=0.0, forbidden=None,
                uniforms=None, encoded=None):
@@ -489,6 +501,7 @@ class SpeechLM(nn.Module):
         caps = torch.full_like(batch.audio_lens, max_new_tokens)                              # (B,)
         if tokens_per_second > 0:
             caps = caps.minimum((batch.seconds * tokens_per_second).clamp(max=max_new_tokens).long() + 16)
+        caps = caps * (batch.seconds > 0)                           # a place without a clip writes nothing
         B, T, k = len(caps), -(-int(caps.max()) // 4) * 4, min(k, len(forbidden))
         mask, on_gpu = batch.prompt_mask, batch.mel.is_cuda
         embeds = self.embed_prompt(batch, (encoded or self.encode(batch))[0])
@@ -732,8 +745,8 @@ def teacher_support(teacher, hidden, student_topk, alignment, k, chunk=1024):
 
 
 class SupportScores(torch.autograd.Function):
-    """scores[n, u] = weight[ids[n, u]] · hidden[n]: (V, H), (N, H), (N, U) → (N, U), a chunk of rows at a
-    time, so that the gathered rows (N, U, H) are never there at once, in backward neither."""
+    """scores[n, u] = weight[ids[n, u]] · hidden[n]: (V, H), (N, H), (N, U) → (N, U) float32, a chunk of rows
+    at a time, so that the gathered rows (N, U, H) are never there at once, in backward neither."""
 
     @staticmethod
     def chunks(hidden, ids):
@@ -744,25 +757,27 @@ class SupportScores(torch.autograd.Function):
         ctx.save_for_backward(weight, hidden, ids)
         scores, (starts, n) = hidden.new_empty(ids.shape), SupportScores.chunks(hidden, ids)
         for i in starts:
-            scores[i:i + n] = torch.einsum("nuh,nh->nu", F.embedding(ids[i:i + n], weight), hidden[i:i + n])
+            rows = F.embedding(ids[i:i + n], weight).to(hidden.dtype)
+            scores[i:i + n] = torch.einsum("nuh,nh->nu", rows, hidden[i:i + n])
         return scores
 
     @staticmethod
     def backward(ctx, grad):
         weight, hidden, ids = ctx.saved_tensors
-        grad_weight, grad_hidden = torch.zeros_like(weight), torch.empty_like(hidden)
+        grad_weight, grad_hidden = torch.zeros_like(weight, dtype=hidden.dtype), torch.empty_like(hidden)
         starts, n = SupportScores.chunks(hidden, ids)
         for i in starts:
             g, rows = grad[i:i + n], ids[i:i + n]
-            grad_hidden[i:i + n] = torch.einsum("nu,nuh->nh", g, F.embedding(rows, weight))
+            grad_hidden[i:i + n] = torch.einsum("nu,nuh->nh", g, F.embedding(rows, weight).to(hidden.dtype))
             grad_weight.index_add_(0, rows.flatten(), (g[:, :, None] * hidden[i:i + n, None]).flatten(0, 1))
-        return grad_weight, grad_hidden, None
+        return grad_weight.to(weight.dtype), grad_hidden, None
 
 
 def student_scores(head_weight, hidden, support_ids):
-    """Raw logits of the support only: (V, H) output matrix, (N, H) rows, (N, U) ids → (N, U), in the matrix's
-    dtype. No (N, V) tensor is made."""
-    return SupportScores.apply(head_weight, hidden.to(head_weight.dtype), support_ids.clamp(min=0))
+    """Raw logits of the support only: (V, H) output matrix, (N, H) rows, (N, U) ids → (N, U), float32 (float64
+    if the matrix is). No (N, V) tensor is made."""
+    dtype = torch.promote_types(head_weight.dtype, torch.float32)
+    return SupportScores.apply(head_weight, hidden.to(dtype), support_ids.clamp(min=0))
 
 
 def full_kl(student, student_hidden, teacher, teacher_hidden, alignment, temperature=1.0, chunk=256):
@@ -795,7 +810,7 @@ def make_optimizer(modules, lr, weight_decay):
     for name, p in modules.named_parameters():
         (no_decay if p.ndim < 2 or "embed_tokens" in name or "lm_head" in name else decay).append(p)
     return torch.optim.AdamW([dict(params=decay, weight_decay=weight_decay),
-                              dict(params=no_decay, weight_decay=0.0)], lr=lr, betas=(0.9, 0.95))
+                              dict(params=no_decay, weight_decay=0.0)], lr=lr, betas=(0.9, 0.95), fused=True)
 
 
 def cosine_lr(step, steps, warmup_steps, lr):
@@ -805,60 +820,97 @@ def cosine_lr(step, steps, warmup_steps, lr):
     return lr * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(steps - warmup_steps, 1)))
 
 
-def all_reduce_gradients(parameters):
-    """Sums gradients over the ranks; a rank without a counted position takes part with zeros."""
-    parameters = list(parameters)
-    for p in parameters:
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-    if dist.is_initialized():
-        flat = torch.cat([p.grad.flatten() for p in parameters])
-        dist.all_reduce(flat)
-        for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
-            p.grad.copy_(grad.view_as(p))
+def shard(model, bf16):
+    """Shards a student over the ranks (FSDP2): float32 shards and gradients, compute in bf16 if asked; a
+    layer is whole only while it works. → its whole copy, in compute precision, for all that has no gradient.
+
+    Gradients are summed over the ranks, not averaged: the loss is divided by global counts. Without torchrun
+    the model stays as it is and is its own copy."""
+    if not dist.is_initialized():
+        return model
+    actor = copy.deepcopy(model).to(torch.bfloat16 if bf16 else torch.float32).eval().requires_grad_(False)
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
+    for module in (*model.encoder.layers, *model.lm.layers, model):
+        fully_shard(module, mp_policy=policy)
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    return actor
 
 
-def save_checkpoint(out, step, model, optimizer, extra=None, keep=2):
-    """Writes out/checkpoints/step-N (HF folder `model`, `state.pt`), complete or not at all, and points
-    out/model at it.
-
-    Written beside and renamed; the link is replaced in one step; the last `keep` stay. `extra`: further state
-    (tensors)."""
-    final = os.path.join(out, "checkpoints", f"step-{step:07d}")
-    partial, link = final + ".partial", os.path.join(out, "model")
-    for leftover in (*glob.glob(os.path.join(out, "checkpoints", "*.partial")), final):
-        shutil.rmtree(leftover, ignore_errors=True)
-    os.makedirs(partial)
-    model.save_pretrained(os.path.join(partial, "model"))
-    torch.save({"step": step, "optimizer": optimizer.state_dict(), "extra": extra or {}},
-               os.path.join(partial, "state.pt"))
-    os.rename(partial, final)
-    if os.path.lexists(link + ".new"):
-        os.remove(link + ".new")
-    os.symlink(os.path.join("checkpoints", os.path.basename(final), "model"), link + ".new")
-    os.replace(link + ".new", link)
-    complete = sorted(name for name in os.listdir(os.path.dirname(final)) if re.fullmatch(r"step-\d+", name))
-    for name in complete[:-keep]:
-        shutil.rmtree(os.path.join(os.path.dirname(final), name))
+def whole(tensor):
+    """A sharded tensor whole, on every rank at once; any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def start_folder(args, folder):
-    """The folder to take the weights from: `folder`, or the run's last checkpoint on --resume."""
-    if not args.resume:
-        return folder
-    if not os.path.islink(os.path.join(args.out, "model")):
-        raise InputError(f"--resume: {args.out} holds no checkpoint; start without --resume")
-    return os.path.join(args.out, "model")
+@torch.no_grad()
+def refresh(actor, model):
+    """Copies the weights of a sharded model to its whole copy, so that writing needs no collective."""
+    for mine, sharded in zip(actor.parameters(), model.parameters()) if actor is not model else ():
+        mine.copy_(whole(sharded))
 
 
-def load_state(out, optimizer):
-    """Restores `optimizer` from the state.pt beside the weights that out/model names. → step, extra state
+def training_state(model, optimizer):
+    """Weights and AdamW's moments by the parameters' names, sharded as they are, for DCP to fill or save."""
+    named = dict(model.named_parameters())
+    for p in named.values():
+        if p not in optimizer.state:
+            optimizer.state[p] = dict(step=torch.zeros((), device=p.device),
+                                      exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+    return dict(step=torch.zeros(()), model={name: p.detach() for name, p in named.items()},
+                **{key: {name: optimizer.state[p][key] for name, p in named.items()}
+                   for key in ("exp_avg", "exp_avg_sq")})
 
-    Raises InputError where the run has no checkpoint, or one of other modules."""
-    path = os.path.join(os.path.dirname(os.path.realpath(os.path.join(out, "model"))), "state.pt")
+
+def save_checkpoint(out, step, model, optimizer, keep=2):
+    """Writes out/checkpoints/step-N: `model`, a Hugging Face folder, and `state`, torch's distributed
+    checkpoint (DCP), from which any number of ranks can go on. Called by all ranks; one tensor at a time is
+    whole. The last `keep` stay.
+
+    Complete or not at all: written beside and renamed, then the link checkpoints/latest is replaced in one
+    step. Raises InputError where it cannot be written; the checkpoints before it stay."""
+    rank, folder, link = rank_and_world()[0], os.path.join(out, "checkpoints"), os.path.join(out, "model")
+    final, latest = os.path.join(folder, f"step-{step:07d}"), os.path.join(folder, "latest")
+    if os.path.realpath(latest) == os.path.realpath(final):
+        return
+    partial, problem, weights, found = final + ".partial", None, {}, {}
+    for name, p in model.net.state_dict(keep_vars=True).items():        # a tied matrix stays one tensor
+        found[p] = found[p] if p in found else whole(p.detach()).cpu() if rank == 0 else whole(p.detach())[:0]
+        weights[name] = found[p]
+    state = training_state(model, optimizer)
+    state["step"] += step
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        optimizer.load_state_dict(state["optimizer"])
-    except Exception as error:                  # a truncated file, or the state of another script's modules
-        raise InputError(f"--resume: {path} does not fit this run: {one_line(error)}") from error
-    return state["step"], state["extra"]
+        if rank == 0:
+            for leftover in (*glob.glob(os.path.join(glob.escape(folder), "*.partial")), final):
+                shutil.rmtree(leftover, ignore_errors=True)
+        barrier()
+        dcp.save(state, checkpoint_id=os.path.join(partial, "state"))
+        if rank == 0:
+            model.save_pretrained(os.path.join(partial, "model"), weights)
+            os.rename(partial, final)
+            for path, target in ((latest, os.path.basename(final)), (link, "checkpoints/latest/model")):
+                if os.path.lexists(path + ".new"):
+                    os.remove(path + ".new")
+                os.symlink(target, path + ".new")
+                os.replace(path + ".new", path)
+            steps = sorted(name for name in os.listdir(folder) if re.fullmatch(r"step-\d+", name))
+            here = steps.index(os.path.basename(final))
+            for name in (*steps[:max(here + 1 - keep, 0)], *steps[here + 1:]):   # later ones: of a cut-off run
+                shutil.rmtree(os.path.join(folder, name))
+    except (Exception, CheckpointException) as error:       # disk full, quota, …, whatever a library says of it
+        problem = one_line(error)
+        shutil.rmtree(partial, ignore_errors=True)
+    if all_reduce_sum([problem is not None], model.forbidden.device)[0]:
+        raise InputError(f"checkpoint {final} could not be written: {problem or 'see rank 0'}; the previous one "
+                         "is intact: free some space, then --resume auto")
+
+
+def load_checkpoint(folder, model, optimizer):
+    """Restores weights and optimizer from a checkpoint's `state`, whatever the number of ranks that wrote it.
+    Raises InputError where it is damaged or of other modules."""
+    state = training_state(model, optimizer)
+    try:
+        dcp.load(state, checkpoint_id=os.path.join(folder, "state"))
+    except (Exception, CheckpointException) as error:
+        raise InputError(f"--resume auto: {folder} does not fit this run: {one_line(error)}") from error
+    for moments in optimizer.state.values():
+        moments["step"].copy_(state["step"])

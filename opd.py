@@ -13,23 +13,24 @@ Prints a progress bar, errors before and after, VUSS, seconds per phase and the 
 are the paper's or the release's values, where they state one; @FILE reads arguments from a file.
 """
 import dataclasses
-import json
+import math
 import os
-import resource
 import sys
 import time
 
 import numpy as np
 import torch
+from torch import nn
 from tqdm import tqdm
 
-from data import (Batch, InputError, Parser, StepDataset, all_reduce_sum, at_least, barrier, collate,
-                  drop_long, load_audio, read_manifest, run_script, setup_distributed, start_run,
-                  step_batches, training_flags, write_json)
-from eval import evaluate, print_table, read_sets
-from model import (Rollout, SpeechLM, align_vocabularies, all_reduce_gradients, check_languages, cosine_lr,
-                   full_kl, load_state, make_optimizer, save_checkpoint, self_check, speed_options,
-                   start_folder, student_scores, support_kl, teacher_rollout, teacher_support)
+from data import (Batch, Clips, InputError, Parser, StepDataset, add_lines, all_reduce_sum, at_least, barrier,
+                  catch_sigterm, collate, find_run, load_or_note, memory, probe, read_json, read_lines,
+                  report_bad, run_script, setup_distributed, start_run, step_batches, stop_nonfinite,
+                  training_flags, write_json)
+from eval import evaluate, looping, print_table, read_sets
+from model import (Rollout, SpeechLM, align_vocabularies, check_languages, cosine_lr, full_kl, load_checkpoint,
+                   make_optimizer, refresh, save_checkpoint, self_check, shard, speed_options, student_scores,
+                   support_kl, teacher_rollout, teacher_support, whole)
 from overlap import set_overlap
 
 PHASES = ("data", "rollout", "teacher", "update")
@@ -64,12 +65,13 @@ def backward_kl(student, scored, tau, device, full=None, bf16=False):
     """Gradient of L = Σ_t KL_t / |𝒯| (Eq. 1), 𝒯 counted over all micro-batches and ranks of the step. full =
     (teacher, alignment): KL over all ids in place of the union (--support full).
 
-    Every rank's gradients end as the global sum; a rank, or all of them, without a counted position takes
-    part with 0. → per micro-batch the KL of its rows (N,) at τ and at temperature 1, nats, and |𝒯|."""
+    A sharded student's gradients end as the global sum; a rank, or all of them, without a counted position
+    takes part with 0. → per micro-batch the KL of its rows (N,) at τ and at temperature 1, nats, and |𝒯|."""
     counted = [len(s.support_mask) if full else int((s.support_mask.sum(dim=1) >= 2).sum()) for s in scored]
     n_counted = int(all_reduce_sum([sum(counted)], device)[0])
     losses, at_1 = [], []
     for s in scored:
+        student.set_requires_gradient_sync(s is scored[-1])
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             hidden = student(s.batch, s.rollout, s.encoded)[0]                                # (N, H)
         student_logits = student_scores(student.head.weight, hidden, s.support_ids)           # (N, 2K)
@@ -80,18 +82,19 @@ def backward_kl(student, scored, tau, device, full=None, bf16=False):
         (kl.sum() / max(n_counted, 1)).backward()
         losses.append(kl.detach())
         at_1.append(support_kl(student_logits.detach(), s.teacher_scores, s.support_mask)[0])
-    all_reduce_gradients(student.parameters())
     return losses, at_1, n_counted
 
 
-def rollout_sums(scored):
+def rollout_sums(scored, front_end):
     """What the log needs, summed over this rank's rows and clips, in a fixed order."""
-    names = ("rows", "vuss", "overlap_ratio", "top1", "clips", "tokens", "empty", "capped")
+    names = ("rows", "vuss", "overlap_ratio", "top1", "clips", "tokens", "empty", "capped", "looping", "silent")
     sums = dict.fromkeys(names, 0.0)
     for s in scored:
-        overlap = set_overlap(s.student_topk, s.teacher_topk, s.support_mask)
-        values = (len(s.support_ids), *(overlap[name].sum() for name in names[1:4]), len(s.rollout.lens),
-                  s.rollout.lens.sum(), (s.rollout.lens == 0).sum(), (~s.rollout.stopped).sum())
+        overlap, lens, there = (set_overlap(s.student_topk, s.teacher_topk, s.support_mask), s.rollout.lens,
+                                s.batch.seconds > 0)
+        values = (len(s.support_ids), *(overlap[name].sum() for name in names[1:4]), there.sum(), lens.sum(),
+                  ((lens == 0) & there).sum(), (~s.rollout.stopped & there).sum(),
+                  sum(map(looping, front_end.texts(s.rollout))), s.batch.silent.sum())
         sums = {name: sums[name] + float(value) for name, value in zip(names, values)}
     return sums
 
@@ -100,14 +103,12 @@ def write_samples(path, step, clips, front_end, rollout, teacher_texts, kl, n=2)
     """A few rollouts to read: reference if there is one, student, teacher's own greedy text,
     KL per token in nats."""
     per_clip = kl.split((rollout.lens + rollout.stopped).tolist())
-    with open(path, "a", encoding="utf-8") as file:
-        for b, clip in enumerate(clips[:n]):
-            ids = rollout.ids[b, :len(per_clip[b])].tolist()
-            file.write(json.dumps(dict(
-                step=step, clip=clip.where, ref=clip.fields.get("text"), student=front_end.decode(ids),
-                teacher=teacher_texts[b], stopped=bool(rollout.stopped[b]),
-                tokens=[front_end.tokenizer.decode([i]) for i in ids],
-                kl=[round(x, 4) for x in per_clip[b].tolist()]), ensure_ascii=False) + "\n")
+    ids = [row[:len(part)] for row, part in zip(rollout.ids.tolist(), per_clip)]
+    add_lines(path, [dict(
+        step=step, clip=clip.where, ref=clip.fields.get("text"), student=front_end.decode(ids[b]),
+        teacher=teacher_texts[b], stopped=bool(rollout.stopped[b]),
+        tokens=[front_end.tokenizer.decode([i]) for i in ids[b]],
+        kl=[round(x, 4) for x in per_clip[b].tolist()]) for b, clip in enumerate(clips[:n])])
 
 
 # ---- Command -----------------------------------------------------------------------------------------------
@@ -136,38 +137,39 @@ def main(args):
     rank, world, device = setup_distributed()
     if args.batch_size % world:
         raise InputError(f"--batch-size {args.batch_size} is not divisible by the {world} processes")
+    first_step, checkpoint = find_run(args, rank)
+    if first_step is None:
+        return
+    stop = catch_sigterm()
     # ---- data ----------------------------------------------------------------------------------------------
-    clips, n_long = drop_long([clip for path in args.train for clip in read_manifest(path, text_field=None)],
-                              args.max_seconds)
-    if not clips:
-        raise InputError(f"--train: no clip of at most --max-seconds {args.max_seconds:g}")
-    eval_sets = read_sets(args.eval, args.max_seconds)
+    clips, eval_sets = Clips(args.train, None, args.max_seconds), read_sets(args.eval, args.max_seconds)
     # ---- models --------------------------------------------------------------------------------------------
     teacher = SpeechLM.from_pretrained(args.teacher, torch.bfloat16 if args.bf16 else torch.float32)
     teacher.to(device).eval().requires_grad_(False)
-    student = SpeechLM.from_pretrained(start_folder(args, args.student)).to(device).train()
+    student = SpeechLM.from_pretrained(os.path.join(checkpoint, "model") if checkpoint else args.student)
+    student.to(device).train()
     alignment = align_vocabularies(student, teacher)
-    check_languages(clips, student, teacher)
+    check_languages(sum(eval_sets.values(), []), student)
+    check_languages(clips.of_each_language, student, teacher)
     # ---- self-check, on four clips: misaligned prompts, rows or masks show here ----------------------------
-    by_length = sorted(range(len(clips)), key=lambda i: clips[i].duration)
-    few = [clips[by_length[q * (len(clips) - 1) // 3]] for q in range(4)]
-    waveforms = [load_audio(clip) for clip in few]
-    for role, lm in (("student", student), ("teacher", teacher)):
-        check = self_check(lm, waveforms, [clip.language for clip in few])
+    few = [clips[i] for i in np.argsort(clips.seconds, kind="stable")[np.arange(4) * (len(clips) - 1) // 3]]
+    few = [(waveform, clip.language) for clip in few if len(waveform := load_or_note(clip, []))]
+    for role, lm in (("student", student), ("teacher", teacher)) if few else ():
+        check = self_check(lm, *map(list, zip(*few)))
         if rank == 0:
             print(f"self-check, {role}: nll of its own greedy transcripts {check['nll']:.3f} nats a token, "
                   f"likeliest tokens {check['agreement']:.0%}, logits alone and in a batch "
                   f"{check['batch_difference']:.0e} apart (of the largest)", flush=True)
-    # ---- optimizer, resume, output folder ------------------------------------------------------------------
+    # ---- shards, optimizer, resume, output folder ----------------------------------------------------------
+    actor = shard(student, args.bf16)           # writes the rollouts; the student itself without torchrun
     optimizer = make_optimizer(student, args.lr, args.weight_decay)
-    first_step = load_state(args.out, optimizer)[0] if args.resume else 0
-    if args.steps < first_step:
-        raise InputError(f"--steps {args.steps}: {args.out} is at step {first_step} already")
+    if checkpoint:
+        load_checkpoint(checkpoint, student, optimizer)
+        refresh(actor, student)
     log = start_run(args, rank, first_step)
     if rank == 0:
-        hours = sum(clip.duration for clip in clips) / 3600
-        print(f"train: {len(clips)} clips, {hours:.2f} h, {n_long} left out as longer than "
-              f"{args.max_seconds:g} s; {args.steps} steps of {args.batch_size} clips = "
+        print(f"train: {len(clips)} clips, {clips.seconds.sum(dtype=float) / 3600:.2f} h, {clips.n_long} left out "
+              f"as longer than {args.max_seconds:g} s; {args.steps} steps of {args.batch_size} clips = "
               f"{args.steps * args.batch_size / len(clips):.1f} epochs; "
               f"student {sum(p.numel() for p in student.parameters()) / 1e6:.2f} M "
               f"and teacher {sum(p.numel() for p in teacher.parameters()) / 1e6:.2f} M parameters, "
@@ -176,12 +178,13 @@ def main(args):
     speed_options(student, args.compile, args.recompute)
     speed_options(teacher, args.compile, False)
     student_front_end, teacher_front_end = student.front_end, teacher.front_end
+    full = (teacher, alignment) if args.support == "full" else None
 
-    def make(indices, step):
-        """One micro-batch: clip indices, the student's and the teacher's Batch,
+    def make(indices, step, bad):
+        """One micro-batch: clip numbers, the student's and the teacher's Batch,
         uniforms (B, T) for sampling."""
-        waveforms = [load_audio(clips[i]) for i in indices]
-        languages = [clips[i].language for i in indices]
+        chosen = [clips[i] for i in indices]
+        waveforms, languages = [load_or_note(clip, bad) for clip in chosen], [clip.language for clip in chosen]
         mels = [student_front_end.features(w) for w in waveforms]
         same = type(student_front_end) is type(teacher_front_end)           # then both take this log-mel
         uniforms = np.stack([np.random.default_rng((args.seed, 2, step, i)).random(args.max_new_tokens)
@@ -190,34 +193,49 @@ def main(args):
                 collate(waveforms, teacher_front_end, languages, mels if same else None),
                 torch.from_numpy(uniforms))
 
+    def write(batch, uniforms, forbidden, encoded=None):
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+            return actor.sample(batch, args.max_new_tokens, args.temperature, args.k, args.tokens_per_second,
+                                forbidden, uniforms, encoded)
+
+    def attempt(waveforms):
+        languages, endless = ["en"] * len(waveforms), alignment.student_forbidden.clone()
+        endless[student_front_end.stop_id] = True
+        batch, teacher_batch = (collate(waveforms, front_end, languages).to(device)
+                                for front_end in (student_front_end, teacher_front_end))
+        rollout = write(batch, None, endless)
+        scored = [score_rollout(teacher, alignment, batch, teacher_batch, rollout, args.k)]
+        backward_kl(student, scored, args.tau, device, full, args.bf16)
+        optimizer.zero_grad(set_to_none=True)
+
     def run_eval(step):
         folder = os.path.join(args.out, f"eval-{step}")
         if step == 0 and first_step > 0:        # "before" is the first start's, if it had any
-            path = os.path.join(folder, "summary.json")
-            return json.load(open(path)) if os.path.exists(path) else {}
-        return evaluate(student, eval_sets, device, args.micro_seconds, folder)
+            return read_json(os.path.join(folder, "summary.json"), {})
+        return evaluate(actor, eval_sets, device, args.micro_seconds, folder, strict=args.on_bad_audio == "error")
 
     before = run_eval(0) if eval_sets else {}
+    if first_step < args.steps:
+        probe(args, rank, clips.seconds, world, attempt)
     # ---- training loop -------------------------------------------------------------------------------------
-    dataset = StepDataset(clips, args.batch_size, args.micro_seconds, args.seed, rank, world, make)
+    dataset = StepDataset(clips.seconds, args.batch_size, args.micro_seconds, args.seed, rank, world, make)
     batches = step_batches(dataset, first_step, args.steps, args.workers)
     bar = tqdm(range(first_step, args.steps), initial=first_step, total=args.steps, disable=rank > 0,
                desc="opd", mininterval=1)
     for step in bar:
-        clock = [time.perf_counter()]
-        micros = next(batches)
+        done, clock = step + 1, [time.perf_counter()]
+        micros, bad = next(batches)
         clock.append(time.perf_counter())
         # ---- rollout: the student writes, no gradient ------------------------------------------------------
         rolled = []
         for indices, batch, teacher_batch, uniforms in micros:
-            batch, teacher_batch = student.with_languages(batch.to(device)), teacher_batch.to(device)
+            batch, teacher_batch = actor.with_languages(batch.to(device)), teacher_batch.to(device)
+            # The weights are the loss's, so one pass of the encoder serves both. Several micro-batches encode
+            # twice: all their activations would have to wait for the last one's rollout. So does a sharded
+            # student, whose encoder is whole only inside its forward pass.
             with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-                # The weights are the loss's, so one pass of the encoder serves both. Several micro-batches
-                # encode twice: all their activations would have to wait for the last one's rollout.
-                encoded = student.encode(batch) if len(micros) == 1 else None
-                rollout = student.sample(
-                    batch, args.max_new_tokens, args.temperature, args.k, args.tokens_per_second,
-                    alignment.student_forbidden, uniforms, encoded)
+                encoded = student.encode(batch) if len(micros) == 1 and actor is student else None
+            rollout = write(batch, uniforms, alignment.student_forbidden, encoded)
             if None in teacher_batch.languages:         # not in the manifest: by the script of the rollout
                 teacher_batch = teacher.with_languages(teacher_batch, student_front_end.texts(rollout))
             rolled.append((batch, teacher_batch, rollout, args.k, encoded))
@@ -226,42 +244,52 @@ def main(args):
         scored = [score_rollout(teacher, alignment, *parts) for parts in rolled]
         clock.append(time.perf_counter())
         # ---- loss, backward --------------------------------------------------------------------------------
-        full = (teacher, alignment) if args.support == "full" else None
         losses, losses_at_1, n_counted = backward_kl(student, scored, args.tau, device, full, args.bf16)
+        grad_norm = whole(nn.utils.clip_grad_norm_(student.parameters(), args.clip or float("inf"))).item()
+        sums = rollout_sums(scored, student_front_end)
+        loss, kl, n_bad, stopping, *totals = all_reduce_sum(
+            [sum(x.sum().item() for x in losses), sum(x.sum().item() for x in losses_at_1), len(bad),
+             stop.is_set(), *sums.values()], device)
+        sums = dict(zip(sums, totals))
+        if n_bad:
+            report_bad(args, done, bad)
+        if not math.isfinite(loss) or not math.isfinite(grad_norm):
+            stop_nonfinite(args, rank, done, [
+                dict(step=done, clip=clips[i].where, audio=clips[i].audio, ids=ids[:n], text=text)
+                for (indices, *_), s in zip(micros, scored) for i, ids, n, text in
+                zip(indices, s.rollout.ids.tolist(), s.rollout.lens.tolist(), student_front_end.texts(s.rollout))
+            ], loss, grad_norm)
         # ---- step ------------------------------------------------------------------------------------------
-        grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), args.clip or float("inf")).item()
         for group in optimizer.param_groups:
             group["lr"] = cosine_lr(step, args.steps, args.warmup_steps, args.lr)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        # ---- log, eval, save -------------------------------------------------------------------------------
-        sums = rollout_sums(scored)
-        loss, kl, *totals = all_reduce_sum([sum(x.sum().item() for x in losses),
-                                            sum(x.sum().item() for x in losses_at_1), *sums.values()], device)
-        sums = dict(zip(sums, totals))
+        refresh(actor, student)
         clock.append(time.perf_counter())
-        done, per_clip = step + 1, 1 / sums["clips"]
+        # ---- log, eval, save -------------------------------------------------------------------------------
+        per_clip = 1 / max(sums["clips"], 1)
         metrics = dict(step=done, loss=loss / max(n_counted, 1), kl=kl / max(n_counted, 1),
                        **{name: sums[name] / max(sums["rows"], 1)
                           for name in ("vuss", "overlap_ratio", "top1")},
                        positions=n_counted, mean_tokens=sums["tokens"] * per_clip,
-                       empty=sums["empty"] * per_clip, capped=sums["capped"] * per_clip, grad_norm=grad_norm,
-                       lr=optimizer.param_groups[0]["lr"], clips_per_s=sums["clips"] / (clock[-1] - clock[0]),
-                       **{f"{phase}_s": b - a for phase, a, b in zip(PHASES, clock, clock[1:])},
-                       rss_gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
+                       **{name: sums[name] * per_clip for name in ("empty", "capped", "looping", "silent")},
+                       skipped=int(n_bad), grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"],
+                       clips_per_s=sums["clips"] / (clock[-1] - clock[0]),
+                       **{f"{phase}_s": b - a for phase, a, b in zip(PHASES, clock, clock[1:])}, **memory())
         log(metrics)
         bar.set_postfix({"loss": f"{metrics['loss']:.3f}", "kl": f"{metrics['kl']:.3f}", "vuss":
                          f"{metrics['vuss']:.1f}", "clips/s": f"{metrics['clips_per_s']:.0f}"}, refresh=False)
-        if not metrics["loss"] < float("inf") or not grad_norm < float("inf"):
-            raise RuntimeError(f"step {done}: loss {metrics['loss']}, gradient norm {grad_norm}: "
-                               "not finite; lower --lr")
         if rank == 0 and args.sample_every and (step % args.sample_every == 0 or done == args.steps):
             written = teacher.sample(rolled[0][1], args.max_new_tokens, 0.0, 1, args.tokens_per_second)
             write_samples(
                 os.path.join(args.out, "samples.jsonl"), done, [clips[i] for i in micros[0][0]],
                 student_front_end, scored[0].rollout, teacher_front_end.texts(written), losses_at_1[0])
-        if rank == 0 and (done % args.save_every == 0 or done == args.steps):
-            save_checkpoint(args.out, done, student, optimizer)
+        if done % args.save_every == 0 or done == args.steps or stopping:
+            save_checkpoint(args.out, done, student, optimizer, args.keep)
+        if stopping and done < args.steps:
+            if rank == 0:
+                print(f"stopped by SIGTERM after step {done}; the same command with --resume auto goes on")
+            return
         if eval_sets and args.eval_every and done % args.eval_every == 0 and done < args.steps:
             summaries = run_eval(done)
             if rank == 0:
@@ -270,11 +298,12 @@ def main(args):
     after = run_eval(args.steps) if eval_sets else {}
     # ---- summary -------------------------------------------------------------------------------------------
     if rank == 0:
-        lines = [json.loads(line) for line in open(os.path.join(args.out, "metrics.jsonl"))]
+        lines = read_lines(os.path.join(args.out, "metrics.jsonl"))
         vuss_ends = [float(np.mean([line["vuss"] for line in part])) for part in (lines[:10], lines[-10:])]
         seconds = {phase: sum(line[f"{phase}_s"] for line in lines) for phase in PHASES}
         summary = dict(steps=args.steps, before=before, after=after, vuss_first=vuss_ends[0],
-                       vuss_last=vuss_ends[1], seconds=seconds, model=os.path.join(args.out, "model"))
+                       vuss_last=vuss_ends[1], seconds=seconds, skipped=sum(line["skipped"] for line in lines),
+                       model=os.path.join(args.out, "model"))
         write_json(os.path.join(args.out, "summary.json"), summary)
         rows = [[stem, s["metric"], s["value"], after[stem]["value"]] for stem, s in before.items()
                 if stem in after and None not in (s["value"], after[stem]["value"])]
@@ -286,6 +315,8 @@ def main(args):
         print(f"VUSS {vuss_ends[0]:.2f} → {vuss_ends[1]:.2f} (first and last 10 steps)   "
               + "   ".join(f"{phase} {s:.1f} s" for phase, s in seconds.items())
               + f"   peak {lines[-1]['rss_gb']:.2f} GB")
+        if summary["skipped"]:
+            print(f"skipped: {summary['skipped']} clips that could not be used, listed in {args.out}/bad.jsonl")
         print(f"model: {summary['model']}")
     barrier()
 

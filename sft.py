@@ -11,7 +11,7 @@ makes the model listen: without it the LM learns the text's statistics first. No
 SpecAugment. Prints a progress bar with loss and clips per second, and the error on --eval sets; writes
 OUT/model, metrics.jsonl, config.json, summary.json. Defaults are the paper's; the example's: example/make.py.
 """
-import json
+import math
 import os
 import time
 
@@ -22,12 +22,13 @@ import transformers
 from torch import nn
 from tqdm import tqdm
 
-from data import (InputError, Parser, StepDataset, all_reduce_sum, at_least, collate, drop_long, load_audio,
-                  one_line, read_manifest, run_script, script_language, setup_distributed, start_run,
-                  step_batches, training_flags, write_json)
+from data import (SAMPLE_RATE, Clips, InputError, Parser, StepDataset, all_reduce_sum, at_least, barrier,
+                  catch_sigterm, collate, find_run, load_or_note, memory, one_line, probe, read_json, read_lines,
+                  report_bad, run_script, script_language, setup_distributed, start_run, step_batches,
+                  stop_nonfinite, training_flags, write_json)
 from eval import evaluate, print_table, read_sets
-from model import (SpeechLM, all_reduce_gradients, check_languages, cosine_lr, load_state, make_optimizer,
-                   save_checkpoint, speed_options, start_folder)
+from model import (SpeechLM, check_languages, cosine_lr, load_checkpoint, make_optimizer, refresh,
+                   save_checkpoint, shard, speed_options, whole)
 
 
 def parse_args(argv=None):
@@ -67,13 +68,15 @@ def ctc_loss(ctc_head, frames, frame_lens, texts):
     for their text.
 
     Byte b is class b + 1, 0 is blank; 257 classes fit every language and need no vocabulary."""
-    targets = [list(text.encode()) for text in texts]
+    targets = [list((text or "").encode()) for text in texts]
     lens = torch.tensor([len(t) for t in targets])
     flat = torch.tensor([b + 1 for t in targets for b in t], dtype=torch.long, device=frames.device)
     log_probs = ctc_head(frames).float().log_softmax(-1).transpose(0, 1)                     # (T', B, 257)
     losses = F.ctc_loss(log_probs, flat, frame_lens.cpu(), lens, reduction="none", zero_infinity=True)
     needed = torch.tensor([len(t) + sum(a == b for a, b in zip(t, t[1:])) for t in targets])
-    return (losses / lens.clamp(min=1).to(losses.device)).sum(), int((needed > frame_lens.cpu()).sum())
+    there = torch.tensor([text is not None for text in texts])          # a place without a clip counts for nothing
+    return ((losses / lens.clamp(min=1).to(losses.device)).where(there.to(losses.device), 0).sum(),
+            int((needed > frame_lens.cpu()).sum()))
 
 
 def main(args):
@@ -81,35 +84,28 @@ def main(args):
     rank, world, device = setup_distributed()
     if args.batch_size % world:
         raise InputError(f"--batch-size {args.batch_size} is not divisible by the {world} processes")
+    first_step, checkpoint = find_run(args, rank)
+    if first_step is None:
+        return
+    stop = catch_sigterm()
     # ---- data ----------------------------------------------------------------------------------------------
-    clips = [clip for path in args.train for clip in read_manifest(path, args.text_field)]
-    n_failed = len(clips)
-    clips = [clip for clip in clips if clip.text is not None or "error" not in clip.fields]
-    n_failed -= len(clips)                          # lines of a result file that eval.py could not decode
-    for clip in clips:
-        if clip.text is None:
-            raise InputError(f'{clip.where}: no "{args.text_field}"; '
-                             "supervised training needs it on every line (--text-field)")
-    clips, n_long = drop_long(clips, args.max_seconds)
-    if not clips:
-        raise InputError(f"--train: no clip of at most --max-seconds {args.max_seconds:g}")
+    clips = Clips(args.train, args.text_field, args.max_seconds)
     eval_sets = read_sets(args.eval, args.max_seconds)
     # ---- model ---------------------------------------------------------------------------------------------
     torch.manual_seed(args.seed)                    # the same initial weights on every rank
-    source = start_folder(args, args.model)
     given = [name for name in ("model", "encoder", "lm", "config", "tokenizer") if getattr(args, name)]
     if given not in (["model"], ["encoder", "lm"], ["config", "tokenizer"]):
         raise InputError("start from a model, --model, from two, --encoder and --lm, or from random weights, "
                          f"--config and --tokenizer; found {given or 'none of these'}")
-    if args.model or args.resume:
-        model = SpeechLM.from_pretrained(source)
+    if args.model or checkpoint:
+        model = SpeechLM.from_pretrained(os.path.join(checkpoint, "model") if checkpoint else args.model)
     elif args.lm:
         model = SpeechLM.from_parts(args.encoder, args.lm)
     else:
         if not os.path.isdir(args.tokenizer):
             raise InputError(f"--tokenizer {args.tokenizer}: not a folder")
         try:
-            config = json.load(open(args.config))
+            config = read_json(args.config)
             tokenizer = transformers.AutoTokenizer.from_pretrained(args.tokenizer, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise InputError(f"--config {args.config}, --tokenizer {args.tokenizer}: "
@@ -117,101 +113,131 @@ def main(args):
         model = SpeechLM.from_config(config, tokenizer)
     if args.ctc_weight and model.is_qwen3_asr:
         raise InputError("--ctc-weight: only for GlmAsr encoders; leave it out for Qwen3-ASR")
-    check_languages(sum(eval_sets.values(), clips), model)
-    ctc_head = nn.Linear(model.net.config.audio_config.hidden_size, 257)
-    model.to(device).train(), ctc_head.to(device)
-    speed_options(model, args.compile, args.recompute)
-    trained = nn.ModuleList([model, ctc_head]) if args.ctc_weight else nn.ModuleList([model])
-    # ---- output folder, optimizer, resume ------------------------------------------------------------------
-    optimizer = make_optimizer(trained, args.lr, args.weight_decay)
-    first_step = 0
-    if args.resume:
-        first_step, extra = load_state(args.out, optimizer)
-        if args.ctc_weight:
-            ctc_head.load_state_dict(extra)
-    if args.steps < first_step:
-        raise InputError(f"--steps {args.steps}: {args.out} is at step {first_step} already")
+    check_languages(sum(eval_sets.values(), clips.of_each_language), model)
+    if args.ctc_weight:                             # trained with the model, not a part of what is exported
+        model.ctc_head = nn.Linear(model.net.config.audio_config.hidden_size, 257)
+    model.to(device).train()
+    # ---- shards, optimizer, resume, output folder ----------------------------------------------------------
+    actor = shard(model, args.bf16)                 # for evaluation; the model itself without torchrun
+    optimizer = make_optimizer(model, args.lr, args.weight_decay)
+    if checkpoint:
+        load_checkpoint(checkpoint, model, optimizer)
     log = start_run(args, rank, first_step)
     if rank == 0:
-        hours = sum(clip.duration for clip in clips) / 3600
-        print(f"train: {len(clips)} clips, {hours:.2f} h, {n_long} left out as longer than "
-              f"{args.max_seconds:g} s, {n_failed} that eval.py could not decode; "
+        print(f"train: {len(clips)} clips, {clips.seconds.sum(dtype=float) / 3600:.2f} h, {clips.n_long} left out "
+              f"as longer than {args.max_seconds:g} s, {clips.n_failed} that eval.py could not decode; "
               f"{args.steps} steps of {args.batch_size} clips = "
               f"{args.steps * args.batch_size / len(clips):.1f} epochs; "
               f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
               f"{world} process(es) on {device.type}", flush=True)
+    speed_options(model, args.compile, args.recompute)
+    front_end, n_positions = model.front_end, model.net.config.text_config.max_position_embeddings
 
-    front_end = model.front_end
+    def make(indices, step, bad):
+        """One micro-batch: clip numbers, Batch, the transcripts as a Rollout, their texts."""
+        waveforms, texts, mels, languages = [], [], [], []
+        for i in indices:
+            clip, waveform = clips[i], load_or_note(clips[i], bad)
+            if len(front_end.encode_text(clip.text)) > n_positions // 2:
+                bad.append(dict(clip=clip.where, audio=clip.audio, reason=f"{clip.where}: its transcript has over "
+                                f"{n_positions // 2} tokens, half of the LM's positions; cut it"))
+                waveform = waveform[:0]
+            waveforms.append(waveform)
+            texts.append(clip.text if len(waveform) else None)
+            mels.append(augment(front_end.features(waveform), args, step, i))
+            languages.append(clip.language or script_language(clip.text) or "en")
+        return indices, collate(waveforms, front_end, languages, mels), front_end.transcripts(texts), texts
 
-    def make(indices, step):
-        """One micro-batch: Batch, the transcripts as a Rollout, their texts."""
-        waveforms, texts = [load_audio(clips[i]) for i in indices], [clips[i].text for i in indices]
-        mels = [augment(front_end.features(w), args, step, i) for i, w in zip(indices, waveforms)]
-        languages = [clips[i].language or script_language(clips[i].text) for i in indices]
-        return collate(waveforms, front_end, languages, mels), front_end.transcripts(texts), texts
+    def backward(micros):
+        """Gradient of Σ cross-entropy over tokens / tokens of the global batch, plus the weighted CTC loss per
+        clip. → their sums on this rank, clips too short for CTC, tokens of all ranks"""
+        n_tokens = all_reduce_sum([sum(int(targets.row_mask().sum()) for *_, targets, _ in micros)], device)[0]
+        sums = [0.0, 0.0, 0]
+        for *_, batch, targets, texts in micros:
+            batch, targets = batch.to(device), targets.to(device)
+            model.set_requires_gradient_sync(texts is micros[-1][-1])
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+                hidden, frames, frame_lens = model(batch, targets)
+                logits = model.head(hidden).float()                                           # (N, V)
+            ce = F.cross_entropy(logits, targets.ids[targets.row_mask()], reduction="sum")
+            ctc, short = (ctc_loss(model.ctc_head, frames, frame_lens, texts) if args.ctc_weight
+                          else (ce.new_zeros(()), 0))
+            (ce / max(n_tokens, 1) + args.ctc_weight * ctc / args.batch_size).backward()
+            sums = [sums[0] + ce.item(), sums[1] + ctc.item(), sums[2] + short]
+        return *sums, n_tokens
+
+    def attempt(waveforms):
+        texts = ["a" * min(int(8 * len(w) / SAMPLE_RATE) + 16, n_positions // 2) for w in waveforms]
+        batch = collate(waveforms, front_end, ["en"] * len(texts))
+        backward([(None, batch, front_end.transcripts(texts), texts)])
+        optimizer.zero_grad(set_to_none=True)
 
     def run_eval(step):
-        summaries = evaluate(model, eval_sets, device, args.micro_seconds,
-                             os.path.join(args.out, f"eval-{step}"))
+        refresh(actor, model)
+        summaries = evaluate(actor, eval_sets, device, args.micro_seconds,
+                             os.path.join(args.out, f"eval-{step}"), strict=args.on_bad_audio == "error")
         if rank == 0:
-            log({"step": step, **{f"{stem}/{s['metric']}": s["value"] for stem, s in summaries.items()}})
             print_table([[stem, s["metric"], s["value"]] for stem, s in summaries.items()],
                         [f"step {step}", "metric", "%"])
         return summaries
 
+    if first_step < args.steps:
+        refresh(actor, model)
+        probe(args, rank, clips.seconds, world, attempt)
     # ---- training loop -------------------------------------------------------------------------------------
-    dataset = StepDataset(clips, args.batch_size, args.micro_seconds, args.seed, rank, world, make)
+    dataset = StepDataset(clips.seconds, args.batch_size, args.micro_seconds, args.seed, rank, world, make)
     bar = tqdm(range(first_step, args.steps), initial=first_step, total=args.steps, disable=rank > 0,
                desc="sft", mininterval=2)
-    batches = step_batches(dataset, first_step, args.steps, args.workers)
+    batches, summaries = step_batches(dataset, first_step, args.steps, args.workers), None
     for step in bar:
-        start = time.perf_counter()
-        micros = next(batches)
-        n_tokens = all_reduce_sum([sum(int(targets.row_mask().sum()) for _, targets, _ in micros)], device)[0]
-        # ---- loss ------------------------------------------------------------------------------------------
-        # Σ cross-entropy over tokens / tokens of the global batch, plus the weighted CTC loss per clip
-        loss_sum = ctc_sum = n_short = 0
-        for batch, targets, texts in micros:
-            batch, targets = batch.to(device), targets.to(device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-                hidden, frames, frame_lens = model(model.with_languages(batch), targets)
-                logits = model.head(hidden).float()                                           # (N, V)
-            ce = F.cross_entropy(logits, targets.ids[targets.row_mask()], reduction="sum")
-            ctc, short = (ctc_loss(ctc_head, frames, frame_lens, texts) if args.ctc_weight
-                          else (ce.new_zeros(()), 0))
-            (ce / n_tokens + args.ctc_weight * ctc / args.batch_size).backward()
-            loss_sum, ctc_sum, n_short = loss_sum + ce.item(), ctc_sum + ctc.item(), n_short + short
+        done, start = step + 1, time.perf_counter()
+        micros, bad = next(batches)
+        data_s = time.perf_counter() - start
+        # ---- loss, backward --------------------------------------------------------------------------------
+        loss, ctc, n_short, n_tokens = backward(micros)
+        norm = whole(nn.utils.clip_grad_norm_(model.parameters(), args.clip or float("inf"))).item()
+        loss, ctc, n_short, n_bad, stopping = all_reduce_sum([loss, ctc, n_short, len(bad), stop.is_set()], device)
+        if n_bad:
+            report_bad(args, done, bad)
+        if not math.isfinite(loss + ctc) or not math.isfinite(norm):
+            stop_nonfinite(args, rank, done, [
+                dict(step=done, clip=clips[i].where, audio=clips[i].audio, ids=ids[:n], text=text)
+                for indices, _, targets, texts in micros for i, ids, n, text in
+                zip(indices, targets.ids.tolist(), targets.lens.tolist(), texts)], loss + ctc, norm)
         # ---- step ------------------------------------------------------------------------------------------
-        all_reduce_gradients(trained.parameters())
-        norm = nn.utils.clip_grad_norm_(trained.parameters(), args.clip or float("inf")).item()
         for group in optimizer.param_groups:
             group["lr"] = cosine_lr(step, args.steps, args.warmup_steps, args.lr)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         # ---- log, eval, save -------------------------------------------------------------------------------
-        loss_sum, ctc_sum, n_short = all_reduce_sum([loss_sum, ctc_sum, n_short], device)
         seconds = time.perf_counter() - start
-        metrics = dict(step=step + 1, loss=loss_sum / n_tokens, ctc=ctc_sum / args.batch_size,
-                       ctc_too_short=n_short, grad_norm=norm, lr=optimizer.param_groups[0]["lr"],
-                       tokens=n_tokens, clips_per_s=args.batch_size / seconds, step_s=seconds)
-        if not args.ctc_weight:
-            del metrics["ctc"], metrics["ctc_too_short"]
-        log(metrics)
+        metrics = dict(step=done, loss=loss / max(n_tokens, 1), **(dict(
+            ctc=ctc / args.batch_size, ctc_too_short=n_short) if args.ctc_weight else {}),
+            grad_norm=norm, lr=optimizer.param_groups[0]["lr"], tokens=n_tokens, skipped=int(n_bad),
+            clips_per_s=args.batch_size / seconds, step_s=seconds, data_s=data_s, update_s=seconds - data_s,
+            **memory())
         bar.set_postfix({"loss": f"{metrics['loss']:.3f}", "clips/s": f"{metrics['clips_per_s']:.1f}"},
                         refresh=False)
-        if not metrics["loss"] < float("inf") or not norm < float("inf"):
-            raise RuntimeError(f"step {step + 1}: loss {metrics['loss']}, gradient norm {norm}: "
-                               "not finite; lower --lr")
-        done = step + 1
-        if (done % args.save_every == 0 or done == args.steps) and rank == 0:
-            save_checkpoint(args.out, done, model, optimizer,
-                            ctc_head.state_dict() if args.ctc_weight else None)
-        if eval_sets and args.eval_every and done % args.eval_every == 0 and done < args.steps:
-            run_eval(done)
-    summaries = run_eval(args.steps) if eval_sets else {}
+        if eval_sets and (done == args.steps or args.eval_every and done % args.eval_every == 0):
+            summaries = run_eval(done)
+            metrics.update({f"{stem}/{s['metric']}": s["value"] for stem, s in summaries.items()})
+        log(metrics)
+        if done % args.save_every == 0 or done == args.steps or stopping:
+            save_checkpoint(args.out, done, model, optimizer, args.keep)
+        if stopping and done < args.steps:
+            if rank == 0:
+                print(f"stopped by SIGTERM after step {done}; the same command with --resume auto goes on")
+            return
+    if eval_sets and summaries is None:             # resumed after its last step
+        summaries = run_eval(args.steps)
     if rank == 0:
-        write_json(os.path.join(args.out, "summary.json"), {"steps": args.steps, "eval": summaries})
+        lines = read_lines(os.path.join(args.out, "metrics.jsonl"))
+        summary = dict(steps=args.steps, eval=summaries or {}, skipped=sum(line["skipped"] for line in lines))
+        write_json(os.path.join(args.out, "summary.json"), summary)
+        if summary["skipped"]:
+            print(f"skipped: {summary['skipped']} clips that could not be used, listed in {args.out}/bad.jsonl")
         print(f"model: {os.path.join(args.out, 'model')}")
+    barrier()
 
 
 if __name__ == "__main__":

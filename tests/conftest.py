@@ -26,6 +26,12 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow: over 20 s; run with `pytest -m slow`")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory):
+    """Indexes of the tests' manifests stay out of the user's cache."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 def pytest_collection_modifyitems(config, items):
     if "slow" not in config.getoption("-m"):
         slow = [item for item in items if "slow" in item.keywords]

@@ -212,13 +212,16 @@ def test_manifest_that_cannot_be_opened(tmp_path, name, reason):
 def test_errors_list_keeps_the_good_lines_and_every_defect(tmp_path):
     path = write_manifest(tmp_path, GOOD, "{", GOOD, "[]", fields(duration=0))
     errors = []
-    assert [clip.where for clip in data.read_manifest(path, errors=errors)] == [f"{path}:1", f"{path}:3"]
+    found = [(number, clip.where) for _, number, clip in data.manifest_clips(path, errors=errors)]
+    assert found == [(1, f"{path}:1"), (3, f"{path}:3")]
     assert [error.split(": ")[0] for error in errors] == [f"{path}:2", f"{path}:4", f"{path}:5"]
 
 
-def test_drop_long_keeps_the_limit_itself():
-    clips = [clip_of("a", s) for s in (29.9, 30.0, 30.01, 60)]
-    assert data.drop_long(clips, 30.0) == (clips[:2], 2)
+@pytest.mark.parametrize("limit", [30.0, 15.1, 0.3])
+def test_clips_keep_the_limit_itself_and_count_what_they_leave_out(tmp_path, limit):
+    path = write_manifest(tmp_path, *(fields(duration=s) for s in (limit / 2, limit, limit + 0.01, 60)))
+    clips = data.Clips([path], None, limit)
+    assert [clip.duration for clip in clips] == [limit / 2, limit] and clips.n_long == 2 and len(clips) == 2
 
 
 # Legal JSON that no sane tool writes. A user sees one line with its place, never a traceback.
@@ -572,18 +575,19 @@ def test_micro_batches_by_hand():
     durations = np.array([2.0, 5.0, 2.0, 40.0, 4.0])
     assert data.micro_batches([0, 1, 2, 3, 4], durations, 10) == [[3], [1, 4], [0, 2]]
     assert data.micro_batches([2, 0], durations, 4.0) == [[0, 2]]               # equal lengths: by index
+    assert data.micro_batches([0, 1, 2, 3, 4], durations, 10, 4) == [[3], [1], [4], [0, 2]]
 
 
-def loader_of(clips, rank=0, world=1, micro_seconds=15.0, make=lambda cut, step: (cut, step)):
-    return data.StepDataset(clips, 8, micro_seconds, 3, rank, world, make)
+def loader_of(seconds, rank=0, world=1, micro_seconds=15.0, make=lambda cut, step, bad: (cut, step)):
+    return data.StepDataset(np.asarray(seconds), 8, micro_seconds, 3, rank, world, make)
 
 
 @pytest.mark.parametrize("world", [1, 2, 4, 8])
 def test_ranks_partition_the_global_batch(world):
-    clips = [clip_of(f"{i}.wav", d) for i, d in enumerate(durations_of(30))]
     for step in range(12):
-        whole = data.batch_indices(np.array([clip.duration for clip in clips]), 8, 3, step).tolist()
-        shares = [loader_of(clips, rank, world)[step] for rank in range(world)]
+        whole = data.batch_indices(durations_of(30), 8, 3, step).tolist()
+        shares = [loader_of(durations_of(30), rank, world)[step][0] for rank in range(world)]
+        assert len({len(share) for share in shares}) == 1                       # as many micro-batches on every rank
         assert all(s == step for share in shares for _, s in share)
         shares = [[i for cut, _ in share for i in cut] for share in shares]
         assert [len(share) for share in shares] == [8 // world] * world
@@ -591,12 +595,11 @@ def test_ranks_partition_the_global_batch(world):
 
 
 def test_batches_do_not_depend_on_workers_and_start():
-    clips = [clip_of(f"{i}.wav", d) for i, d in enumerate(durations_of(30))]
-    loader = loader_of(clips, make=lambda cut, step: (cut, step, torch.tensor(cut) * step))
+    loader = loader_of(durations_of(30), make=lambda cut, step, bad: (cut, step, torch.tensor(cut) * step))
 
     def plain(first, last, workers):
         return [[(cut, step, x.tolist()) for cut, step, x in item]
-                for item in data.step_batches(loader, first, last, workers)]
+                for item, _ in data.step_batches(loader, first, last, workers)]
 
     straight = plain(0, 7, 0)
     assert len(straight) == 7 and [item[0][1] for item in straight] == list(range(7))
@@ -607,7 +610,7 @@ def test_batches_do_not_depend_on_workers_and_start():
 @pytest.mark.parametrize("workers", [0, 1])
 def test_audio_error_stays_one_line_with_workers(tmp_path, workers):
     clips = [clip_of(tmp_path / "missing.wav", 1.0)] * 8
-    loader = loader_of(clips, make=lambda cut, step: [load_audio(clips[i]) for i in cut])
+    loader = loader_of([1.0] * 8, make=lambda cut, step, bad: [load_audio(clips[i]) for i in cut])
     raises_at("m.jsonl:7", AudioError, "No such file", lambda: list(data.step_batches(loader, 0, 1, workers)))
 
 

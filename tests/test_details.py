@@ -18,7 +18,7 @@ import overlap
 import sft
 from conftest import byte_tokenizer, noise, tiny_config, tiny_model
 from data import InputError, collate, load_audio, read_manifest
-from model import (SpeechLM, Rollout, align_vocabularies, cosine_lr, load_state, make_optimizer,
+from model import (SpeechLM, Rollout, align_vocabularies, cosine_lr, load_checkpoint, make_optimizer,
                    save_checkpoint)
 from test_training import metrics_of, models, opd_args, opd_run, run, sft_run       # models: a fixture
 
@@ -108,15 +108,15 @@ def test_teacher_is_frozen_and_every_weight_of_the_student_moves(clips_dir, mode
 
 # ---- sft.py ------------------------------------------------------------------------------------------------
 def test_sft_resume_is_the_straight_run(clips_dir, tmp_path):
-    """With a CTC head, which only state.pt keeps, and augmentation, which is drawn per step."""
+    """With a CTC head, which only the training state keeps, and augmentation, which is drawn per step."""
     out, again = tmp_path / "run", tmp_path / "again"
     flags = ["--steps", 4, "--save-every", 2, "--ctc-weight", 0.5, "--time-masks", 1, "--time-width", 4]
     straight = sft_run(clips_dir, out, *flags)
     shutil.copytree(out, again, symlinks=True)
     shutil.rmtree(again / "checkpoints" / "step-0000004")         # killed after step 3, saved after step 2
-    os.remove(again / "model")
-    os.symlink("checkpoints/step-0000002/model", again / "model")
-    assert timeless(sft_run(clips_dir, again, *flags, "--resume")) == timeless(straight)
+    os.remove(again / "checkpoints" / "latest")
+    os.symlink("step-0000002", again / "checkpoints" / "latest")
+    assert timeless(sft_run(clips_dir, again, *flags, "--resume", "auto")) == timeless(straight)
     assert (again / "model/model.safetensors").read_bytes() == (out / "model/model.safetensors").read_bytes()
 
 
@@ -175,17 +175,21 @@ def test_checkpoint_has_its_name_only_when_complete_and_the_run_can_be_moved(tmp
 
     def killed(*args, **kwargs):
         raise KeyboardInterrupt
-    monkeypatch.setattr(torch, "save", killed)
+    monkeypatch.setattr(type(model), "save_pretrained", killed)
     with pytest.raises(KeyboardInterrupt):
         save_checkpoint(out, 2, model, optimizer)
     monkeypatch.undo()
     assert not (out / "checkpoints" / "step-0000002").exists()
-    assert os.readlink(out / "model") == "checkpoints/step-0000001/model"
+    assert os.readlink(out / "checkpoints" / "latest") == "step-0000001"
     (tmp_path / "elsewhere").mkdir()
     shutil.move(out, tmp_path / "elsewhere" / "moved")
     moved = tmp_path / "elsewhere" / "moved"
     assert torch.equal(SpeechLM.from_pretrained(moved / "model").head.weight, model.head.weight)
-    assert load_state(moved, optimizer)[0] == 1
+    with torch.no_grad():
+        weight = model.head.weight.clone()
+        model.head.weight.zero_()
+    load_checkpoint(moved / "checkpoints" / "latest", model, optimizer)
+    assert torch.equal(model.head.weight, weight)
 
 
 @BOTH
@@ -193,9 +197,9 @@ def test_resume_refuses_other_arguments_and_fewer_steps(script, clips_dir, model
     out = tmp_path / "run"
     before = train(script, clips_dir, models, out, "--steps", 2)
     with pytest.raises(InputError, match=r"--lr was 0\.001, now 0\.25;"):
-        train(script, clips_dir, models, out, "--steps", 3, "--lr", 0.25, "--resume")
+        train(script, clips_dir, models, out, "--steps", 3, "--lr", 0.25, "--resume", "auto")
     with pytest.raises(InputError, match="--steps 1: .* is at step 2 already"):
-        train(script, clips_dir, models, out, "--steps", 1, "--resume")
+        train(script, clips_dir, models, out, "--steps", 1, "--resume", "auto")
     assert metrics_of(out) == before and json.load(open(out / "config.json"))["args"]["lr"] == 1e-3
 
 

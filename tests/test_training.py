@@ -17,7 +17,7 @@ import overlap
 import sft
 from conftest import DATA, ROOT, byte_tokenizer, noise, tiny_config, tiny_model
 from data import InputError, collate, read_manifest
-from model import SpeechLM, align_vocabularies, cosine_lr
+from model import SpeechLM, align_vocabularies, cosine_lr, shard, whole
 
 
 # ---- helpers -----------------------------------------------------------------------------------------------
@@ -77,10 +77,11 @@ def fixed_micros(student, teacher, rank, world, size):
 def gradients(rank, world, size):
     student, teacher = (tiny_model(0, spread=0.1).train(),
                         tiny_model(1, width=48, hidden=64, spread=0.1).requires_grad_(False))
+    shard(student, False)
     losses, _, n = opd.backward_kl(student, fixed_micros(student, teacher, rank, world, size), 1.5,
                                    torch.device("cpu"))
     assert all(p.grad is None for p in teacher.parameters())
-    return ({name: p.grad.clone() for name, p in student.named_parameters()}, n,
+    return ({name: whole(p.grad).clone() for name, p in student.named_parameters()}, n,
             sum(float(x.sum()) for x in losses))
 
 
@@ -107,14 +108,15 @@ def test_accumulation_equals_one_batch():
         assert_same_gradients(got, want)
 
 
-def test_two_ranks_equal_one(tmp_path):
+@pytest.mark.parametrize("world, size", [(2, 6), (2, 2), (4, 6)])
+def test_sharded_ranks_equal_one_process(tmp_path, world, size):
     want, n, loss = gradients(0, 1, 6)
-    torch.multiprocessing.spawn(gradient_worker, (2, 2, tmp_path), nprocs=2)
-    (first, n0, loss0), (second, n1, loss1) = (torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-                                               for rank in (0, 1))
-    assert n0 == n1 == n and loss0 + loss1 == pytest.approx(loss, rel=1e-5)
-    assert_same_gradients(first, want)
-    assert_same_gradients(second, want)
+    torch.multiprocessing.spawn(gradient_worker, (world, size, tmp_path), nprocs=world)
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world)]
+    assert sum(loss for *_, loss in found) == pytest.approx(loss, rel=1e-5)
+    for got, m, _ in found:
+        assert m == n
+        assert_same_gradients(got, want)
 
 
 def test_gradient_against_plain_autograd_on_the_definition():
@@ -213,10 +215,10 @@ def test_resume_is_the_straight_run(clips_dir, models, tmp_path):
     straight = opd_run(clips_dir, models, out, "--steps", 4, "--save-every", 2, "--temperature", 0.7)
     shutil.copytree(out, again, symlinks=True)
     shutil.rmtree(again / "checkpoints" / "step-0000004")         # killed after step 3, saved after step 2
-    os.remove(again / "model")
-    os.symlink("checkpoints/step-0000002/model", again / "model")
+    os.remove(again / "checkpoints" / "latest")
+    os.symlink("step-0000002", again / "checkpoints" / "latest")
     resumed = opd_run(clips_dir, models, again, "--steps", 4, "--save-every", 2, "--temperature", 0.7,
-                      "--resume")
+                      "--resume", "auto")
     timeless = lambda lines: [{k: v for k, v in m.items() if not k.endswith("_s") and k != "rss_gb"}
                               for m in lines]
     assert timeless(resumed) == timeless(straight)
@@ -231,23 +233,23 @@ def test_a_checkpoint_killed_while_written_is_never_picked_up(clips_dir, models,
 
     def killed(*args):
         raise KeyboardInterrupt
-    monkeypatch.setattr(torch, "save", killed)
+    monkeypatch.setattr(SpeechLM, "save_pretrained", killed)
     with pytest.raises(KeyboardInterrupt):
-        opd_run(clips_dir, models, out, "--save-every", 1, "--steps", 5, "--resume")
+        opd_run(clips_dir, models, out, "--save-every", 1, "--steps", 5, "--resume", "auto")
     assert (os.path.realpath(out / "model") == kept
             and open(os.path.join(kept, "model.safetensors"), "rb").read() == weights)
     monkeypatch.undo()
-    assert (len(opd_run(clips_dir, models, out, "--save-every", 1, "--steps", 5, "--resume")) == 5
+    assert (len(opd_run(clips_dir, models, out, "--save-every", 1, "--steps", 5, "--resume", "auto")) == 5
             and len(before) == 3)
-    assert sorted(os.listdir(out / "checkpoints")) == ["step-0000004", "step-0000005"]
+    assert sorted(os.listdir(out / "checkpoints")) == ["latest", "step-0000004", "step-0000005"]
 
 
 @pytest.mark.parametrize("change, message", [
     (["--train", "nowhere.jsonl"], "nowhere.jsonl: No such file"),
     (["--student", "nowhere"], "nowhere is no model folder"),
     (["--teacher", "nowhere"], "nowhere is no model folder"),
-    (["--max-seconds", "0.1"], "--train: no clip of at most"),
-    (["--resume"], "no model folder|holds no checkpoint"),
+    (["--max-seconds", "0.1"], "m.jsonl: no clip of at most"),
+    (["--resume", "auto", "--overwrite"], "contradict"),
 ])
 def test_wrong_input_is_one_line(clips_dir, models, tmp_path, change, message):
     with pytest.raises(InputError, match=message) as error:
