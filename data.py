@@ -2,9 +2,8 @@
 
     manifest line → Clip → load_audio → waveform (samples,) → collate → Batch (mel, lengths, prompt ids)
 
-A manifest is JSON Lines in UTF-8, one clip a line (README, "Data format"). Audio is read by soundfile, whole
-files or segments, from plain files or from a byte range of a container such as an uncompressed tar;
-`load_audio` is the only place that opens audio. Features are Whisper's log-mel with 128 bins, computed on
+A manifest is JSON Lines, one clip a line (README, "Data format"). `load_audio` is the only place that opens
+audio, by soundfile: files, segments, byte ranges of a tar. Features are Whisper's log-mel with 128 bins, of
 each clip alone. The order of the clips is a pure function of (seed, step): see `batch_indices`.
 
     python data.py check example/train.jsonl          # reads every clip, reports every defect with its line
@@ -33,7 +32,6 @@ import sys
 import tarfile
 import tempfile
 import threading
-import time
 import unicodedata
 import zlib
 from pathlib import Path
@@ -73,19 +71,15 @@ CODES = {**{name.lower(): code for code, name in LANGUAGES.items()}, "mandarin":
 SCRIPTS = {"HIRAGANA": "ja", "KATAKANA": "ja", "HANGUL": "ko", "CJK": "zh", "LATIN": "en", "CYRILLIC": "ru",
            "ARABIC": "ar", "THAI": "th", "GREEK": "el", "DEVANAGARI": "hi"}     # of a letter's Unicode name
 
-
 class InputError(ValueError):
     """A user's mistake: shown as one line (what, where, remedy), exit status 2, no traceback."""
 
-
 class AudioError(InputError):
-    """A clip that cannot be used. Raised on the rank that met it, so every rank may print it."""
-
+    """A clip that cannot be used; every rank may print it, for it may be the only one to have met it."""
 
 def one_line(error):
     """A library's message without its line breaks, cut to 300 characters."""
     return " ".join(str(error).split())[:300]
-
 
 # ---- Manifest ----------------------------------------------------------------------------------------------
 @dataclasses.dataclass(slots=True)
@@ -108,18 +102,14 @@ class Clip:
         """What makes two lines the same clip."""
         return (self.audio, self.offset, max(self.begin_time, 0), max(self.end_time, -1))
 
-
 def parse_line(line, where, folder, text_field="text"):
     """A `Clip` from one line of JSON. Raises InputError that names `where` and the field."""
     try:
         fields = json.loads(line)
         if "\\u" in line:
             json.dumps(fields, ensure_ascii=False).encode()
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not JSON ({error.msg} at column {error.colno}); "
-                         "a manifest has one object a line") from None
-    except (ValueError, RecursionError) as error:   # 5,000 digits, half a surrogate pair, 1,000 brackets
-        raise InputError(f"{where}: unusable JSON ({error})") from None
+    except (ValueError, RecursionError) as error:   # also 5,000 digits, half a surrogate pair, 1,000 brackets
+        raise InputError(f"{where}: not JSON ({error}); a manifest has one object a line") from None
     if not isinstance(fields, dict):
         raise InputError(f"{where}: expected a JSON object, found {type(fields).__name__}")
     found = {}
@@ -142,21 +132,18 @@ def parse_line(line, where, folder, text_field="text"):
     if clip.duration <= 0:
         raise InputError(f'{where}: "duration" must be above 0 s, found {clip.duration:g}')
     if clip.end_time >= 0 and clip.end_time <= max(clip.begin_time, 0):
-        raise InputError(f"{where}: end_time {clip.end_time:g} s is not after begin_time "
-                         f"{clip.begin_time:g} s")
+        raise InputError(f"{where}: end_time {clip.end_time:g} s is not after begin_time {clip.begin_time:g} s")
     if ((clip.offset is None) != (clip.nbytes is None)
             or (clip.offset is not None and (clip.offset < 0 or clip.nbytes <= 0))):
         raise InputError(f'{where}: "offset" and "nbytes" go together, offset ≥ 0 and nbytes > 0')
     clip.audio = os.path.join(folder, clip.audio)
     return clip
 
-
 def open_manifest(path):
     try:
         return open(path, "rb")
     except OSError as error:
         raise InputError(f"manifest {path}: {error.strerror}; give the path of a JSON Lines file") from None
-
 
 def manifest_clips(path, text_field="text", errors=None, begin=0, end=math.inf, number=1):
     """Yields (byte offset, line number, `Clip`) of the lines that start in [begin, end), `begin` being line
@@ -174,27 +161,22 @@ def manifest_clips(path, text_field="text", errors=None, begin=0, end=math.inf, 
             try:
                 if number == 1 and raw.startswith(b"\x1f\x8b"):
                     raise InputError(f"{where}: gzip; decompress the manifest")
-                try:
-                    line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                except UnicodeDecodeError as error:
-                    raise InputError(f"{where}: not UTF-8 (byte {error.start}); "
-                                     "save the manifest as UTF-8") from None
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
                 if line:
                     yield begin, number, parse_line(line, where, folder, text_field)
-            except InputError as error:
+            except (InputError, UnicodeDecodeError) as error:
+                if isinstance(error, UnicodeDecodeError):
+                    error = InputError(f"{where}: not UTF-8 (byte {error.start}); save the manifest as UTF-8")
                 if errors is None:
-                    raise
+                    raise error from None
                 errors.append(str(error))
             begin, number = begin + len(raw), number + 1
 
-
 def read_manifest(path, text_field="text"):
     """All clips of a manifest, in order. Raises InputError."""
-    clips = [clip for _, _, clip in manifest_clips(path, text_field)]
-    if not clips:
-        raise InputError(f"manifest {path}: holds no clip")
-    return clips
-
+    if clips := [clip for _, _, clip in manifest_clips(path, text_field)]:
+        return clips
+    raise InputError(f"manifest {path}: holds no clip")
 
 def index_span(span):
     """The rows (n,) ROW of a part of a manifest: the arguments of `manifest_clips`."""
@@ -206,7 +188,6 @@ def index_span(span):
                  "failed" if "error" in clip.fields else "no text")
         rows.append((offset, line, clip.duration, codes.get(code, 254 if code else 255), STATES.index(state)))
     return np.array(rows, ROW)
-
 
 def manifest_index(path, text_field):
     """One ROW per clip of a manifest, memory-mapped, so that all processes of a machine share it. Made, with
@@ -242,7 +223,6 @@ def manifest_index(path, text_field):
     if not len(rows):
         raise InputError(f"manifest {path}: holds no clip")
     return rows
-
 
 class Clips:
     """The clips of several manifests as a sequence, those over max_seconds and those that eval.py could not
@@ -289,12 +269,10 @@ class Clips:
             return clip
         raise InputError(f"{path}:{number}: has changed since this run began")
 
-
 def language_code(name):
     """A manifest's `language` as a code: "Chinese", "zh-CN", "zh" → "zh"; None stays None."""
     name = re.split("[-_]", (name or "").strip().lower())[0]
     return CODES.get(name, name) or None
-
 
 def script_language(text):
     """Language code by the script of a text: any kana ja, else any Hangul ko, else any CJK zh, else the most
@@ -305,19 +283,14 @@ def script_language(text):
     return next((code for code in ("ja", "ko", "zh") if code in found),
                 max(found, key=found.count, default=None))
 
-
 # ---- Audio -------------------------------------------------------------------------------------------------
 @functools.lru_cache(maxsize=16)
 def resampler(rate):
     return torchaudio.transforms.Resample(rate, SAMPLE_RATE)
 
-
 def load_audio(clip):
     """The waveform of a clip: (samples,) float32 at 16 kHz, channels averaged. Raises AudioError with line
-    and remedy.
-
-    libsndfile shortens damaged files silently, so the decoded length is compared with the manifest's
-    `duration`."""
+    and remedy. libsndfile shortens damaged files silently: the length is compared with `duration`."""
     def bad(reason):
         return AudioError(f"{clip.where}: {clip.audio}: {reason}")
 
@@ -336,8 +309,7 @@ def load_audio(clip):
             with soundfile.SoundFile(content) as file:
                 rate, n_frames = file.samplerate, file.frames
                 if n_frames > 2**40 or rate // math.gcd(rate, SAMPLE_RATE) > 5_000:
-                    raise bad(f"states {n_frames} samples at {rate} Hz: a streamed or damaged header; "
-                              "re-encode it")
+                    raise bad(f"states {n_frames} samples at {rate} Hz: streamed or damaged; re-encode it")
                 begin = round(max(clip.begin_time, 0) * rate)
                 end = round(clip.end_time * rate) if clip.end_time >= 0 else n_frames
                 if n_frames and (begin >= n_frames or end > n_frames + round(DURATION_TOLERANCE_S * rate)):
@@ -350,11 +322,9 @@ def load_audio(clip):
                 channels = file.read(end - first, dtype="float32", always_2d=True)      # (samples, channels)
                 channels = channels[begin - first:]
     except OSError as error:
-        raise bad(f"{error.strerror or error}; "
-                  "check the path (relative paths start at the manifest's folder)") from None
+        raise bad(f"{error.strerror or error}; relative paths start at the manifest's folder") from None
     except soundfile.LibsndfileError as error:
-        raise bad(f"libsndfile cannot read it ({error.error_string}); "
-                  "convert it to wav, flac, ogg or mp3") from None
+        raise bad(f"libsndfile cannot read it ({error.error_string}); convert it to wav or flac") from None
     if len(channels) == 0:
         raise bad("holds no samples; re-encode it or remove the line")
     if len(channels) < end - begin:
@@ -371,7 +341,6 @@ def load_audio(clip):
     waveform = torch.from_numpy(np.ascontiguousarray(waveform))
     return waveform if rate == SAMPLE_RATE else resampler(rate)(waveform)
 
-
 def load_or_note(clip, bad):
     """`load_audio`; of a clip that cannot be used (0,) samples, which keep its place in the batch but count
     for nothing, and a line in the list `bad`."""
@@ -381,7 +350,6 @@ def load_or_note(clip, bad):
         bad.append(dict(clip=clip.where, audio=clip.audio, reason=str(error)))
         return torch.zeros(0)
 
-
 def clip_from_file(path):
     """A `Clip` for a bare audio file, its duration from the header."""
     if not os.path.exists(path):
@@ -389,11 +357,8 @@ def clip_from_file(path):
     try:
         info = soundfile.info(path)
     except (OSError, TypeError, soundfile.LibsndfileError) as error:     # TypeError: soundfile, of a *.raw
-        raise InputError(f"{path}: neither a .jsonl manifest nor audio that libsndfile reads "
-                         f"({error})") from None
-    return Clip(os.path.abspath(path), max(info.duration, 1e-3), "--data",
-                {"audio": path, "duration": info.duration})
-
+        raise InputError(f"{path}: neither a .jsonl manifest nor audio that libsndfile reads ({error})") from None
+    return Clip(os.path.abspath(path), max(info.duration, 1e-3), "--data", dict(audio=path, duration=info.duration))
 
 # ---- Features ----------------------------------------------------------------------------------------------
 @functools.lru_cache(maxsize=1)
@@ -401,12 +366,10 @@ def mel_filters():
     return torchaudio.functional.melscale_fbanks(N_FFT // 2 + 1, 0.0, 8000.0, N_MELS, SAMPLE_RATE,
                                                  norm="slaney", mel_scale="slaney").T         # (128, 201)
 
-
 def log_mel(waveform, padded_samples=None):
-    """Whisper's log-mel of one clip: (samples,) float32 → (128, F), F = padded_samples // 160.
-
-    The clip is zero-padded at its end, by default to a multiple of 1,280 samples (80 ms), so that F is 8 per
-    audio token. Equal to `WhisperFeatureExtractor(feature_size=128)` on the padded clip."""
+    """Whisper's log-mel of one clip: (samples,) float32 → (128, F), F = padded_samples // 160. Zero-padded at
+    its end, by default to a multiple of 1,280 samples (80 ms): 8 frames per audio token. Equal to
+    `WhisperFeatureExtractor(feature_size=128)` on the padded clip."""
     padding = (padded_samples or max(len(waveform) + -len(waveform) % BLOCK, BLOCK)) - len(waveform)
     waveform = torch.nn.functional.pad(waveform, (0, padding))
     spectrum = torch.stft(waveform, N_FFT, HOP, window=torch.hann_window(N_FFT), center=True,
@@ -414,11 +377,9 @@ def log_mel(waveform, padded_samples=None):
     mel = (mel_filters() @ spectrum.abs().square()).clamp(min=1e-10).log10()
     return (mel.maximum(mel.max() - 8.0) + 4.0) / 4.0
 
-
 def n_audio_tokens(n_samples):
     """Audio tokens of n_samples at 16 kHz, 12.5 a second: 48,000 → 37, 480,000 → 375."""
     return max((-(-n_samples // HOP) + 1) // 2 // 4, 1)
-
 
 # ---- Batches -----------------------------------------------------------------------------------------------
 @dataclasses.dataclass
@@ -438,7 +399,6 @@ class Batch:
         return Batch(*(x.to(device, non_blocking=True) if isinstance(x, torch.Tensor) else x
                        for x in vars(self).values()))
 
-
 def collate(waveforms, front_end, languages=None, mels=None):
     """`Batch` from waveforms [(samples,)] and their languages [code, name or None];
     `mels` [(128, F)] if they are ready. front_end: see model.FrontEnd."""
@@ -457,7 +417,6 @@ def collate(waveforms, front_end, languages=None, mels=None):
                  torch.tensor([len(w) > 0 and not w.any() for w in waveforms]), languages,
                  int(mel_lens.min()) < mel.shape[2])
 
-
 def pad_left(prompts, pad_id):
     """Prompt ids (B, S) and mask (B, S) of lists of ids: transcripts then start in one column."""
     S = max(map(len, prompts))
@@ -465,7 +424,6 @@ def pad_left(prompts, pad_id):
     for b, prompt in enumerate(prompts):
         ids[b, S - len(prompt):], mask[b, S - len(prompt):] = torch.tensor(prompt), True
     return ids, mask
-
 
 def epoch_order(places, n, seed, epoch):
     """Clip numbers at `places` (m,) of this epoch's permutation of n clips, which is never there as a whole:
@@ -487,13 +445,11 @@ def epoch_order(places, n, seed, epoch):
         found[outside] = shuffled(found[outside])
     return found.astype(np.int64)
 
-
 def batch_indices(seconds, batch_size, seed, step, pool_batches=50):
     """Clip numbers (batch_size,) of the global batch of `step` (from 0): a pure function of (seed, step).
 
-    The clips form one endless stream, a fresh permutation each epoch. It is cut into pools of `pool_batches`
-    batches (at most an epoch); each pool is sorted by duration, cut into batches of similar length, and the
-    batches are shuffled. No clip is dropped at the end of an epoch."""
+    One endless stream, a fresh permutation each epoch, is cut into pools of `pool_batches` batches (at most an
+    epoch); each is sorted by duration, cut into batches, and these are shuffled. No clip is dropped."""
     n, pool_batches = len(seconds), max(min(pool_batches, len(seconds) // batch_size), 1)
     pool, place = divmod(step, pool_batches)
     size = batch_size * pool_batches
@@ -502,7 +458,6 @@ def batch_indices(seconds, batch_size, seed, step, pool_batches=50):
     # sorted within an epoch: only a batch that straddles two epochs can hold a clip twice
     batches = stream[np.lexsort((seconds[stream], epoch))].reshape(pool_batches, batch_size)
     return batches[np.random.default_rng((seed, 1, pool)).permutation(pool_batches)[place]]
-
 
 def micro_batches(indices, seconds, micro_seconds, n_pieces=1):
     """Cuts clips, longest first, so that clips × longest ≤ micro_seconds (one clip may exceed it), and into
@@ -520,53 +475,45 @@ def micro_batches(indices, seconds, micro_seconds, n_pieces=1):
         cut[place:place + 1] = largest[:half], largest[half:]
     return cut
 
-
-def longest_batch(seconds, batch_size, micro_seconds):
-    """Silence as long as the longest clips that a micro-batch may hold, `batch_size` at most: [(samples,)]."""
-    longest = float(seconds.max())
-    n = max(min(batch_size, len(seconds), int(micro_seconds / longest)), 1)
-    return [torch.zeros(round(longest * SAMPLE_RATE))] * n
-
-
 class StepDataset(torch.utils.data.Dataset):
-    """Item s = this rank's micro-batches of step s, as `make(clip numbers, step, bad)` builds them in a
-    worker, and `bad`, what `load_or_note` put there. All ranks have the same number of micro-batches."""
+    """Item s = this rank's micro-batches of step s, as `make(clip numbers, step, bad)` builds them in a worker,
+    and `bad`, what `load_or_note` put there; item −1 holds the longest clips, to see that they fit. All ranks
+    have the same number of micro-batches."""
 
     def __init__(self, seconds, batch_size, micro_seconds, seed, rank, world, make):
         self.seconds, self.batch_size, self.micro_seconds, self.seed, self.rank, self.world, self.make = (
             seconds, batch_size, micro_seconds, seed, rank, world, make)
 
     def __getitem__(self, step):
-        batch, bad = batch_indices(self.seconds, self.batch_size, self.seed, step), []
+        batch, bad = batch_indices(self.seconds, self.batch_size, self.seed, max(step, 0)), []
+        if step < 0:
+            batch = np.resize(np.argsort(-self.seconds, kind="stable")[:self.batch_size], self.batch_size)
         shares = [batch[rank::self.world].tolist() for rank in range(self.world)]
         n_pieces = max(len(micro_batches(share, self.seconds, self.micro_seconds)) for share in shares)
         cuts = micro_batches(shares[self.rank], self.seconds, self.micro_seconds, n_pieces)
         try:
-            return [self.make(cut, step, bad) for cut in cuts], bad
+            return [self.make(cut, max(step, 0), bad) for cut in cuts], bad
         except InputError as error:  # a worker would wrap it in its traceback; step_batches raises it plainly
             return error
 
-
 def step_batches(dataset, first_step, last_step, workers):
-    """Yields (micro-batches, bad clips) of the steps [first_step, last_step), prefetched by `workers`
-    processes (0: by this)."""
-    loader = torch.utils.data.DataLoader(dataset, batch_size=None, sampler=range(first_step, last_step),
-                                         num_workers=workers, worker_init_fn=one_thread)
-    for item in loader:
+    """Yields (step, micro-batches, bad clips): step −1, a trial of the longest clips that changes nothing, then
+    [first_step, last_step). Read ahead by `workers` processes (0: by this)."""
+    steps = [-1, *range(first_step, last_step)] if first_step < last_step else []
+    loader = torch.utils.data.DataLoader(dataset, batch_size=None, sampler=steps, num_workers=workers,
+                                         worker_init_fn=one_thread)
+    for step, item in zip(steps, loader):
         if isinstance(item, InputError):
             raise item
-        yield item
-
+        yield step, *item
 
 def one_thread(worker_id):
     torch.set_num_threads(1)
-
 
 # ---- Processes, output folders, errors: the plumbing that every script shares ------------------------------
 def rank_and_world():
     """(rank, world size); (0, 1) without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
 
 def setup_distributed():
     """(rank, world size, device). Under torchrun LOCAL_RANK picks the device, RANK the data."""
@@ -579,7 +526,6 @@ def setup_distributed():
         torch.cuda.set_device(device)
     return (*rank_and_world(), device)
 
-
 def all_reduce_sum(values, device):
     """Sums a list of numbers over the ranks, in float64."""
     total = torch.tensor(values, dtype=torch.float64, device=device)
@@ -587,11 +533,9 @@ def all_reduce_sum(values, device):
         dist.all_reduce(total)
     return total.tolist()
 
-
 def barrier():
     if dist.is_initialized():
         dist.barrier()
-
 
 def make_folder(path):
     """Creates an output folder. Raises InputError where it cannot be written, before work is lost to it."""
@@ -601,7 +545,6 @@ def make_folder(path):
         raise InputError(f"output folder {path}: {error.strerror}; give one that can be written") from None
     if not os.access(path, os.W_OK):
         raise InputError(f"output folder {path}: not writable; give another")
-
 
 def find_run(args, rank):
     """Looks at --out before anything slow. → (step to go on from, folder of that checkpoint or None); step
@@ -641,7 +584,6 @@ def find_run(args, rank):
     say(f"{args.out}: goes on from step {step}", flush=True)
     return step, os.path.realpath(latest)
 
-
 def start_run(args, rank, first_step):
     """Makes the output folder; --overwrite: empties it of an earlier run. → log(metrics), for metrics.jsonl
 
@@ -661,25 +603,40 @@ def start_run(args, rank, first_step):
         with open(path, "rb") as file:
             hashes[path] = hashlib.file_digest(file, "sha256").hexdigest()
     config = dict(script=os.path.basename(sys.argv[0]), args=vars(args), git=git_commit(),
-                  python=sys.version.split()[0], **versions,
-                  world_size=int(os.environ.get("WORLD_SIZE", 1)), threads=torch.get_num_threads(),
-                  device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-                  manifest_sha256=hashes)
+                  python=sys.version.split()[0], **versions, world_size=int(os.environ.get("WORLD_SIZE", 1)),
+                  threads=torch.get_num_threads(), device=torch.cuda.get_device_name()
+                  if torch.cuda.is_available() else "cpu", manifest_sha256=hashes)
     write_json(os.path.join(args.out, "config.json"), config)
     for path in (os.path.join(args.out, name) for name in ("metrics.jsonl", "samples.jsonl", "bad.jsonl")):
         if os.path.exists(path):
-            kept = [line for line in read_lines(path) if line["step"] <= first_step]
-            os.remove(path)
-            add_lines(path, kept)
+            add_lines(path + ".new", [line for line in read_lines(path) if line["step"] <= first_step], "w")
+            os.replace(path + ".new", path)
     return lambda metrics: add_lines(os.path.join(args.out, "metrics.jsonl"), [metrics])
 
+def print_plan(args, clips, world, device, **models):
+    print(f"train: {len(clips)} clips, {clips.seconds.sum(dtype=float) / 3600:.2f} h, {clips.n_long} left out as longer "
+          f"than {args.max_seconds:g} s, {clips.n_failed} that eval.py could not decode; {args.steps} steps of "
+          f"{args.batch_size} clips = {args.steps * args.batch_size / len(clips):.1f} epochs; " + ", ".join(
+              f"{name} {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M" for name, model in models.items())
+          + f" parameters; {world} process(es) on {device.type}", flush=True)
+
+def print_probe(args, rank):
+    if rank == 0:
+        print(f"probe: the {args.batch_size} longest clips fit; peak memory {memory()} (GB)", flush=True)
+
+def finish_run(args, lines, **summary):
+    """summary.json, which marks the run as finished, and the last lines on screen. lines: metrics.jsonl's."""
+    summary.update(steps=args.steps, skipped=sum(line["skipped"] for line in lines))
+    write_json(os.path.join(args.out, "summary.json"), summary)
+    if summary["skipped"]:
+        print(f"skipped: {summary['skipped']} clips that could not be used, listed in {args.out}/bad.jsonl")
+    print(f"model: {os.path.join(args.out, 'model')}")
 
 def catch_sigterm():
     """An event that SIGTERM sets; the ranks agree on it once a step."""
     event = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: event.set())
     return event
-
 
 def report_bad(args, step, bad):
     """The clips that any rank could not use in `step`: written to bad.jsonl, or an error of all ranks."""
@@ -694,41 +651,22 @@ def report_bad(args, step, bad):
     if rank == 0:
         add_lines(os.path.join(args.out, "bad.jsonl"), lines)
 
-
-def probe(args, rank, seconds, world, attempt):
-    """Calls attempt(waveforms) with the longest batch that the run can meet, so that memory runs out now."""
-    waveforms, start = longest_batch(seconds, args.batch_size // world, args.micro_seconds), time.perf_counter()
-    what = f"{len(waveforms)} clips of {len(waveforms[0]) / SAMPLE_RATE:.1f} s"
-    try:
-        attempt(waveforms)
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-            raise
-        raise InputError(f"the longest batch, {what}, does not fit into memory; lower --micro-seconds (now "
-                         f"{args.micro_seconds:g}) or add --bf16 or --recompute") from None
-    if rank == 0:
-        print(f"probe: the longest batch, {what}, took {time.perf_counter() - start:.1f} s; peak memory "
-              + ", ".join(f"{key[:3].upper()} {gb:.2f} GB" for key, gb in memory().items()), flush=True)
-
-
 def memory():
     """Peak memory of this process and its GPU (0 without one), in GB."""
-    return dict(rss_gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
-                gpu_gb=torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0)
-
+    gpu = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0
+    return dict(rss_gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, gpu_gb=gpu)
 
 class NonFiniteError(RuntimeError):
     """The loss or its gradient is not finite: exit status 3."""
 
-
-def stop_nonfinite(args, rank, step, lines, loss, grad_norm):
-    """Saves this rank's batch, `lines` of clips, and stops before the weights are touched."""
+def stop_nonfinite(args, rank, step, clips, batches, front_end, what):
+    """Saves this rank's `batches` [(clip numbers, Rollout)] and stops before the weights are touched."""
     path = os.path.join(args.out, f"nonfinite-{step}-{rank}.jsonl")
-    add_lines(path, lines)
+    add_lines(path, [dict(step=step, clip=clips[i].where, audio=clips[i].audio, ids=ids[:n], text=text)
+                     for indices, rollout in batches for i, ids, n, text in zip(
+                         indices, rollout.ids.tolist(), rollout.lens.tolist(), front_end.texts(rollout))])
     barrier()
-    raise NonFiniteError(f"step {step}: loss {loss}, gradient norm {grad_norm}: not finite; the batch is in "
-                         f"{path}; lower --lr, or look at its clips")
-
+    raise NonFiniteError(f"step {step}: {what}: not finite; the batch is in {path}; lower --lr, or look at its clips")
 
 def read_json(path, default=None):
     """A JSON file's value; `default`, if one is given, where there is no such file."""
@@ -737,22 +675,20 @@ def read_json(path, default=None):
     with open(path, encoding="utf-8") as file:
         return json.load(file)
 
-
 def read_lines(path):
     """The objects of a file of JSON lines; a last line that was cut off is left out."""
     with open(path, encoding="utf-8") as file:
         return [json.loads(line) for line in file if line.endswith("}\n")]
 
-
-def add_lines(path, lines):
-    with open(path, "a", encoding="utf-8") as file:
+def add_lines(path, lines, mode="a"):
+    with open(path, mode, encoding="utf-8") as file:
         file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
-
 def write_json(path, value):
-    with open(path, "w", encoding="utf-8") as file:
+    """Complete or not at all: written beside and renamed."""
+    with open(path + ".new", "w", encoding="utf-8") as file:
         json.dump(value, file, indent=1)
-
+    os.replace(path + ".new", path)
 
 def git_commit():
     """The commit of this folder, None where there is no git or no repository."""
@@ -760,19 +696,22 @@ def git_commit():
     git = shutil.which("git") and subprocess.run(command, capture_output=True, text=True).stdout.strip()
     return git or None
 
-
 def run_script(main, args):
     """Runs main(args); a user's mistake becomes one line on rank 0 and exit status 2, a loss that is not
     finite likewise and 3."""
     try:
         main(args)
-    except (InputError, NonFiniteError) as error:
+    except (InputError, NonFiniteError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            error = InputError("out of memory; lower --micro-seconds (eval.py, overlap.py: --batch-seconds), or "
+                               f"train with --bf16 or --recompute: {one_line(error)}")
+        elif not isinstance(error, (InputError, NonFiniteError)):
+            raise
         if int(os.environ.get("RANK", 0)) == 0 or isinstance(error, AudioError):
             print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
         sys.exit(3 if isinstance(error, NonFiniteError) else 2)
     if dist.is_initialized():
         dist.destroy_process_group()
-
 
 def at_least(low, kind=float):
     """An argparse type: a finite number of at least `low`."""
@@ -784,13 +723,11 @@ def at_least(low, kind=float):
     number.__name__ = kind.__name__             # for argparse's own message, "invalid int value"
     return number
 
-
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """The script's docstring as it stands, and defaults where there is one."""
 
     def _get_help_string(self, action):
         return action.help if action.default in (None, [], False) else super()._get_help_string(action)
-
 
 class Parser(argparse.ArgumentParser):
     """argparse with defaults in --help, no abbreviations, and `@file` whose lines may hold `--flag value`."""
@@ -806,7 +743,6 @@ class Parser(argparse.ArgumentParser):
 
     def convert_arg_line_to_args(self, line):
         return shlex.split(line, comments=True)
-
 
 def training_flags(parser, name):
     """The flags that opd.py and sft.py share."""
@@ -839,7 +775,6 @@ def training_flags(parser, name):
     add("--eval-every", type=at_least(0, int), default=0, help="steps between further evaluations; 0 = off")
     add("--seed", type=at_least(0, int), default=0, help="of new weights, order, sampling, masks")
 
-
 # ---- Corpora: generators over the layouts in which they are distributed ------------------------------------
 # Each yields dicts with `id`, `audio` (a path, or FLAC bytes) and what is known of text, language, speaker,
 # begin_time and end_time; or, for what cannot be used, (reason, which), counted and shown at the end.
@@ -856,14 +791,12 @@ def keyed_lines(path):
         raise InputError(f"{path}: {twice} is there twice; remove one of the lines")
     return values
 
-
 def chosen_splits(root, wanted):
     """The sub-folders of root that --split names, all of them without it."""
     there = sorted(path.name for path in Path(root).glob("*") if path.is_dir())
     for split in set(wanted) - set(there):
         raise InputError(f"--split {split}: no such folder in {root}; there are {', '.join(there) or 'none'}")
     return wanted or there
-
 
 def joined(paths, texts, **known):
     """Lines of audio files and {file stem: text}; what is on one side only is left out."""
@@ -874,7 +807,6 @@ def joined(paths, texts, **known):
         else:
             yield ("no transcript", str(paths[i])) if i in paths else ("no audio file", i)
 
-
 def librispeech(args):
     """SPLIT/SPEAKER/CHAPTER/*.flac with .trans.txt; capitals stay."""
     root = next(iter(Path(args.root).glob("LibriSpeech")), Path(args.root))
@@ -883,7 +815,6 @@ def librispeech(args):
             texts = [keyed_lines(path) for path in chapter.glob("*.trans.txt")]
             yield from joined(chapter.glob("*.flac"), dict(item for part in texts for item in part.items()),
                               language="en", speaker=chapter.parent.name)
-
 
 def aishell1(args):
     """wav/SPLIT/SPEAKER/*.wav, transcript/aishell_transcript_v0.8.txt; the blanks between words go."""
@@ -894,7 +825,6 @@ def aishell1(args):
             paths = sorted(speaker.glob("*.wav"))
             known = {p.stem: "".join(texts[p.stem].split()) for p in paths if p.stem in texts}
             yield from joined(paths, known, language="zh", speaker=speaker.name)
-
 
 def wenetspeech(args):
     """WenetSpeech.json, read as a stream, and the audio that it names; --split takes subsets of segments."""
@@ -917,13 +847,11 @@ def wenetspeech(args):
     for split in set(args.split) - found:
         raise InputError(f"--split {split}: no such subset in {path}; there are {', '.join(sorted(found))}")
 
-
 def kaldi(args):
     """wav.scp with paths, and segments, text, utt2spk where they are there."""
-    wavs, segments, texts, speakers = (
-        keyed_lines(os.path.join(args.root, name))
-        if name == "wav.scp" or os.path.exists(os.path.join(args.root, name)) else None
-        for name in ("wav.scp", "segments", "text", "utt2spk"))
+    wavs, segments, texts, speakers = (keyed_lines(os.path.join(args.root, name)) if name == "wav.scp"
+                                       or os.path.exists(os.path.join(args.root, name)) else None
+                                       for name in ("wav.scp", "segments", "text", "utt2spk"))
     for i, segment in (segments or {i: i for i in wavs}).items():
         recording, *times = segment.split() if segments else [i]
         source = wavs.get(recording, "")
@@ -940,7 +868,6 @@ def kaldi(args):
             yield "no audio file", f"{i} {path}"
         else:
             yield line if texts is None or i in texts else ("no transcript", i)
-
 
 def fsdd(args):
     """{digit}_{speaker}_{take}.wav; takes of one speaker are joined, with pauses, to strings of digits."""
@@ -978,7 +905,6 @@ def fsdd(args):
         yield dict(id=f"{speaker}-{n:06d}", audio=file.getvalue(), text=" ".join(words[d] for d, _ in picks),
                    language="en", speaker=speaker)
 
-
 def folder(args):
     """Audio below ROOT (wav, flac, ogg, opus, mp3, …), its transcript, if any, in a .txt beside it."""
     for path in sorted(path for path in Path(args.root).rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES):
@@ -988,9 +914,7 @@ def folder(args):
         except UnicodeDecodeError:
             yield "its .txt is not UTF-8", str(path)
 
-
 CORPORA = {corpus.__name__: corpus for corpus in (librispeech, aishell1, wenetspeech, kaldi, fsdd, folder)}
-
 
 def import_clip(line, language, pack, tars):
     """A corpus's line with duration, from the header alone, and language (by script where it has none).
@@ -1036,7 +960,6 @@ def import_clip(line, language, pack, tars):
         line = {key: value for key, value in line.items() if key not in ("begin_time", "end_time")}
     return line
 
-
 def import_corpus(args):
     """Writes the manifest of a corpus, with --pack its tar shards; prints what is in it and what is not."""
     out, partial, tars, left_out = Path(os.path.abspath(args.out)), Path(args.out + ".partial"), [], {}
@@ -1078,7 +1001,6 @@ def import_corpus(args):
     print(f"{args.out}: {n} clips, {seconds / 3600:.3f} hours, {n_untexted} without text, "
           f"{len(tars)} shard(s){why}")
 
-
 # ---- python data.py check ----------------------------------------------------------------------------------
 def check(path, max_seconds):
     """Reads every clip; prints counts, hours, languages and every defect with its line. → defects"""
@@ -1110,7 +1032,6 @@ def check(path, max_seconds):
     print(*(f"  {defect}\n" for defect in defects), f"{path}: {len(defects)} defect(s)", sep="")
     return len(defects)
 
-
 def parse_args(argv=None):
     parser = Parser(prog="data.py", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -1136,13 +1057,11 @@ def parse_args(argv=None):
             corpus.add_argument("--seed", type=at_least(0, int), default=0, help="seed of the strings")
     return parser.parse_args(argv)
 
-
 def main(args):
     if args.command in CORPORA:
         import_corpus(args)
     elif sum(check(path, args.max_seconds) for path in args.manifests):
         sys.exit(1)
-
 
 if __name__ == "__main__":
     run_script(main, parse_args())

@@ -44,7 +44,6 @@ VARIATION = re.compile("[\ufe00-\ufe0f\U000e0100-\U000e01ef]")       # selectors
 english = EnglishTextNormalizer()
 simplifier = functools.cache(lambda: opencc.OpenCC("t2s"))
 
-
 # ---- Scoring -----------------------------------------------------------------------------------------------
 def normalize(text, language, style="default", simplify=False):
     """The units that are compared: a list of words, or of characters for CHARACTER_LANGUAGES.
@@ -66,13 +65,11 @@ def normalize(text, language, style="default", simplify=False):
     text = text.replace(" ", "")
     return list(simplifier().convert(text) if simplify and language in ("zh", "yue") else text)
 
-
 def normalizer_name(language, style="default", simplify=False):
     """Name and version of what `normalize` does; a change of its results changes the version."""
     name = ("paper/1" if style == "paper" else "zh/1" if language in CHARACTER_LANGUAGES else "words/1"
             if language != "en" else f"en/1-whisper-{importlib.metadata.version('whisper-normalizer')}")
     return name + ("+t2s" if simplify and language in ("zh", "yue") else "")
-
 
 def count_errors(reference, hypothesis, language, style="default", simplify=False):
     """{errors, units, substitutions, deletions, insertions} of one clip, by jiwer.
@@ -85,19 +82,16 @@ def count_errors(reference, hypothesis, language, style="default", simplify=Fals
         s, d, i = 0, 0, len(hyp)                                # jiwer refuses an empty reference
     return dict(errors=s + d + i, units=len(ref), substitutions=s, deletions=d, insertions=i)
 
-
 def looping(text):
     """Whisper's sign of a repetition loop: the UTF-8 text compresses by more than 2.4."""
     raw = text.encode()
     return len(raw) > 2.4 * len(zlib.compress(raw))
-
 
 def resampled_sums(table, draws, seed):
     """(draws, c): column sums of a table (n, c) whose rows are drawn n times with replacement."""
     rng, table = np.random.default_rng(seed), np.asarray(table, dtype=np.float64)
     n = len(table)
     return np.stack([np.bincount(rng.integers(n, size=n), minlength=n) @ table for _ in range(draws)])
-
 
 def bootstrap(errors, units, draws, seed=0):
     """95 % percentile interval (low, high) of 100 × Σ errors / Σ units, utterances drawn with replacement.
@@ -108,18 +102,15 @@ def bootstrap(errors, units, draws, seed=0):
     rates = [100 * errors / units for errors, units in sums if units]
     return tuple(map(float, np.percentile(rates, [2.5, 97.5]))) if rates else (None, None)
 
-
 def language_of(fields):
     """Language code that a result line is scored in: its `language`, else the script of its text, else en."""
     return language_code(fields.get("language")) or script_language(fields["text"]) or "en"
-
 
 def score(results, style="default", simplify=False):
     """Result lines with their error counts, those that have a text and a hypothesis."""
     plain = [{key: value for key, value in r.items() if key not in COUNTS} for r in results]
     return [{**r, **count_errors(r["text"], r["hyp"], language_of(r), style, simplify)}
             if isinstance(r.get("hyp"), str) and isinstance(r.get("text"), str) else r for r in plain]
-
 
 def summarize(results, style="default", simplify=False, draws=10_000, seconds=None):
     """Corpus figures of one set from its scored lines: value = 100 × Σ errors / Σ units, low–high its 95 %
@@ -138,7 +129,6 @@ def summarize(results, style="default", simplify=False, draws=10_000, seconds=No
                 normalizer=", ".join(sorted({normalizer_name(x, style, simplify) for x in languages})),
                 rtf=seconds / audio_s if seconds and audio_s else None)
 
-
 def read_results(path):
     """Lines of a result file, each with `key`, what makes two lines the same clip, and `where`."""
     results = []
@@ -148,7 +138,6 @@ def read_results(path):
         results.append({"stopped": True, **clip.fields, "where": clip.where,
                         "key": (os.path.realpath(clip.audio), *clip.key[1:])})
     return results
-
 
 def compare(results_a, results_b, draws=10_000, seed=0):
     """Paired bootstrap of two systems over the same clips, in whatever order.
@@ -160,11 +149,10 @@ def compare(results_a, results_b, draws=10_000, seed=0):
     by_key_a, by_key_b = ({r["key"]: r for r in results} for results in (results_a, results_b))
     for results, own, other in ((results_a, by_key_a, by_key_b), (results_b, by_key_b, by_key_a)):
         for r in results:
-            wrong = ("is there twice" if own[r["key"]] is not r else
-                     "was not decoded, or has no text" if "errors" not in r else
-                     "is in one of the files only" if r["key"] not in other else
-                     "has another text or language in the other" if any(
-                         other[r["key"]].get(x) != r.get(x) for x in ("text", "language")) else None)
+            wrong = ("is there twice" if own[r["key"]] is not r else "was not decoded, or has no text"
+                     if "errors" not in r else "is in one of the files only" if r["key"] not in other
+                     else "has another text or language in the other"
+                     if any(other[r["key"]].get(x) != r.get(x) for x in ("text", "language")) else None)
             if wrong:
                 raise InputError(f"--compare: {r['where']}: {r['audio']} {wrong}")
     table = np.array([(r["errors"], by_key_b[r["key"]]["errors"], r["units"]) for r in results_a])
@@ -180,7 +168,6 @@ def compare(results_a, results_b, draws=10_000, seed=0):
     return dict(metric=summary["metric"], n=len(table), a=float(a), b=float(b), difference=float(b - a),
                 low=float(low), high=float(high), p=float(min(1.0, 2 * min(shares) / (len(differences) + 1))))
 
-
 def print_table(rows, header):
     """Aligned columns on screen: the first left, the others right."""
     rows = [header, *[["–" if cell is None else f"{cell:.2f}" if isinstance(cell, float) else str(cell)
@@ -189,7 +176,6 @@ def print_table(rows, header):
     for row in rows:
         print("  ".join(cell.ljust(w) if c == 0 else cell.rjust(w)
                         for c, (cell, w) in enumerate(zip(row, widths))))
-
 
 def print_summaries(summaries):
     """The table of several sets."""
@@ -200,7 +186,6 @@ def print_summaries(summaries):
           None if s["rtf"] is None else f"{s['rtf']:.4f}"] for stem, s in summaries.items()],
         "set|metric|%|95 %|S|D|I|clips|hours|empty|loops|capped|failed|RTF".split("|"))
     print("normalizer: " + "; ".join(sorted({s["normalizer"] or "none" for s in summaries.values()})))
-
 
 # ---- Decoding ----------------------------------------------------------------------------------------------
 def transcribe(model, clips, device, batch_seconds, label="decode", max_new_tokens=MAX_NEW_TOKENS,
@@ -234,7 +219,6 @@ def transcribe(model, clips, device, batch_seconds, label="decode", max_new_toke
         found = {i: value for share in shares for i, value in share.items()}
     return [found[i] for i in range(len(clips))]
 
-
 def evaluate(model, sets, device, batch_seconds, out=None, style="default", simplify=False, draws=10_000,
              strict=True, **caps):
     """Decodes and scores `sets` {stem: [Clip]}. → {stem: summary};
@@ -267,7 +251,6 @@ def evaluate(model, sets, device, batch_seconds, out=None, style="default", simp
         write_json(os.path.join(out, "summary.json"), summaries)
     return summaries
 
-
 def read_sets(paths, max_seconds):
     """{stem: [Clip]} of manifests or bare audio files.
     Raises InputError on equal stems and on clips over max_seconds."""
@@ -283,7 +266,6 @@ def read_sets(paths, max_seconds):
                 raise InputError(f"{clip.where}: {clip.duration:.1f} s is over --max-seconds "
                                  f"{max_seconds:g}; split the clip or raise it")
     return sets
-
 
 # ---- Command -----------------------------------------------------------------------------------------------
 def parse_args(argv=None):
@@ -310,7 +292,6 @@ def parse_args(argv=None):
     if args.compare and (args.out or not args.bootstrap):
         parser.error("--compare prints only, and needs --bootstrap draws")
     return args
-
 
 def main(args):
     style = dict(style=args.normalizer, simplify=args.simplify)
@@ -359,7 +340,6 @@ def main(args):
     if rank == 0 and failed:                    # the other ranks end in peace: torchrun would stop this one
         print(f"eval.py: {failed} clip(s) not decoded", file=sys.stderr)
         sys.exit(1)
-
 
 if __name__ == "__main__":
     run_script(main, parse_args())

@@ -57,7 +57,6 @@ CHAT_TEMPLATE = ("{% for message in messages %}{% if message['role'] == 'user' %
                  "<|begin_of_audio|><|audio|><|end_of_audio|>{% else %}{{ part['text'] }}{% endif %}"
                  "{% endfor %}{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")
 
-
 # ---- Front end: what a model wants to hear and read before the transcript ----------------------------------
 class FrontEnd:
     """Features, prompt and token ids of an Ark/GlmAsr model. Small and picklable: data workers carry it."""
@@ -112,7 +111,6 @@ class FrontEnd:
         return Rollout(padded, torch.tensor([len(row) for row in ids]),
                        torch.tensor([text is not None for text in texts]))
 
-
 class Qwen3ASRFrontEnd(FrontEnd):
     """The same of a Qwen3-ASR model: another length rule, the checkpoint's own chat template, and a language
     in the prompt (`language English<asr_text>`), without which the model would write it itself."""
@@ -146,14 +144,12 @@ class Qwen3ASRFrontEnd(FrontEnd):
         """Prompt ids (S,); without a language they end where it would be written."""
         return super().prompt(n_audio) + (self.language_ids(language) if language else [])
 
-
 def add_audio_tokens(tokenizer):
     """Adds to a stock Qwen tokenizer the prompt's control tokens that it lacks. → how many"""
     vocab = tokenizer.get_vocab()
     return tokenizer.add_special_tokens({"additional_special_tokens": [
         token for token in (*PROMPT_TOKENS, STOP_TOKEN, PAD_TOKEN) if token not in vocab]},
         replace_extra_special_tokens=False)
-
 
 def forbidden_ids(tokenizer, vocab_size, stop_id):
     """(V,) bool, True = never in a transcript: special, added `<…>`, rows without a token; not the stop."""
@@ -163,7 +159,6 @@ def forbidden_ids(tokenizer, vocab_size, stop_id):
     mask[[i for i in (*tokenizer.all_special_ids, *added) if i < vocab_size]] = True
     mask[stop_id] = False
     return mask
-
 
 # ---- Model -------------------------------------------------------------------------------------------------
 @dataclasses.dataclass
@@ -184,7 +179,6 @@ class Rollout:
     def to(self, device):
         return Rollout(*(None if value is None else value.to(device) for value in vars(self).values()))
 
-
 def key_masked_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, key_mask=None,
                          **kwargs):
     """The encoder's attention with padded key positions left out: (B, heads, T', d) → (B, T', heads, d).
@@ -195,12 +189,9 @@ def key_masked_attention(module, query, key, value, attention_mask, scaling, dro
                                          scale=scaling)
     return out.transpose(1, 2), None
 
-
 ALL_ATTENTION_FUNCTIONS.register("key_masked", key_masked_attention)
 
-
 THINKER = "{} is an original Qwen3-ASR checkpoint (thinker.* keys); take its conversion for transformers, {}"
-
 
 def local_folder(name):
     """`name` if it is a folder, else the cached, or now downloaded, folder of that hub repository."""
@@ -218,7 +209,6 @@ def local_folder(name):
         raise InputError(f"{name}: no folder of that name, and no such hub repository in the cache or within "
                          f"reach ({one_line(error)[:80]}); `hf download {name}` where there is a network, or "
                          "give a folder in its place, as in --student DIR") from error
-
 
 def load_net(name, dtype):
     """(stock net, tokenizer, processor or None) of a folder or hub name, its kind told by config.json."""
@@ -256,14 +246,12 @@ def load_net(name, dtype):
                          f"({len(wrong)} in all)")
     return net, tokenizer, processor
 
-
 def glm_asr_config(audio, text, tokenizer, tied):
     """GlmAsrConfig of an audio config (dict or object) and a text config object, ids from the tokenizer."""
     stop_id, pad_id, audio_id = tokenizer.convert_tokens_to_ids([STOP_TOKEN, PAD_TOKEN, AUDIO_TOKEN])
     text.bos_token_id, text.eos_token_id, text.pad_token_id = None, stop_id, pad_id
     return GlmAsrConfig(audio_config=audio, text_config=text, audio_token_id=audio_id,
                         tie_word_embeddings=tied)
-
 
 ARK_NAMES = [(r"^model\.", "model.language_model."),
              (r"^audio_encoder\.whisper\.(conv\d|layers)", r"model.audio_tower.\1"),
@@ -274,7 +262,6 @@ ARK_NAMES = [(r"^model\.", "model.language_model."),
              (r"(model\.audio_tower\.layers\.\d+)\.self_attn_layer_norm", r"\1.input_layernorm"),
              (r"(model\.audio_tower\.layers\.\d+)\.final_layer_norm", r"\1.post_attention_layernorm"),
              (r"(model\.audio_tower\.layers\.\d+)\.(fc\d)", r"\1.mlp.\2")]
-
 
 def import_ark(folder, raw, dtype):
     """(net, tokenizer, names that do not fit) of the released ARK-ASR checkpoint, without its remote code.
@@ -312,7 +299,6 @@ def import_ark(folder, raw, dtype):
             weights[key] = tensor
     missing, unexpected = net.load_state_dict(weights, strict=False)
     return net, tokenizer, [key for key in missing if not (tied and key == "lm_head.weight")] + unexpected
-
 
 class SpeechLM(nn.Module):
     """A speech-LM, student or teacher: a stock net, GlmAsr (Ark) or Qwen3-ASR, and its tokenizer."""
@@ -551,10 +537,8 @@ class SpeechLM(nn.Module):
         rollout = Rollout(ids, stop_at.minimum(caps), stop_at < caps)
         used, written = max(int((rollout.lens + rollout.stopped).max()), 1), rollout.row_mask()
         valid = torch.arange(k, device=caps.device) < (~forbidden).sum()        # forbidden ids come last
-        return Rollout(
-            ids.where(written, self.front_end.pad_id)[:, :used], rollout.lens, rollout.stopped,
-            topk_ids.where(written[:, :, None] & valid, -1)[:, :used])
-
+        return Rollout(ids.where(written, self.front_end.pad_id)[:, :used], rollout.lens, rollout.stopped,
+                       topk_ids.where(written[:, :, None] & valid, -1)[:, :used])
 
 class Decoder:
     """One-token steps of a Qwen LM after a prefill: fixed key and value storage, fused projections.
@@ -609,7 +593,6 @@ class Decoder:
             x = x + F.linear(self.act(gate) * up, down)
         return F.rms_norm(x, x.shape[-1:], self.norm, self.eps)
 
-
 @torch.no_grad()
 def self_check(model, waveforms, languages):
     """Does the model agree with itself? Its greedy transcripts of a few clips, scored by teacher forcing.
@@ -641,7 +624,6 @@ def self_check(model, waveforms, languages):
     model.train(was_training)
     return found
 
-
 def check_languages(clips, *models):
     """Raises InputError where a manifest names a language that a model's prompt cannot."""
     known = [set(model.front_end.languages) for model in models if model.front_end.languages]
@@ -650,11 +632,9 @@ def check_languages(clips, *models):
             raise InputError(f'{clip.where}: "language" is {clip.language!r}, which Qwen3-ASR does not know; '
                              f"it takes {', '.join(sorted(LANGUAGES))} or nothing")
 
-
 def positions_of(mask):
     """Position ids (B, L) of left-padded rows: 0 at the first True of (B, L)."""
     return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
-
 
 # ---- Loss: union-support KL (paper Eq. 1) ------------------------------------------------------------------
 @dataclasses.dataclass
@@ -664,7 +644,6 @@ class Alignment:
     to_student: torch.Tensor        # (V_teacher,)
     student_forbidden: torch.Tensor   # (V_student,) bool: forbidden in the student, or without a counterpart
     teacher_forbidden: torch.Tensor   # (V_teacher,) bool, likewise
-
 
 def align_vocabularies(student, teacher):
     """`Alignment`; InputError where over 1 % of the student's text tokens have no counterpart."""
@@ -685,11 +664,9 @@ def align_vocabularies(student, teacher):
     maps = (to_teacher, to_student, to_teacher < 0, to_student < 0)
     return Alignment(*(x.to(student.forbidden.device) for x in maps))
 
-
 def teacher_rollout(rollout, alignment):
     """The same transcripts in the teacher's ids (padding becomes id 0; it is never read)."""
     return Rollout(alignment.to_teacher[rollout.ids].clamp(min=0), rollout.lens, rollout.stopped)
-
 
 def union_support(student_ids, teacher_ids):
     """U_t = S_t ∪ T_t without duplicates and invalid ids (Eq. 1).
@@ -701,7 +678,6 @@ def union_support(student_ids, teacher_ids):
     first[:, 1:] = ids[:, 1:] != ids[:, :-1]
     support_mask = first & (ids >= 0)
     return ids.masked_fill(~support_mask, -1), support_mask
-
 
 def support_kl(student_logits, teacher_logits, support_mask, temperature=1.0):
     """KL(teacher ‖ student) on the support, both renormalised there (Eq. 1): τ² Σ_u p_u (log p_u − log q_u).
@@ -722,7 +698,6 @@ def support_kl(student_logits, teacher_logits, support_mask, temperature=1.0):
     difference = log_p.masked_fill(p == 0, 0) - log_q.masked_fill(p == 0, 0)          # 0 log 0 = 0
     return temperature ** 2 * (p * difference).sum(dim=1) * counted, counted
 
-
 @torch.no_grad()
 def teacher_support(teacher, hidden, student_topk, alignment, k, chunk=1024):
     """The union support of every row and the teacher's scores on it.
@@ -742,7 +717,6 @@ def teacher_support(teacher, hidden, student_topk, alignment, k, chunk=1024):
         none = student_topk.new_empty((0, student_topk.shape[1] + k))
         return none, none.bool(), none.float(), none[:, :k]
     return tuple(torch.cat(column) for column in zip(*parts))
-
 
 class SupportScores(torch.autograd.Function):
     """scores[n, u] = weight[ids[n, u]] · hidden[n]: (V, H), (N, H), (N, U) → (N, U) float32, a chunk of rows
@@ -772,13 +746,11 @@ class SupportScores(torch.autograd.Function):
             grad_weight.index_add_(0, rows.flatten(), (g[:, :, None] * hidden[i:i + n, None]).flatten(0, 1))
         return grad_weight.to(weight.dtype), grad_hidden, None
 
-
 def student_scores(head_weight, hidden, support_ids):
     """Raw logits of the support only: (V, H) output matrix, (N, H) rows, (N, U) ids → (N, U), float32 (float64
     if the matrix is). No (N, V) tensor is made."""
     dtype = torch.promote_types(head_weight.dtype, torch.float32)
     return SupportScores.apply(head_weight, hidden.to(dtype), support_ids.clamp(min=0))
-
 
 def full_kl(student, student_hidden, teacher, teacher_hidden, alignment, temperature=1.0, chunk=256):
     """`support_kl` over all ids that both models may write. Exact: (N, H) and (N, H') rows → kl (N,), counted
@@ -793,7 +765,6 @@ def full_kl(student, student_hidden, teacher, teacher_hidden, alignment, tempera
              for rows in zip(student_hidden.split(chunk), teacher_hidden.split(chunk))]
     return tuple(torch.cat(column) for column in zip(*parts))
 
-
 def speed_options(model, compiled, checkpointed):
     """torch.compile of encoder and LM; activations recomputed in backward. Neither changes results."""
     if checkpointed:
@@ -801,7 +772,6 @@ def speed_options(model, compiled, checkpointed):
     if compiled:
         model.encoder.compile(dynamic=True)
         model.lm.compile(dynamic=True)
-
 
 # ---- Optimizer, schedule, checkpoints ----------------------------------------------------------------------
 def make_optimizer(modules, lr, weight_decay):
@@ -812,13 +782,11 @@ def make_optimizer(modules, lr, weight_decay):
     return torch.optim.AdamW([dict(params=decay, weight_decay=weight_decay),
                               dict(params=no_decay, weight_decay=0.0)], lr=lr, betas=(0.9, 0.95), fused=True)
 
-
 def cosine_lr(step, steps, warmup_steps, lr):
     """Learning rate of update `step` (from 0): linear warm-up, then a cosine to 0 at `steps`."""
     if step < warmup_steps:
         return lr * (step + 1) / warmup_steps
     return lr * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(steps - warmup_steps, 1)))
-
 
 def shard(model, bf16):
     """Shards a student over the ranks (FSDP2): float32 shards and gradients, compute in bf16 if asked; a
@@ -836,18 +804,15 @@ def shard(model, bf16):
         module.set_force_sum_reduction_for_comms(True)
     return actor
 
-
 def whole(tensor):
     """A sharded tensor whole, on every rank at once; any other as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
 
 @torch.no_grad()
 def refresh(actor, model):
     """Copies the weights of a sharded model to its whole copy, so that writing needs no collective."""
     for mine, sharded in zip(actor.parameters(), model.parameters()) if actor is not model else ():
         mine.copy_(whole(sharded))
-
 
 def training_state(model, optimizer):
     """Weights and AdamW's moments by the parameters' names, sharded as they are, for DCP to fill or save."""
@@ -859,7 +824,6 @@ def training_state(model, optimizer):
     return dict(step=torch.zeros(()), model={name: p.detach() for name, p in named.items()},
                 **{key: {name: optimizer.state[p][key] for name, p in named.items()}
                    for key in ("exp_avg", "exp_avg_sq")})
-
 
 def save_checkpoint(out, step, model, optimizer, keep=2):
     """Writes out/checkpoints/step-N: `model`, a Hugging Face folder, and `state`, torch's distributed
@@ -902,7 +866,6 @@ def save_checkpoint(out, step, model, optimizer, keep=2):
     if all_reduce_sum([problem is not None], model.forbidden.device)[0]:
         raise InputError(f"checkpoint {final} could not be written: {problem or 'see rank 0'}; the previous one "
                          "is intact: free some space, then --resume auto")
-
 
 def load_checkpoint(folder, model, optimizer):
     """Restores weights and optimizer from a checkpoint's `state`, whatever the number of ranks that wrote it.

@@ -24,9 +24,8 @@ from torch import nn
 from tqdm import tqdm
 
 from data import (Batch, Clips, InputError, Parser, StepDataset, add_lines, all_reduce_sum, at_least, barrier,
-                  catch_sigterm, collate, find_run, load_or_note, memory, probe, read_json, read_lines,
-                  report_bad, run_script, setup_distributed, start_run, step_batches, stop_nonfinite,
-                  training_flags, write_json)
+                  catch_sigterm, collate, find_run, finish_run, load_or_note, memory, print_plan, print_probe, read_json,
+                  read_lines, report_bad, run_script, setup_distributed, start_run, step_batches, stop_nonfinite, training_flags)
 from eval import evaluate, looping, print_table, read_sets
 from model import (Rollout, SpeechLM, align_vocabularies, check_languages, cosine_lr, full_kl, load_checkpoint,
                    make_optimizer, refresh, save_checkpoint, self_check, shard, speed_options, student_scores,
@@ -34,7 +33,6 @@ from model import (Rollout, SpeechLM, align_vocabularies, check_languages, cosin
 from overlap import set_overlap
 
 PHASES = ("data", "rollout", "teacher", "update")
-
 
 # ---- The method: rollout → teacher rows → union KL → gradient ----------------------------------------------
 @dataclasses.dataclass
@@ -50,7 +48,6 @@ class Scored:
     teacher_hidden: torch.Tensor    # (N, H')
     encoded: tuple | None           # the student's encoder result with its graph, where the rollout left it
 
-
 @torch.no_grad()
 def score_rollout(teacher, alignment, batch, teacher_batch, rollout, k, encoded=None):
     """The frozen teacher on the student's own tokens: top-k ids, union support and raw logits there.
@@ -59,7 +56,6 @@ def score_rollout(teacher, alignment, batch, teacher_batch, rollout, k, encoded=
     student_topk = rollout.topk_ids[rollout.row_mask()]                                       # (N, K)
     ids, mask, scores, teacher_topk = teacher_support(teacher, hidden, student_topk, alignment, k)
     return Scored(batch, rollout, student_topk, teacher_topk, ids, mask, scores, hidden, encoded)
-
 
 def backward_kl(student, scored, tau, device, full=None, bf16=False):
     """Gradient of L = Σ_t KL_t / |𝒯| (Eq. 1), 𝒯 counted over all micro-batches and ranks of the step. full =
@@ -84,7 +80,6 @@ def backward_kl(student, scored, tau, device, full=None, bf16=False):
         at_1.append(support_kl(student_logits.detach(), s.teacher_scores, s.support_mask)[0])
     return losses, at_1, n_counted
 
-
 def rollout_sums(scored, front_end):
     """What the log needs, summed over this rank's rows and clips, in a fixed order."""
     names = ("rows", "vuss", "overlap_ratio", "top1", "clips", "tokens", "empty", "capped", "looping", "silent")
@@ -98,7 +93,6 @@ def rollout_sums(scored, front_end):
         sums = {name: sums[name] + float(value) for name, value in zip(names, values)}
     return sums
 
-
 def write_samples(path, step, clips, front_end, rollout, teacher_texts, kl, n=2):
     """A few rollouts to read: reference if there is one, student, teacher's own greedy text,
     KL per token in nats."""
@@ -109,7 +103,6 @@ def write_samples(path, step, clips, front_end, rollout, teacher_texts, kl, n=2)
         teacher=teacher_texts[b], stopped=bool(rollout.stopped[b]),
         tokens=[front_end.tokenizer.decode([i]) for i in ids[b]],
         kl=[round(x, 4) for x in per_clip[b].tolist()]) for b, clip in enumerate(clips[:n])])
-
 
 # ---- Command -----------------------------------------------------------------------------------------------
 def parse_args(argv=None):
@@ -130,7 +123,6 @@ def parse_args(argv=None):
     add("--sample-every", type=at_least(0, int), default=100,
         help="steps between samples (2 rollouts) in samples.jsonl; 0 = off")
     return parser.parse_args(argv)
-
 
 def main(args):
     # ---- distributed ---------------------------------------------------------------------------------------
@@ -168,13 +160,7 @@ def main(args):
         refresh(actor, student)
     log = start_run(args, rank, first_step)
     if rank == 0:
-        print(f"train: {len(clips)} clips, {clips.seconds.sum(dtype=float) / 3600:.2f} h, {clips.n_long} left out "
-              f"as longer than {args.max_seconds:g} s; {args.steps} steps of {args.batch_size} clips = "
-              f"{args.steps * args.batch_size / len(clips):.1f} epochs; "
-              f"student {sum(p.numel() for p in student.parameters()) / 1e6:.2f} M "
-              f"and teacher {sum(p.numel() for p in teacher.parameters()) / 1e6:.2f} M parameters, "
-              f"{world} process(es) on {device.type}", flush=True)
-
+        print_plan(args, clips, world, device, student=student, teacher=teacher)
     speed_options(student, args.compile, args.recompute)
     speed_options(teacher, args.compile, False)
     student_front_end, teacher_front_end = student.front_end, teacher.front_end
@@ -193,21 +179,6 @@ def main(args):
                 collate(waveforms, teacher_front_end, languages, mels if same else None),
                 torch.from_numpy(uniforms))
 
-    def write(batch, uniforms, forbidden, encoded=None):
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-            return actor.sample(batch, args.max_new_tokens, args.temperature, args.k, args.tokens_per_second,
-                                forbidden, uniforms, encoded)
-
-    def attempt(waveforms):
-        languages, endless = ["en"] * len(waveforms), alignment.student_forbidden.clone()
-        endless[student_front_end.stop_id] = True
-        batch, teacher_batch = (collate(waveforms, front_end, languages).to(device)
-                                for front_end in (student_front_end, teacher_front_end))
-        rollout = write(batch, None, endless)
-        scored = [score_rollout(teacher, alignment, batch, teacher_batch, rollout, args.k)]
-        backward_kl(student, scored, args.tau, device, full, args.bf16)
-        optimizer.zero_grad(set_to_none=True)
-
     def run_eval(step):
         folder = os.path.join(args.out, f"eval-{step}")
         if step == 0 and first_step > 0:        # "before" is the first start's, if it had any
@@ -215,16 +186,13 @@ def main(args):
         return evaluate(actor, eval_sets, device, args.micro_seconds, folder, strict=args.on_bad_audio == "error")
 
     before = run_eval(0) if eval_sets else {}
-    if first_step < args.steps:
-        probe(args, rank, clips.seconds, world, attempt)
     # ---- training loop -------------------------------------------------------------------------------------
     dataset = StepDataset(clips.seconds, args.batch_size, args.micro_seconds, args.seed, rank, world, make)
     batches = step_batches(dataset, first_step, args.steps, args.workers)
-    bar = tqdm(range(first_step, args.steps), initial=first_step, total=args.steps, disable=rank > 0,
-               desc="opd", mininterval=1)
-    for step in bar:
-        done, clock = step + 1, [time.perf_counter()]
-        micros, bad = next(batches)
+    bar = tqdm(initial=first_step, total=args.steps, disable=rank > 0, desc="opd", mininterval=1)
+    clock = [time.perf_counter()]
+    for step, micros, bad in batches:
+        done = step + 1
         clock.append(time.perf_counter())
         # ---- rollout: the student writes, no gradient ------------------------------------------------------
         rolled = []
@@ -235,7 +203,9 @@ def main(args):
             # student, whose encoder is whole only inside its forward pass.
             with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
                 encoded = student.encode(batch) if len(micros) == 1 and actor is student else None
-            rollout = write(batch, uniforms, alignment.student_forbidden, encoded)
+                rollout = actor.sample(
+                    batch, args.max_new_tokens, args.temperature, args.k, args.tokens_per_second,
+                    alignment.student_forbidden, uniforms, encoded)
             if None in teacher_batch.languages:         # not in the manifest: by the script of the rollout
                 teacher_batch = teacher.with_languages(teacher_batch, student_front_end.texts(rollout))
             rolled.append((batch, teacher_batch, rollout, args.k, encoded))
@@ -245,6 +215,11 @@ def main(args):
         clock.append(time.perf_counter())
         # ---- loss, backward --------------------------------------------------------------------------------
         losses, losses_at_1, n_counted = backward_kl(student, scored, args.tau, device, full, args.bf16)
+        if step < 0:                                    # the trial of the longest clips
+            optimizer.zero_grad(set_to_none=True)
+            print_probe(args, rank)
+            clock = [time.perf_counter()]
+            continue
         grad_norm = whole(nn.utils.clip_grad_norm_(student.parameters(), args.clip or float("inf"))).item()
         sums = rollout_sums(scored, student_front_end)
         loss, kl, n_bad, stopping, *totals = all_reduce_sum(
@@ -254,11 +229,8 @@ def main(args):
         if n_bad:
             report_bad(args, done, bad)
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
-            stop_nonfinite(args, rank, done, [
-                dict(step=done, clip=clips[i].where, audio=clips[i].audio, ids=ids[:n], text=text)
-                for (indices, *_), s in zip(micros, scored) for i, ids, n, text in
-                zip(indices, s.rollout.ids.tolist(), s.rollout.lens.tolist(), student_front_end.texts(s.rollout))
-            ], loss, grad_norm)
+            stop_nonfinite(args, rank, done, clips, [(m[0], s.rollout) for m, s in zip(micros, scored)],
+                           student_front_end, f"loss {loss}, gradient norm {grad_norm}")
         # ---- step ------------------------------------------------------------------------------------------
         for group in optimizer.param_groups:
             group["lr"] = cosine_lr(step, args.steps, args.warmup_steps, args.lr)
@@ -277,6 +249,7 @@ def main(args):
                        clips_per_s=sums["clips"] / (clock[-1] - clock[0]),
                        **{f"{phase}_s": b - a for phase, a, b in zip(PHASES, clock, clock[1:])}, **memory())
         log(metrics)
+        bar.update()
         bar.set_postfix({"loss": f"{metrics['loss']:.3f}", "kl": f"{metrics['kl']:.3f}", "vuss":
                          f"{metrics['vuss']:.1f}", "clips/s": f"{metrics['clips_per_s']:.0f}"}, refresh=False)
         if rank == 0 and args.sample_every and (step % args.sample_every == 0 or done == args.steps):
@@ -295,16 +268,14 @@ def main(args):
             if rank == 0:
                 print_table([[stem, s["metric"], s["value"]] for stem, s in summaries.items()],
                             [f"step {done}", "metric", "%"])
+        clock = [time.perf_counter()]
+    bar.close()
     after = run_eval(args.steps) if eval_sets else {}
     # ---- summary -------------------------------------------------------------------------------------------
     if rank == 0:
         lines = read_lines(os.path.join(args.out, "metrics.jsonl"))
         vuss_ends = [float(np.mean([line["vuss"] for line in part])) for part in (lines[:10], lines[-10:])]
         seconds = {phase: sum(line[f"{phase}_s"] for line in lines) for phase in PHASES}
-        summary = dict(steps=args.steps, before=before, after=after, vuss_first=vuss_ends[0],
-                       vuss_last=vuss_ends[1], seconds=seconds, skipped=sum(line["skipped"] for line in lines),
-                       model=os.path.join(args.out, "model"))
-        write_json(os.path.join(args.out, "summary.json"), summary)
         rows = [[stem, s["metric"], s["value"], after[stem]["value"]] for stem, s in before.items()
                 if stem in after and None not in (s["value"], after[stem]["value"])]
         if len(rows) > 1:
@@ -315,11 +286,9 @@ def main(args):
         print(f"VUSS {vuss_ends[0]:.2f} → {vuss_ends[1]:.2f} (first and last 10 steps)   "
               + "   ".join(f"{phase} {s:.1f} s" for phase, s in seconds.items())
               + f"   peak {lines[-1]['rss_gb']:.2f} GB")
-        if summary["skipped"]:
-            print(f"skipped: {summary['skipped']} clips that could not be used, listed in {args.out}/bad.jsonl")
-        print(f"model: {summary['model']}")
+        finish_run(args, lines, before=before, after=after, vuss_first=vuss_ends[0], vuss_last=vuss_ends[1],
+                   seconds=seconds, model=os.path.join(args.out, "model"))
     barrier()
-
 
 if __name__ == "__main__":
     example = os.path.join(os.path.dirname(os.path.abspath(__file__)), "example", "opd.args")

@@ -24,7 +24,6 @@ from model import (SpeechLM, align_vocabularies, check_languages, support_kl, te
 MEASURES = ("vuss", "overlap_ratio", "jaccard", "top1", "mass_student", "mass_teacher", "advantage",
             "entropy_gap", "kl_union", "kl_full")
 
-
 def set_overlap(student_topk, teacher_topk, support_mask):
     """Per-row set measures from top-k ids (N, K) (student ids, −1 invalid, best first) and the union's mask
     (N, 2K).
@@ -35,7 +34,6 @@ def set_overlap(student_topk, teacher_topk, support_mask):
     both = (student_topk >= 0).sum(1).double() + (teacher_topk >= 0).sum(1) - union    # |I| = |S| + |T| − |U|
     return dict(vuss=union, overlap_ratio=both / student_topk.shape[1], jaccard=both / union.clamp(min=1),
                 top1=((student_topk[:, 0] == teacher_topk[:, 0]) & (student_topk[:, 0] >= 0)).double())
-
 
 def probability_overlap(student_logits, teacher_logits, student_topk, teacher_topk):
     """Per-row measures on probabilities. Logits (N, V) in one id space, −inf where forbidden; top-k ids (N,
@@ -64,7 +62,6 @@ def probability_overlap(student_logits, teacher_logits, student_topk, teacher_to
                 entropy_gap=(entropy_q - entropy_p).abs(),
                 kl_union=support_kl(log_p.gather(1, columns), log_q.gather(1, columns), support_mask)[0],
                 kl_full=(q * (plain(log_q, q) - plain(log_p, q))).sum(1))
-
 
 @torch.no_grad()
 def measure(student, teacher, alignment, waveforms, languages, k, max_new_tokens, tokens_per_second, device,
@@ -96,7 +93,6 @@ def measure(student, teacher, alignment, waveforms, languages, k, max_new_tokens
     clip, position = row_mask.nonzero(as_tuple=True)
     return values, clip.tolist(), (4 * position // (rollout.lens + rollout.stopped)[clip]).tolist()
 
-
 def parse_args(argv=None):
     parser = Parser(prog="overlap.py", description=__doc__)
     add = parser.add_argument
@@ -111,7 +107,6 @@ def parse_args(argv=None):
     add("--tokens-per-second", type=at_least(0), default=8.0,
         help="a clip's cap is also this × its seconds + 16 tokens; 0 = off")
     return parser.parse_args(argv)
-
 
 def main(args):
     rank, world, device = setup_distributed()
@@ -153,7 +148,6 @@ def main(args):
     if args.out:
         write_json(args.out, dict(student=args.student, teacher=args.teacher, data=args.data, k=args.k,
                                   clips=len(clips), measures=table))
-
 
 if __name__ == "__main__":
     run_script(main, parse_args())

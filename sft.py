@@ -22,14 +22,13 @@ import transformers
 from torch import nn
 from tqdm import tqdm
 
-from data import (SAMPLE_RATE, Clips, InputError, Parser, StepDataset, all_reduce_sum, at_least, barrier,
-                  catch_sigterm, collate, find_run, load_or_note, memory, one_line, probe, read_json, read_lines,
-                  report_bad, run_script, script_language, setup_distributed, start_run, step_batches,
-                  stop_nonfinite, training_flags, write_json)
+from data import (Clips, InputError, Parser, StepDataset, all_reduce_sum, at_least, barrier, catch_sigterm, collate,
+                  find_run, finish_run, load_or_note, memory, one_line, print_plan, print_probe, read_json, read_lines,
+                  report_bad, run_script, script_language, setup_distributed, start_run, step_batches, stop_nonfinite,
+                  training_flags)
 from eval import evaluate, print_table, read_sets
 from model import (SpeechLM, check_languages, cosine_lr, load_checkpoint, make_optimizer, refresh,
                    save_checkpoint, shard, speed_options, whole)
-
 
 def parse_args(argv=None):
     parser = Parser(prog="sft.py", description=__doc__)
@@ -50,7 +49,6 @@ def parse_args(argv=None):
     add("--freq-width", type=at_least(1, int), default=27, help="widest frequency mask, of 128 mel bins")
     return parser.parse_args(argv)
 
-
 def augment(mel, args, step, clip):
     """SpecAugment on one clip's mel (128, F), a pure function of (seed, step, clip).
     The mask value 0 is near the mean."""
@@ -61,7 +59,6 @@ def augment(mel, args, step, clip):
             for _ in range(masks):
                 mel = torchaudio.functional.mask_along_axis(mel[None], width, 0.0, axis + 1)[0]
     return mel
-
 
 def ctc_loss(ctc_head, frames, frame_lens, texts):
     """Sum over clips of CTC / bytes of its UTF-8 text: frames (B, T', D), lens (B,). → loss, clips too short
@@ -77,7 +74,6 @@ def ctc_loss(ctc_head, frames, frame_lens, texts):
     there = torch.tensor([text is not None for text in texts])          # a place without a clip counts for nothing
     return ((losses / lens.clamp(min=1).to(losses.device)).where(there.to(losses.device), 0).sum(),
             int((needed > frame_lens.cpu()).sum()))
-
 
 def main(args):
     # ---- distributed ---------------------------------------------------------------------------------------
@@ -124,12 +120,7 @@ def main(args):
         load_checkpoint(checkpoint, model, optimizer)
     log = start_run(args, rank, first_step)
     if rank == 0:
-        print(f"train: {len(clips)} clips, {clips.seconds.sum(dtype=float) / 3600:.2f} h, {clips.n_long} left out "
-              f"as longer than {args.max_seconds:g} s, {clips.n_failed} that eval.py could not decode; "
-              f"{args.steps} steps of {args.batch_size} clips = "
-              f"{args.steps * args.batch_size / len(clips):.1f} epochs; "
-              f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
-              f"{world} process(es) on {device.type}", flush=True)
+        print_plan(args, clips, world, device, model=model)
     speed_options(model, args.compile, args.recompute)
     front_end, n_positions = model.front_end, model.net.config.text_config.max_position_embeddings
 
@@ -148,30 +139,6 @@ def main(args):
             languages.append(clip.language or script_language(clip.text) or "en")
         return indices, collate(waveforms, front_end, languages, mels), front_end.transcripts(texts), texts
 
-    def backward(micros):
-        """Gradient of Σ cross-entropy over tokens / tokens of the global batch, plus the weighted CTC loss per
-        clip. → their sums on this rank, clips too short for CTC, tokens of all ranks"""
-        n_tokens = all_reduce_sum([sum(int(targets.row_mask().sum()) for *_, targets, _ in micros)], device)[0]
-        sums = [0.0, 0.0, 0]
-        for *_, batch, targets, texts in micros:
-            batch, targets = batch.to(device), targets.to(device)
-            model.set_requires_gradient_sync(texts is micros[-1][-1])
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-                hidden, frames, frame_lens = model(batch, targets)
-                logits = model.head(hidden).float()                                           # (N, V)
-            ce = F.cross_entropy(logits, targets.ids[targets.row_mask()], reduction="sum")
-            ctc, short = (ctc_loss(model.ctc_head, frames, frame_lens, texts) if args.ctc_weight
-                          else (ce.new_zeros(()), 0))
-            (ce / max(n_tokens, 1) + args.ctc_weight * ctc / args.batch_size).backward()
-            sums = [sums[0] + ce.item(), sums[1] + ctc.item(), sums[2] + short]
-        return *sums, n_tokens
-
-    def attempt(waveforms):
-        texts = ["a" * min(int(8 * len(w) / SAMPLE_RATE) + 16, n_positions // 2) for w in waveforms]
-        batch = collate(waveforms, front_end, ["en"] * len(texts))
-        backward([(None, batch, front_end.transcripts(texts), texts)])
-        optimizer.zero_grad(set_to_none=True)
-
     def run_eval(step):
         refresh(actor, model)
         summaries = evaluate(actor, eval_sets, device, args.micro_seconds,
@@ -181,29 +148,40 @@ def main(args):
                         [f"step {step}", "metric", "%"])
         return summaries
 
-    if first_step < args.steps:
-        refresh(actor, model)
-        probe(args, rank, clips.seconds, world, attempt)
     # ---- training loop -------------------------------------------------------------------------------------
     dataset = StepDataset(clips.seconds, args.batch_size, args.micro_seconds, args.seed, rank, world, make)
-    bar = tqdm(range(first_step, args.steps), initial=first_step, total=args.steps, disable=rank > 0,
-               desc="sft", mininterval=2)
     batches, summaries = step_batches(dataset, first_step, args.steps, args.workers), None
-    for step in bar:
-        done, start = step + 1, time.perf_counter()
-        micros, bad = next(batches)
-        data_s = time.perf_counter() - start
+    bar = tqdm(initial=first_step, total=args.steps, disable=rank > 0, desc="sft", mininterval=2)
+    start = time.perf_counter()
+    for step, micros, bad in batches:
+        done, data_s = step + 1, time.perf_counter() - start
+        n_tokens = all_reduce_sum([sum(int(targets.row_mask().sum()) for _, _, targets, _ in micros)], device)[0]
         # ---- loss, backward --------------------------------------------------------------------------------
-        loss, ctc, n_short, n_tokens = backward(micros)
+        # Σ cross-entropy over tokens / tokens of the global batch, plus the weighted CTC loss per clip
+        loss = ctc = n_short = 0
+        for i, (_, batch, targets, texts) in enumerate(micros):
+            batch, targets = batch.to(device), targets.to(device)
+            model.set_requires_gradient_sync(i == len(micros) - 1)
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+                hidden, frames, frame_lens = model(batch, targets)
+                logits = model.head(hidden).float()                                           # (N, V)
+            ce = F.cross_entropy(logits, targets.ids[targets.row_mask()], reduction="sum")
+            ctc_sum, short = (ctc_loss(model.ctc_head, frames, frame_lens, texts) if args.ctc_weight
+                              else (ce.new_zeros(()), 0))
+            (ce / max(n_tokens, 1) + args.ctc_weight * ctc_sum / args.batch_size).backward()
+            loss, ctc, n_short = loss + ce.item(), ctc + ctc_sum.item(), n_short + short
+        if step < 0:                                    # the trial of the longest clips
+            optimizer.zero_grad(set_to_none=True)
+            print_probe(args, rank)
+            start = time.perf_counter()
+            continue
         norm = whole(nn.utils.clip_grad_norm_(model.parameters(), args.clip or float("inf"))).item()
         loss, ctc, n_short, n_bad, stopping = all_reduce_sum([loss, ctc, n_short, len(bad), stop.is_set()], device)
         if n_bad:
             report_bad(args, done, bad)
         if not math.isfinite(loss + ctc) or not math.isfinite(norm):
-            stop_nonfinite(args, rank, done, [
-                dict(step=done, clip=clips[i].where, audio=clips[i].audio, ids=ids[:n], text=text)
-                for indices, _, targets, texts in micros for i, ids, n, text in
-                zip(indices, targets.ids.tolist(), targets.lens.tolist(), texts)], loss + ctc, norm)
+            stop_nonfinite(args, rank, done, clips, [(indices, targets) for indices, _, targets, _ in micros],
+                           front_end, f"loss {loss}, CTC {ctc}, gradient norm {norm}")
         # ---- step ------------------------------------------------------------------------------------------
         for group in optimizer.param_groups:
             group["lr"] = cosine_lr(step, args.steps, args.warmup_steps, args.lr)
@@ -216,6 +194,7 @@ def main(args):
             grad_norm=norm, lr=optimizer.param_groups[0]["lr"], tokens=n_tokens, skipped=int(n_bad),
             clips_per_s=args.batch_size / seconds, step_s=seconds, data_s=data_s, update_s=seconds - data_s,
             **memory())
+        bar.update()
         bar.set_postfix({"loss": f"{metrics['loss']:.3f}", "clips/s": f"{metrics['clips_per_s']:.1f}"},
                         refresh=False)
         if eval_sets and (done == args.steps or args.eval_every and done % args.eval_every == 0):
@@ -228,17 +207,13 @@ def main(args):
             if rank == 0:
                 print(f"stopped by SIGTERM after step {done}; the same command with --resume auto goes on")
             return
+        start = time.perf_counter()
+    bar.close()
     if eval_sets and summaries is None:             # resumed after its last step
         summaries = run_eval(args.steps)
     if rank == 0:
-        lines = read_lines(os.path.join(args.out, "metrics.jsonl"))
-        summary = dict(steps=args.steps, eval=summaries or {}, skipped=sum(line["skipped"] for line in lines))
-        write_json(os.path.join(args.out, "summary.json"), summary)
-        if summary["skipped"]:
-            print(f"skipped: {summary['skipped']} clips that could not be used, listed in {args.out}/bad.jsonl")
-        print(f"model: {os.path.join(args.out, 'model')}")
+        finish_run(args, read_lines(os.path.join(args.out, "metrics.jsonl")), eval=summaries or {})
     barrier()
-
 
 if __name__ == "__main__":
     run_script(main, parse_args())
