@@ -55,7 +55,7 @@ FIELDS = {                      # a manifest's keys: their types, and what to ca
     "audio": ((str,), "a path"), "text": ((str,), "a string"), "language": ((str,), "a string"),
     **dict.fromkeys(("duration", "begin_time", "end_time"), ((int, float), "a number of seconds")),
     **dict.fromkeys(("offset", "nbytes", "crc32"), ((int,), "a whole number of bytes"))}
-STATES = ("text", "no text", "failed")      # of a line: with text_field or none wanted, without, without but "error"
+STATES = ("text", "no text", "failed")      # of a line; failed: a result line with "error" in its place
 ROW = np.dtype([("offset", "<i8"), ("line", "<u4"), ("seconds", "<f4"), ("language", "u1"), ("state", "u1")])
 SHARD_BYTES = 10**9             # a tar shard ends at the first clip beyond this
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".au", ".caf", ".w64",
@@ -116,6 +116,8 @@ def parse_line(line, where, folder, text_field="text"):
     for name, (kinds, what) in FIELDS.items():
         key = text_field if name == "text" else name
         value = fields.get(key)
+        if value is None and name in ("audio", "duration"):
+            raise InputError(f'{where}: key "{name}" is missing; every line needs {what}, "{name}"')
         if value is None:
             continue
         if type(value) not in kinds:                    # type, not isinstance: True is no number
@@ -123,16 +125,13 @@ def parse_line(line, where, folder, text_field="text"):
         if kinds[0] is not str and not -2**62 < value < 2**62:        # NaN, infinity, or in no file
             raise InputError(f'{where}: "{key}" must be finite, found {str(value)[:20]}')
         found[name] = value
-    for key in ("audio", "duration"):
-        if key not in found:
-            raise InputError(f'{where}: key "{key}" is missing; every line needs {FIELDS[key][1]}, "{key}"')
     clip = Clip(where=where, fields=fields, **found)
     if "\0" in clip.audio or not clip.audio:
         raise InputError(f'{where}: "audio" is not a path: {clip.audio!r}')
     if clip.duration <= 0:
         raise InputError(f'{where}: "duration" must be above 0 s, found {clip.duration:g}')
     if clip.end_time >= 0 and clip.end_time <= max(clip.begin_time, 0):
-        raise InputError(f"{where}: end_time {clip.end_time:g} s is not after begin_time {clip.begin_time:g} s")
+        raise InputError(f"{where}: end_time {clip.end_time:g} is not after begin_time {clip.begin_time:g}")
     if ((clip.offset is None) != (clip.nbytes is None)
             or (clip.offset is not None and (clip.offset < 0 or clip.nbytes <= 0))):
         raise InputError(f'{where}: "offset" and "nbytes" go together, offset ≥ 0 and nbytes > 0')
@@ -147,10 +146,8 @@ def open_manifest(path):
 
 def manifest_clips(path, text_field="text", errors=None, begin=0, end=math.inf, number=1):
     """Yields (byte offset, line number, `Clip`) of the lines that start in [begin, end), `begin` being line
-    `number`. Blank lines, CRLF and a byte-order mark are accepted.
-
-    With `errors` (a list) defects are appended to it as text and the line is left out, for `check`; else
-    InputError."""
+    `number`. Blank lines, CRLF and a byte-order mark are accepted. With `errors` (a list) defects go there,
+    else InputError."""
     folder = os.path.dirname(os.path.abspath(path))
     with open_manifest(path) as file:
         file.seek(begin)
@@ -190,8 +187,8 @@ def index_span(span):
     return np.array(rows, ROW)
 
 def manifest_index(path, text_field):
-    """One ROW per clip of a manifest, memory-mapped, so that all processes of a machine share it. Made, with
-    every line checked, when the file is first seen or has changed; kept in $XDG_CACHE_HOME/asr-opd."""
+    """One ROW per clip of a manifest, memory-mapped: all processes of a machine share it. Made, with every
+    line checked, when the file is first seen or has changed; kept in $XDG_CACHE_HOME/asr-opd."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "asr-opd")
     name = hashlib.sha256(f"{os.path.realpath(path)} {text_field} {ROW}".encode()).hexdigest()[:32]
     try:
@@ -218,19 +215,16 @@ def manifest_index(path, text_field):
     except InputError:
         raise
     except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"index of manifest {path} in the cache folder {folder} (of XDG_CACHE_HOME): "
-                         f"{one_line(error)}; remove it, or name another folder") from None
+        raise InputError(f"{folder}, index of {path}: {one_line(error)}; see XDG_CACHE_HOME") from None
     if not len(rows):
         raise InputError(f"manifest {path}: holds no clip")
     return rows
 
 class Clips:
-    """The clips of several manifests as a sequence, those over max_seconds and those that eval.py could not
-    decode left out. A line is read when its clip is asked for; in memory are 8 bytes a clip.
-
-    seconds: (n,) float32; n_long, n_failed: how many were left out. Raises InputError where a line has no
-    `text_field` (None: no text is wanted)."""
-
+    """The clips of several manifests as a sequence, without those over max_seconds (n_long) and those that
+    eval.py could not decode (n_failed). A line is read when its clip is asked for; in memory are 8 bytes a
+    clip, `seconds` (n,) among them. Raises InputError where a line has no `text_field` (None: no text is
+    wanted)."""
     def __init__(self, paths, text_field, max_seconds):
         self.paths, self.text_field = paths, text_field
         try:
@@ -244,8 +238,7 @@ class Clips:
                                       for key in ("seconds", "state", "language"))
         if (states == STATES.index("no text")).any():
             path, line = self.place(int((states == STATES.index("no text")).argmax()))[:2]
-            raise InputError(f'{path}:{line}: no "{text_field}"; '
-                             "supervised training needs it on every line (--text-field)")
+            raise InputError(f'{path}:{line}: no "{text_field}", which every line needs (--text-field)')
         failed, long = states == STATES.index("failed"), seconds > np.float32(max_seconds)
         self.rows = np.flatnonzero(~(failed | long)).astype(np.uint32)
         self.seconds, languages = seconds[self.rows], languages[self.rows]
@@ -253,16 +246,13 @@ class Clips:
         if not len(self.rows):
             raise InputError(f"{', '.join(paths)}: no clip of at most --max-seconds {max_seconds:g}")
         self.of_each_language = [self[int(i)] for i in np.unique(languages, return_index=True)[1]]
-
     def place(self, row):
         """(path, line number, byte offset) of a row, counted over all manifests."""
         file = int(np.searchsorted(self.ends, row, side="right"))
         entry = self.indexes[file][row - int(self.ends[file])]                      # from the end: negative
         return self.paths[file], int(entry["line"]), int(entry["offset"])
-
     def __len__(self):
         return len(self.rows)
-
     def __getitem__(self, i):
         path, number, offset = self.place(int(self.rows[i]))
         for _, _, clip in manifest_clips(path, self.text_field, None, offset, offset + 1, number):
@@ -284,9 +274,7 @@ def script_language(text):
                 max(found, key=found.count, default=None))
 
 # ---- Audio -------------------------------------------------------------------------------------------------
-@functools.lru_cache(maxsize=16)
-def resampler(rate):
-    return torchaudio.transforms.Resample(rate, SAMPLE_RATE)
+resampler = functools.lru_cache(16)(lambda rate: torchaudio.transforms.Resample(rate, SAMPLE_RATE))
 
 def load_audio(clip):
     """The waveform of a clip: (samples,) float32 at 16 kHz, channels averaged. Raises AudioError with line
@@ -303,9 +291,8 @@ def load_audio(clip):
             raw.seek(offset)
             # A segment of a long recording is sought, anything else read at once.
             content = raw if clip.end_time >= 0 and clip.offset is None else io.BytesIO(raw.read(nbytes))
-            if clip.crc32 is not None and content is not raw and zlib.crc32(content.getbuffer()) != clip.crc32:
-                raise bad("its bytes are not those that the manifest was made for (crc32); the file or shard "
-                          "has changed, import it again")
+            if clip.crc32 not in (None, content is not raw and zlib.crc32(content.getbuffer())):
+                raise bad("has changed since the manifest was made (crc32 of its bytes); import it again")
             with soundfile.SoundFile(content) as file:
                 rate, n_frames = file.samplerate, file.frames
                 if n_frames > 2**40 or rate // math.gcd(rate, SAMPLE_RATE) > 5_000:
@@ -313,8 +300,7 @@ def load_audio(clip):
                 begin = round(max(clip.begin_time, 0) * rate)
                 end = round(clip.end_time * rate) if clip.end_time >= 0 else n_frames
                 if n_frames and (begin >= n_frames or end > n_frames + round(DURATION_TOLERANCE_S * rate)):
-                    raise bad(f"the segment {clip.begin_time:g}–{clip.end_time:g} s is outside its "
-                              f"{n_frames / rate:.2f} s")
+                    raise bad(f"{clip.begin_time:g}–{clip.end_time:g} s is outside: {n_frames / rate:.2f} s")
                 end = min(end, n_frames)
                 # libsndfile's seek misplaces Vorbis by a fraction of a second and spoils MP3's first frame.
                 first = 0 if file.subtype == "VORBIS" or file.subtype.startswith("MPEG") else begin
@@ -336,15 +322,16 @@ def load_audio(clip):
         raise bad("its channels cancel when averaged (opposite phase); extract one channel")
     decoded_s = len(waveform) / rate
     if abs(decoded_s - clip.duration) > DURATION_TOLERANCE_S + 0.01 * clip.duration:
-        raise bad(f"{decoded_s:.2f} s decoded, the manifest says {clip.duration:.2f} s; "
-                  "truncated file or wrong duration")
+        raise bad(f"{decoded_s:.2f} s decoded, the manifest says {clip.duration:.2f} s; is it truncated?")
     waveform = torch.from_numpy(np.ascontiguousarray(waveform))
     return waveform if rate == SAMPLE_RATE else resampler(rate)(waveform)
 
-def load_or_note(clip, bad):
-    """`load_audio`; of a clip that cannot be used (0,) samples, which keep its place in the batch but count
-    for nothing, and a line in the list `bad`."""
+def load_or_note(clip, bad, problem=None):
+    """`load_audio`; of a clip that cannot be used, or has another `problem`, (0,) samples, which keep its
+    place but count for nothing, and a line in the list `bad`."""
     try:
+        if problem:
+            raise AudioError(f"{clip.where}: {problem}")
         return load_audio(clip)
     except AudioError as error:
         bad.append(dict(clip=clip.where, audio=clip.audio, reason=str(error)))
@@ -357,14 +344,13 @@ def clip_from_file(path):
     try:
         info = soundfile.info(path)
     except (OSError, TypeError, soundfile.LibsndfileError) as error:     # TypeError: soundfile, of a *.raw
-        raise InputError(f"{path}: neither a .jsonl manifest nor audio that libsndfile reads ({error})") from None
-    return Clip(os.path.abspath(path), max(info.duration, 1e-3), "--data", dict(audio=path, duration=info.duration))
+        raise InputError(f"{path}: neither a .jsonl manifest nor readable audio ({error})") from None
+    fields = dict(audio=path, duration=info.duration)
+    return Clip(os.path.abspath(path), max(info.duration, 1e-3), "--data", fields)
 
 # ---- Features ----------------------------------------------------------------------------------------------
-@functools.lru_cache(maxsize=1)
-def mel_filters():
-    return torchaudio.functional.melscale_fbanks(N_FFT // 2 + 1, 0.0, 8000.0, N_MELS, SAMPLE_RATE,
-                                                 norm="slaney", mel_scale="slaney").T         # (128, 201)
+mel_filters = functools.cache(lambda: torchaudio.functional.melscale_fbanks(                  # → (128, 201)
+    N_FFT // 2 + 1, 0.0, 8000.0, N_MELS, SAMPLE_RATE, norm="slaney", mel_scale="slaney").T)
 
 def log_mel(waveform, padded_samples=None):
     """Whisper's log-mel of one clip: (samples,) float32 → (128, F), F = padded_samples // 160. Zero-padded at
@@ -394,14 +380,12 @@ class Batch:
     silent: torch.Tensor            # (B,) bool: every sample is zero
     languages: list                 # B codes, None = unknown; empty where prompts name no language
     padded: bool                    # some clip is shorter than the batch
-
     def to(self, device):
         return Batch(*(x.to(device, non_blocking=True) if isinstance(x, torch.Tensor) else x
                        for x in vars(self).values()))
 
 def collate(waveforms, front_end, languages=None, mels=None):
-    """`Batch` from waveforms [(samples,)] and their languages [code, name or None];
-    `mels` [(128, F)] if they are ready. front_end: see model.FrontEnd."""
+    """`Batch` of waveforms [(samples,)], languages [code, name, None], `mels` [(128, F)] if at hand."""
     mels = [front_end.features(w) for w in waveforms] if mels is None else mels
     unknown = [None] * len(mels)
     languages = [language_code(x) for x in languages or unknown] if front_end.languages else []
@@ -446,9 +430,8 @@ def epoch_order(places, n, seed, epoch):
     return found.astype(np.int64)
 
 def batch_indices(seconds, batch_size, seed, step, pool_batches=50):
-    """Clip numbers (batch_size,) of the global batch of `step` (from 0): a pure function of (seed, step).
-
-    One endless stream, a fresh permutation each epoch, is cut into pools of `pool_batches` batches (at most an
+    """Clip numbers (batch_size,) of the global batch of `step` (from 0): a pure function of (seed, step). One
+    endless stream, a fresh permutation each epoch, is cut into pools of `pool_batches` batches (at most an
     epoch); each is sorted by duration, cut into batches, and these are shuffled. No clip is dropped."""
     n, pool_batches = len(seconds), max(min(pool_batches, len(seconds) // batch_size), 1)
     pool, place = divmod(step, pool_batches)
@@ -476,14 +459,12 @@ def micro_batches(indices, seconds, micro_seconds, n_pieces=1):
     return cut
 
 class StepDataset(torch.utils.data.Dataset):
-    """Item s = this rank's micro-batches of step s, as `make(clip numbers, step, bad)` builds them in a worker,
-    and `bad`, what `load_or_note` put there; item −1 holds the longest clips, to see that they fit. All ranks
-    have the same number of micro-batches."""
-
+    """Item s = this rank's micro-batches of step s, as `make(clip numbers, step, bad)` builds them in a
+    worker, as many on every rank, and `bad`, what `load_or_note` put there; item −1 holds the longest clips,
+    to see that they fit."""
     def __init__(self, seconds, batch_size, micro_seconds, seed, rank, world, make):
         self.seconds, self.batch_size, self.micro_seconds, self.seed, self.rank, self.world, self.make = (
             seconds, batch_size, micro_seconds, seed, rank, world, make)
-
     def __getitem__(self, step):
         batch, bad = batch_indices(self.seconds, self.batch_size, self.seed, max(step, 0)), []
         if step < 0:
@@ -497,18 +478,17 @@ class StepDataset(torch.utils.data.Dataset):
             return error
 
 def step_batches(dataset, first_step, last_step, workers):
-    """Yields (step, micro-batches, bad clips): step −1, a trial of the longest clips that changes nothing, then
-    [first_step, last_step). Read ahead by `workers` processes (0: by this)."""
+    """Yields (step, micro-batches, bad clips): step −1, a trial of the longest clips that changes nothing,
+    then [first_step, last_step). Read ahead by `workers` processes (0: by this)."""
     steps = [-1, *range(first_step, last_step)] if first_step < last_step else []
     loader = torch.utils.data.DataLoader(dataset, batch_size=None, sampler=steps, num_workers=workers,
-                                         worker_init_fn=one_thread)
+                                         worker_init_fn=lambda _: torch.set_num_threads(1))
     for step, item in zip(steps, loader):
         if isinstance(item, InputError):
             raise item
         yield step, *item
-
-def one_thread(worker_id):
-    torch.set_num_threads(1)
+        if step < 0 and rank_and_world()[0] == 0:
+            print(f"probe: the {dataset.batch_size} longest clips fit; peak memory {memory()}", flush=True)
 
 # ---- Processes, output folders, errors: the plumbing that every script shares ------------------------------
 def rank_and_world():
@@ -533,12 +513,18 @@ def all_reduce_sum(values, device):
         dist.all_reduce(total)
     return total.tolist()
 
+def gather(value):
+    values = [value] * rank_and_world()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
 def barrier():
     if dist.is_initialized():
         dist.barrier()
 
 def make_folder(path):
-    """Creates an output folder. Raises InputError where it cannot be written, before work is lost to it."""
+    """Creates an output folder; InputError where it cannot be written."""
     try:
         os.makedirs(path, exist_ok=True)
     except OSError as error:
@@ -548,23 +534,23 @@ def make_folder(path):
 
 def find_run(args, rank):
     """Looks at --out before anything slow. → (step to go on from, folder of that checkpoint or None); step
-    None: the run is finished. Raises InputError where it may not be touched.
-
-    A resumed run must have the arguments it was started with, those of RESUME_FREE apart."""
+    None: the run is finished. InputError where it may not be touched, or other arguments (but RESUME_FREE)
+    resume it."""
+    if args.batch_size % (world := rank_and_world()[1]):
+        raise InputError(f"--batch-size {args.batch_size} is not divisible by the {world} processes")
     latest = os.path.join(args.out, "checkpoints", "latest")
     say = print if rank == 0 else lambda *_, **__: None
     if args.overwrite and args.resume == "auto":
         raise InputError("--overwrite and --resume auto contradict each other; give one of them")
     link, config = os.path.join(args.out, "model"), os.path.join(args.out, "config.json")
     if os.path.lexists(link) and not (os.path.islink(link) and os.path.exists(config)):
-        raise InputError(f"--out {args.out} already holds a run, or a folder, that is not ours; choose another")
+        raise InputError(f"--out {args.out} already holds a run that is not ours; choose another")
     if not os.path.exists(latest) or args.overwrite:
         if args.resume == "auto":
             say(f"{args.out}: no checkpoint to go on from; starting from step 0", flush=True)
         return 0, None
     if args.resume != "auto":
-        raise InputError(f"--out {args.out} already holds a run; go on with it (--resume auto), replace it "
-                         "(--overwrite), or choose another folder")
+        raise InputError(f"--out {args.out} already holds a run: use --resume auto, or --overwrite")
     try:
         config = read_json(config)
         summary = read_json(os.path.join(args.out, "summary.json"), {"steps": None})
@@ -574,8 +560,7 @@ def find_run(args, rank):
     for name, old in {"script": config["script"], **config["args"]}.items():
         new = os.path.basename(sys.argv[0]) if name == "script" else getattr(args, name, old)
         if name not in RESUME_FREE and new != old:
-            raise InputError(f"--resume auto: --{name.replace('_', '-')} was {old}, now {new}; give the old "
-                             "value, or start another run")
+            raise InputError(f"--resume auto: --{name.replace('_', '-')} was {old}, now {new}; keep it")
     if args.steps < step:
         raise InputError(f"--steps {args.steps}: {args.out} is at step {step} already")
     if step == args.steps == summary["steps"]:
@@ -585,10 +570,8 @@ def find_run(args, rank):
     return step, os.path.realpath(latest)
 
 def start_run(args, rank, first_step):
-    """Makes the output folder; --overwrite: empties it of an earlier run. → log(metrics), for metrics.jsonl
-
-    config.json holds the arguments, versions, git commit, world size and a hash of each training manifest.
-    Line files are cut back to `first_step`, so that they hold each step once."""
+    """Makes the output folder, config.json in it; --overwrite: empties it of an earlier run. Line files are
+    cut back to `first_step`, so that they hold each step once. → log(metrics), for metrics.jsonl"""
     barrier()                                   # every rank has looked before rank 0 writes
     if rank > 0:
         return lambda metrics: None
@@ -598,10 +581,7 @@ def start_run(args, rank, first_step):
         (shutil.rmtree if os.path.isdir(path) and not os.path.islink(path) else os.remove)(path)
     versions = {name: importlib.metadata.version(name)
                 for name in ("torch", "torchaudio", "transformers", "numpy")}
-    hashes = {}
-    for path in args.train:
-        with open(path, "rb") as file:
-            hashes[path] = hashlib.file_digest(file, "sha256").hexdigest()
+    hashes = {path: hashlib.file_digest(open(path, "rb"), "sha256").hexdigest() for path in args.train}
     config = dict(script=os.path.basename(sys.argv[0]), args=vars(args), git=git_commit(),
                   python=sys.version.split()[0], **versions, world_size=int(os.environ.get("WORLD_SIZE", 1)),
                   threads=torch.get_num_threads(), device=torch.cuda.get_device_name()
@@ -614,15 +594,11 @@ def start_run(args, rank, first_step):
     return lambda metrics: add_lines(os.path.join(args.out, "metrics.jsonl"), [metrics])
 
 def print_plan(args, clips, world, device, **models):
-    print(f"train: {len(clips)} clips, {clips.seconds.sum(dtype=float) / 3600:.2f} h, {clips.n_long} left out as longer "
-          f"than {args.max_seconds:g} s, {clips.n_failed} that eval.py could not decode; {args.steps} steps of "
-          f"{args.batch_size} clips = {args.steps * args.batch_size / len(clips):.1f} epochs; " + ", ".join(
-              f"{name} {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M" for name, model in models.items())
-          + f" parameters; {world} process(es) on {device.type}", flush=True)
-
-def print_probe(args, rank):
-    if rank == 0:
-        print(f"probe: the {args.batch_size} longest clips fit; peak memory {memory()} (GB)", flush=True)
+    sizes = (f"{name} {sum(p.numel() for p in m.parameters()) / 1e6:.2f} M" for name, m in models.items())
+    hours, epochs = clips.seconds.sum(dtype=float) / 3600, args.steps * args.batch_size / len(clips)
+    print(f"train: {len(clips)} clips, {hours:.2f} h, {clips.n_long} left out as longer than "
+          f"{args.max_seconds:g} s, {clips.n_failed} not decoded; {args.steps} steps = {epochs:.1f} epochs; "
+          f"{', '.join(sizes)} parameters; {world} process(es) on {device.type}", flush=True)
 
 def finish_run(args, lines, **summary):
     """summary.json, which marks the run as finished, and the last lines on screen. lines: metrics.jsonl's."""
@@ -640,15 +616,10 @@ def catch_sigterm():
 
 def report_bad(args, step, bad):
     """The clips that any rank could not use in `step`: written to bad.jsonl, or an error of all ranks."""
-    rank, world = rank_and_world()
-    shares = [bad]
-    if world > 1:
-        shares = [None] * world
-        dist.all_gather_object(shares, bad)
-    lines = [dict(step=step, **entry) for share in shares for entry in share]
+    lines = [dict(step=step, **entry) for share in gather(bad) for entry in share]
     if args.on_bad_audio == "error":
         raise InputError(f"{lines[0]['reason']} (or leave such clips out: --on-bad-audio skip)")
-    if rank == 0:
+    if rank_and_world()[0] == 0:
         add_lines(os.path.join(args.out, "bad.jsonl"), lines)
 
 def memory():
@@ -656,7 +627,7 @@ def memory():
     gpu = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0
     return dict(rss_gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, gpu_gb=gpu)
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(InputError):
     """The loss or its gradient is not finite: exit status 3."""
 
 def stop_nonfinite(args, rank, step, clips, batches, front_end, what):
@@ -666,7 +637,7 @@ def stop_nonfinite(args, rank, step, clips, batches, front_end, what):
                      for indices, rollout in batches for i, ids, n, text in zip(
                          indices, rollout.ids.tolist(), rollout.lens.tolist(), front_end.texts(rollout))])
     barrier()
-    raise NonFiniteError(f"step {step}: {what}: not finite; the batch is in {path}; lower --lr, or look at its clips")
+    raise NonFiniteError(f"step {step}: {what}: not finite; its batch is in {path}; lower --lr?")
 
 def read_json(path, default=None):
     """A JSON file's value; `default`, if one is given, where there is no such file."""
@@ -697,15 +668,14 @@ def git_commit():
     return git or None
 
 def run_script(main, args):
-    """Runs main(args); a user's mistake becomes one line on rank 0 and exit status 2, a loss that is not
-    finite likewise and 3."""
+    """Runs main(args); a user's mistake becomes one line on rank 0 and exit status 2 (non-finite loss: 3)."""
     try:
         main(args)
-    except (InputError, NonFiniteError, RuntimeError) as error:
+    except (InputError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            error = InputError("out of memory; lower --micro-seconds (eval.py, overlap.py: --batch-seconds), or "
-                               f"train with --bf16 or --recompute: {one_line(error)}")
-        elif not isinstance(error, (InputError, NonFiniteError)):
+            error = InputError("out of memory; lower --micro-seconds (eval.py, overlap.py: --batch-seconds), "
+                               f"or train with --bf16 or --recompute: {one_line(error)}")
+        elif not isinstance(error, InputError):
             raise
         if int(os.environ.get("RANK", 0)) == 0 or isinstance(error, AudioError):
             print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
@@ -714,7 +684,6 @@ def run_script(main, args):
         dist.destroy_process_group()
 
 def at_least(low, kind=float):
-    """An argparse type: a finite number of at least `low`."""
     def number(text):
         value = kind(text)
         if not low <= value < math.inf:
@@ -724,23 +693,18 @@ def at_least(low, kind=float):
     return number
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The script's docstring as it stands, and defaults where there is one."""
-
     def _get_help_string(self, action):
         return action.help if action.default in (None, [], False) else super()._get_help_string(action)
 
 class Parser(argparse.ArgumentParser):
     """argparse with defaults in --help, no abbreviations, and `@file` whose lines may hold `--flag value`."""
-
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, fromfile_prefix_chars="@", **kwargs,
                          formatter_class=lambda prog: HelpFormatter(prog, width=110))
-
     def error(self, message):
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"{self.prog}: error: {message} (--help lists the flags)", file=sys.stderr)
         sys.exit(2)
-
     def convert_arg_line_to_args(self, line):
         return shlex.split(line, comments=True)
 
@@ -751,13 +715,11 @@ def training_flags(parser, name):
     add("--eval", nargs="*", default=[], metavar="m.jsonl", help="scored at the end (opd: before too)")
     add("--max-seconds", type=at_least(0.01), default=30.0, help="longer clips are left out and counted")
     add("--workers", type=at_least(0, int), default=2, help="processes a rank that read ahead; 0 = none")
-    add("--on-bad-audio", choices=["error", "skip"], default="error",
-        help="clips that cannot be used: stop, or leave out, count and list in bad.jsonl")
+    add("--on-bad-audio", choices=["error", "skip"], default="error", help="skip: list them in bad.jsonl")
     add = parser.add_argument_group("optimization").add_argument
     add("--steps", type=at_least(1, int), default=10_000, help="optimizer updates")
     add("--batch-size", type=at_least(1, int), default=960, help="clips per update, all ranks together")
-    add("--micro-seconds", type=at_least(0.01), default=600.0,
-        help="padded audio per forward pass and rank, in seconds; does not change results")
+    add("--micro-seconds", type=at_least(0.01), default=600.0, help="s of audio per forward pass and rank")
     add("--lr", type=at_least(0), default=1e-4, help="peak learning rate")
     add("--warmup-steps", type=at_least(0, int), default=1_000, help="linear warm-up, then cosine to 0")
     add("--weight-decay", type=at_least(0), default=0.005, help="AdamW; not on norms, biases and embeddings")
@@ -767,7 +729,7 @@ def training_flags(parser, name):
     add("--compile", action="store_true", help="torch.compile encoders and LMs; for GPUs")
     add("--recompute", action="store_true", help="recompute activations in backward: less memory, more time")
     add = parser.add_argument_group("run").add_argument
-    add("--out", default=f"runs/{name}", help="output folder; one that holds a run is refused without the next two")
+    add("--out", default=f"runs/{name}", help="output folder; refused where it holds a run")
     add("--resume", choices=["never", "auto"], default="never", help="auto: from the last checkpoint, if any")
     add("--overwrite", action="store_true", help="remove the run that --out holds")
     add("--save-every", type=at_least(1, int), default=1_000, help="steps between checkpoints")
@@ -776,8 +738,8 @@ def training_flags(parser, name):
     add("--seed", type=at_least(0, int), default=0, help="of new weights, order, sampling, masks")
 
 # ---- Corpora: generators over the layouts in which they are distributed ------------------------------------
-# Each yields dicts with `id`, `audio` (a path, or FLAC bytes) and what is known of text, language, speaker,
-# begin_time and end_time; or, for what cannot be used, (reason, which), counted and shown at the end.
+# Each yields dicts: `id`, `audio` (a path, or FLAC bytes), what is known of text, language, speaker, begin
+# and end; or, for what cannot be used, (reason, which), counted and shown at the end.
 def keyed_lines(path):
     """{first word: rest of the line} of a text file such as Kaldi's."""
     try:
@@ -840,10 +802,8 @@ def wenetspeech(args):
                         yield (dict(id=s["sid"], audio=audio, text=s["text"], language="zh",
                                     begin_time=float(s["begin_time"]), end_time=float(s["end_time"]))
                                if there else ("no audio file", audio))
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; is ROOT the folder of this corpus?") from None
-    except (ijson.JSONError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: not WenetSpeech's JSON, or cut off: {one_line(repr(error))}") from None
+    except (OSError, ijson.JSONError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: missing, cut off or not WenetSpeech's: {one_line(repr(error))}") from None
     for split in set(args.split) - found:
         raise InputError(f"--split {split}: no such subset in {path}; there are {', '.join(sorted(found))}")
 
@@ -874,20 +834,18 @@ def fsdd(args):
     root, takes = next(iter(Path(args.root).glob("recordings")), Path(args.root)), {}
     for path in sorted(root.glob("[0-9]_*_*.wav")):
         match = re.fullmatch(r"(\d)_([^_]+)_(\d+)", path.stem)
+        digit, speaker, take = match.groups() if match else (0, 0, 0)
         if not match:
             yield "not named digit_speaker_take", str(path)
-            continue
-        digit, speaker, take = match.groups()
-        if (("test" if int(take) < 5 else "train") in (args.split or ["train", "test"])
+        elif (("test" if int(take) < 5 else "train") in (args.split or ["train", "test"])
                 and speaker in (args.speakers or [speaker])):
             try:
                 wave = load_audio(clip_from_file(str(path))).numpy()
                 if not wave.any():
                     raise InputError(f"{path}: all its samples are zero")
+                takes.setdefault(speaker, []).append((int(digit), wave / np.sqrt(np.mean(wave**2))))
             except InputError as error:
                 yield "cannot be read", one_line(error)
-                continue
-            takes.setdefault(speaker, []).append((int(digit), wave / np.sqrt(np.mean(wave**2))))  # one level
     if args.split and not takes:
         raise InputError(f"--split {args.split[0]}: no usable take in {root}; 0 to 4 are test, others train")
     for speaker in set(args.speakers) - set(takes):
@@ -917,10 +875,9 @@ def folder(args):
 CORPORA = {corpus.__name__: corpus for corpus in (librispeech, aishell1, wenetspeech, kaldi, fsdd, folder)}
 
 def import_clip(line, language, pack, tars):
-    """A corpus's line with duration, from the header alone, and language (by script where it has none).
-
-    pack: stem of tar shards, or None; whole files go there byte for byte, segments as 16-bit FLAC, and `tars`
-    holds the shards made so far. A clip that cannot be read comes back as (reason, which)."""
+    """A corpus's line with duration, from the header alone, and language (by script where it has none);
+    (reason, which) of a clip that cannot be read. pack: stem of tar shards, or None; whole files go there
+    byte for byte, segments as 16-bit FLAC; `tars` holds the shards made so far."""
     line = {key: value for key, value in line.items() if value is not None}
     code = line.get("language") or language or script_language(line.get("text", ""))
     line.update({"language": code} if code else {})
@@ -953,8 +910,8 @@ def import_clip(line, language, pack, tars):
                 raise InputError(f"--pack: {error.filename}: {error.strerror}; remove it first") from None
         info = tarfile.TarInfo(f"{len(tars):05d}-{tars[-1].offset:010d}{suffix}")
         info.size = len(audio)
-        line.update(audio=tars[-1].name, offset=tars[-1].offset + 512, nbytes=len(audio),    # after the header
-                    crc32=zlib.crc32(audio))
+        line.update(audio=tars[-1].name, offset=tars[-1].offset + 512,                   # after the header
+                    nbytes=len(audio), crc32=zlib.crc32(audio))
         tars[-1].addfile(info, io.BytesIO(audio))
         tars[-1].members.clear()                                    # tarfile's own memory of them, unbounded
         line = {key: value for key, value in line.items() if key not in ("begin_time", "end_time")}
@@ -977,9 +934,8 @@ def import_corpus(args):
             for line in CORPORA[args.command](args):
                 if isinstance(line, dict):
                     line = import_clip(line, getattr(args, "language", None), pack, tars)
-                if isinstance(line, tuple):
-                    reason, which = line
-                    left_out.setdefault(reason, [0, which])[0] += 1
+                if isinstance(line, tuple):                             # (reason, which)
+                    left_out.setdefault(line[0], [0, line[1]])[0] += 1
                     continue
                 audio = Path(os.path.abspath(line["audio"]))
                 inside = audio.is_relative_to(out.parent)
@@ -1004,8 +960,7 @@ def import_corpus(args):
 # ---- python data.py check ----------------------------------------------------------------------------------
 def check(path, max_seconds):
     """Reads every clip; prints counts, hours, languages and every defect with its line. → defects"""
-    defects, seconds, languages, first_line = [], 0.0, collections.Counter(), {}
-    clips = []
+    clips, defects, seconds, languages, first_line = [], [], 0.0, collections.Counter(), {}
     for _, _, clip in manifest_clips(path, errors=defects):
         clips.append(clip)
         if first_line.setdefault(clip.key, clip.where) != clip.where:
@@ -1042,8 +997,7 @@ def parse_args(argv=None):
         corpus = commands.add_parser(name, help=importer.__doc__, description=importer.__doc__)
         corpus.add_argument("root", metavar="ROOT", help="folder of the corpus, as it is distributed")
         corpus.add_argument("--out", required=True, metavar="m.jsonl", help="manifest to write")
-        corpus.add_argument("--pack", metavar="NAME.tar",
-                            help="store the clips in uncompressed tar shards NAME-00000.tar, … of about 1 GB")
+        corpus.add_argument("--pack", metavar="NAME.tar", help="store clips in shards NAME-00000.tar, …")
         if name in ("kaldi", "folder"):
             corpus.add_argument("--language", help="language of all clips, such as en; by default by script")
         else:

@@ -8,14 +8,12 @@ r"""Decode manifests greedily and score them: WER for words, CER for characters,
     python eval.py --compare runs/x/test.jsonl runs/y/test.jsonl                      # paired bootstrap
 
 --model writes OUT/<stem>.jsonl (the manifest's fields plus hyp, stopped, errors, units, substitutions,
-deletions, insertions) and OUT/summary.json. A result file is itself a manifest, its audio paths lead from
-where it lies: `sft.py --text-field hyp` learns from it. A clip that cannot be read has "error" in place of
-hyp, is counted as failed, and makes the exit status 1 once everything else is done. A clip without a language
-is decoded by Qwen3-ASR in the one that it hears.
+deletions, insertions) and OUT/summary.json. A result file is itself a manifest: `sft.py --text-field hyp`
+learns from it. A clip that cannot be read has "error" in place of hyp and makes the exit status 1 in the end.
+A clip without a language is decoded by Qwen3-ASR in the one that it hears.
 """
 import functools
 import importlib.metadata
-import json
 import os
 import re
 import sys
@@ -27,16 +25,15 @@ from unicodedata import category
 import jiwer
 import numpy as np
 import opencc
-import torch.distributed as dist
 from tqdm import tqdm
 from whisper_normalizer.english import EnglishTextNormalizer
 
-from data import (AudioError, InputError, Parser, at_least, clip_from_file, collate, language_code,
-                  load_audio, make_folder, micro_batches, rank_and_world, read_manifest, run_script,
-                  script_language, setup_distributed, write_json)
+from data import (AudioError, InputError, Parser, add_lines, at_least, clip_from_file, collate, gather,
+                  language_code, load_audio, make_folder, micro_batches, rank_and_world, read_manifest,
+                  run_script, script_language, setup_distributed, write_json)
 from model import SpeechLM, check_languages
 
-MAX_NEW_TOKENS, TOKENS_PER_SECOND = 256, 8.0              # caps of a transcript, see --help
+MAX_NEW_TOKENS = 256                                      # cap of a transcript
 COUNTS = ("errors", "units", "substitutions", "deletions", "insertions")
 RESULT_KEYS = ("hyp", "stopped", "error", *COUNTS)          # what a result line adds to the manifest's fields
 CHARACTER_LANGUAGES = ("zh", "yue", "ja", "th", "ko")     # scored by character; every other language by word
@@ -46,12 +43,11 @@ simplifier = functools.cache(lambda: opencc.OpenCC("t2s"))
 
 # ---- Scoring -----------------------------------------------------------------------------------------------
 def normalize(text, language, style="default", simplify=False):
-    """The units that are compared: a list of words, or of characters for CHARACTER_LANGUAGES.
-
-    First, format characters, variation selectors and enclosing marks go. default, en: NFKC, then Whisper's
-    English normaliser; default, others: NFKC, lower case, punctuation and symbols as blanks. paper: lower
-    case, punctuation and symbols deleted. Characters are taken without blanks, Latin words in Chinese text
-    letter by letter. Traditional characters stay unless `simplify`."""
+    """The units that are compared: a list of words, or of characters for CHARACTER_LANGUAGES. First, format
+    characters, variation selectors and enclosing marks go. default, en: NFKC, then Whisper's English
+    normaliser; default, others: NFKC, lower case, punctuation and symbols as blanks. paper: lower case,
+    punctuation and symbols deleted. Characters are taken without blanks, Latin words in Chinese text letter
+    by letter. Traditional characters stay unless `simplify`."""
     text = "".join(c for c in text if category(c) not in ("Cf", "Me") and not VARIATION.match(c))
     if style == "default":
         text = unicodedata.normalize("NFKC", text)
@@ -140,12 +136,10 @@ def read_results(path):
     return results
 
 def compare(results_a, results_b, draws=10_000, seed=0):
-    """Paired bootstrap of two systems over the same clips, in whatever order.
-
-    → dict: metric, n, a, b (%), difference = b − a (points), low–high its 95 % interval, and p, two-sided:
-    twice the smaller share of draws with a difference ≤ 0 or ≥ 0, (count + 1) / (draws + 1), at most 1.
-    Raises InputError where the files do not hold the same clips with the same texts, each once and decoded.
-    """
+    """Paired bootstrap of two systems over the same clips, in whatever order. → dict: metric, n, a, b (%),
+    difference = b − a (points), low–high its 95 % interval, and p, two-sided: twice the smaller share of
+    draws with a difference ≤ 0 or ≥ 0, (count + 1) / (draws + 1), at most 1. Raises InputError where the
+    files do not hold the same clips with the same texts, each once and decoded."""
     by_key_a, by_key_b = ({r["key"]: r for r in results} for results in (results_a, results_b))
     for results, own, other in ((results_a, by_key_a, by_key_b), (results_b, by_key_b, by_key_a)):
         for r in results:
@@ -189,11 +183,9 @@ def print_summaries(summaries):
 
 # ---- Decoding ----------------------------------------------------------------------------------------------
 def transcribe(model, clips, device, batch_seconds, label="decode", max_new_tokens=MAX_NEW_TOKENS,
-               tokens_per_second=TOKENS_PER_SECOND):
+               tokens_per_second=8.0):
     """Greedy transcripts of this rank's share of the clips, longest first, one batch of audio in memory; all
-    ranks get all of them, in order.
-
-    → result dicts as many as `clips`: hyp and stopped, or error."""
+    ranks get all of them, in order. → result dicts as many as `clips`: hyp and stopped, or error."""
     rank, world = rank_and_world()
     durations = np.array([clip.duration for clip in clips])
     mine = np.argsort(-durations, kind="stable")[rank::world].tolist()
@@ -213,10 +205,7 @@ def transcribe(model, clips, device, batch_seconds, label="decode", max_new_toke
                                tokens_per_second=tokens_per_second)
         for i, hyp, stopped in zip(waveforms, model.front_end.texts(rollout), rollout.stopped.tolist()):
             found[i] = {"hyp": hyp, "stopped": stopped}
-    if world > 1:
-        shares = [None] * world
-        dist.all_gather_object(shares, found)
-        found = {i: value for share in shares for i, value in share.items()}
+    found = {i: value for share in gather(found) for i, value in share.items()}
     return [found[i] for i in range(len(clips))]
 
 def evaluate(model, sets, device, batch_seconds, out=None, style="default", simplify=False, draws=10_000,
@@ -224,8 +213,6 @@ def evaluate(model, sets, device, batch_seconds, out=None, style="default", simp
     """Decodes and scores `sets` {stem: [Clip]}. → {stem: summary};
     rank 0 writes result files and summary.json to `out`. `strict`: an undecodable clip is an InputError."""
     summaries, writes = {}, out is not None and rank_and_world()[0] == 0
-    for clips in sets.values():
-        check_languages(clips, model)
     for stem, clips in sets.items():
         results, start = [], time.perf_counter()
         for clip, found in zip(clips, transcribe(model, clips, device, batch_seconds, stem, **caps)):
@@ -240,8 +227,7 @@ def evaluate(model, sets, device, batch_seconds, out=None, style="default", simp
         summaries[stem] = summarize(results, style, simplify, draws, seconds)
         if writes:
             os.makedirs(out, exist_ok=True)
-            with open(os.path.join(out, f"{stem}.jsonl"), "w", encoding="utf-8") as file:
-                file.writelines(json.dumps(result, ensure_ascii=False) + "\n" for result in results)
+            add_lines(os.path.join(out, f"{stem}.jsonl"), results, "w")
         for result in results if rank_and_world()[0] == 0 else ():
             if "error" in result:
                 print(f"eval.py: not decoded: {result['error']}", file=sys.stderr, flush=True)
@@ -258,13 +244,12 @@ def read_sets(paths, max_seconds):
     for path in paths:
         stem = os.path.splitext(os.path.basename(path))[0]
         if stem in sets:
-            raise InputError(f"two data sets have the stem {stem!r}: "
-                             "their results would overwrite each other; rename one")
+            raise InputError(f"two data sets have the stem {stem!r}, and so would their results; rename one")
         sets[stem] = read_manifest(path) if path.endswith((".jsonl", ".json")) else [clip_from_file(path)]
         for clip in sets[stem]:
             if clip.duration > max_seconds:
-                raise InputError(f"{clip.where}: {clip.duration:.1f} s is over --max-seconds "
-                                 f"{max_seconds:g}; split the clip or raise it")
+                raise InputError(f"{clip.where}: {clip.duration:.1f} s, over --max-seconds {max_seconds:g}; "
+                                 "split the clip or raise it")
     return sets
 
 # ---- Command -----------------------------------------------------------------------------------------------
@@ -277,15 +262,13 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--data", nargs="+", default=[], help="manifests (.jsonl) or audio files, with --model")
     add("--out", help="folder for result files and summary.json; without it results are only printed")
-    add("--normalizer", choices=["default", "paper"], default="default",
-        help="default: by language; paper: only lower case and punctuation removed")
+    add("--normalizer", choices=["default", "paper"], default="default", help="by language, or the paper's")
     add("--simplify", action="store_true", help="score traditional Chinese as simplified, both sides")
     add("--bootstrap", type=at_least(0, int), default=10_000, help="draws for intervals and p; 0 = none")
     add("--batch-seconds", type=at_least(0.01), default=600.0, help="seconds of audio decoded at once")
     add("--max-seconds", type=at_least(0.01), default=30.0, help="longest clip accepted; longer is an error")
     add("--max-new-tokens", type=at_least(1, int), default=MAX_NEW_TOKENS, help="cap on a transcript")
-    add("--tokens-per-second", type=at_least(0), default=TOKENS_PER_SECOND,
-        help="a clip's cap is also this × its seconds + 16 tokens; 0 = off")
+    add("--tokens-per-second", type=at_least(0), default=8.0, help="a cap: this × seconds + 16; 0 = off")
     args = parser.parse_args(argv)
     if bool(args.model) != bool(args.data):
         parser.error("--model and --data go together")
@@ -324,8 +307,7 @@ def main(args):
         make_folder(args.out)
         for path in args.data:
             if os.path.realpath(path) == os.path.realpath(os.path.join(args.out, os.path.basename(path))):
-                raise InputError(f"--out {args.out} is the folder of {path}: "
-                                 "the result would overwrite the manifest")
+                raise InputError(f"--out {args.out}: the result would overwrite the manifest {path}")
     model = SpeechLM.from_pretrained(args.model).to(device).eval()
     clips = [clip for clips in sets.values() for clip in clips]
     caps = dict(max_new_tokens=args.max_new_tokens, tokens_per_second=args.tokens_per_second)

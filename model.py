@@ -3,16 +3,14 @@
     mel → encoder → LayerNorm → 4 frames merged → MLP → audio embeddings
         → prompt → Qwen causal LM → hidden rows → scores
 
-`SpeechLM` keeps its weights in transformers' own classes, GlmAsr (Ark) or Qwen3-ASR, so a folder on disk is
-a stock folder, and adds what they lack: an encoder whose result does not depend on the batch's padding,
-hidden rows at transcript positions only, and batched sampling that keeps the top-k ids of every step. Student
-and teacher are the same class. The loss is pure functions on tensors: `union_support`, `support_kl` and the
-two that score the support, `teacher_support` and `student_scores`. At the end: optimizer, schedule,
-checkpoints.
+`SpeechLM`, student or teacher, keeps its weights in transformers' own classes, GlmAsr (Ark) or Qwen3-ASR, so
+a folder on disk is stock, and adds what they lack: an encoder whose result does not depend on the batch's
+padding, hidden rows at transcript positions only, and batched sampling that keeps each step's top-k ids. The
+loss is pure functions: `union_support`, `support_kl`, and `teacher_support` and `student_scores`, which score
+the support. At the end: optimizer, schedule, shards, checkpoints.
 
 Legend: B clips, S prompt tokens, T transcript tokens, A audio tokens, F mel frames, V vocabulary, K top-k,
-N transcript rows (clip, position) of a batch, U = 2K support entries, H hidden size of the LM,
-D encoder width.
+N rows (clip, position) of a batch, U = 2K support entries, H hidden size of the LM, D of the encoder.
 """
 import copy
 import dataclasses
@@ -41,8 +39,8 @@ from transformers import (AutoModelForCausalLM, AutoProcessor, AutoTokenizer, Ge
                           Qwen3ASRForConditionalGeneration, WhisperFeatureExtractor)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from data import (HOP, LANGUAGES, N_MELS, InputError, all_reduce_sum, barrier, collate, language_code, log_mel,
-                  n_audio_tokens, one_line, pad_left, rank_and_world, script_language)
+from data import (HOP, LANGUAGES, N_MELS, InputError, all_reduce_sum, barrier, collate, language_code,
+                  log_mel, n_audio_tokens, one_line, pad_left, rank_and_world, script_language)
 
 transformers.utils.logging.disable_progress_bar()
 warnings.filterwarnings("ignore", "torch.distributed is disabled")     # DCP in one process
@@ -63,13 +61,11 @@ class FrontEnd:
     prompt_tokens, audio_token = PROMPT_TOKENS, AUDIO_TOKEN
     frame_multiple = 8                  # a batch's mel is padded to a multiple of this many frames
     languages = {}                      # code → name as the prompt has it; empty: the prompt names none
-
     def __init__(self, tokenizer, prompt_text=ARK_PROMPT):
         vocab = tokenizer.get_vocab()
         missing = [token for token in (*self.prompt_tokens, STOP_TOKEN, PAD_TOKEN) if token not in vocab]
         if missing:
-            raise InputError(f"tokenizer {tokenizer.name_or_path} lacks the token(s) {' '.join(missing)}; "
-                             "a new student gets them from sft.py --tokenizer or --lm")
+            raise InputError(f"tokenizer {tokenizer.name_or_path} lacks the token(s) {' '.join(missing)}")
         self.tokenizer = tokenizer
         added = [token.content for token in tokenizer.added_tokens_decoder.values()]
         added.sort(key=len, reverse=True)                   # the longest alternative first
@@ -78,14 +74,11 @@ class FrontEnd:
                                                     for t in (PAD_TOKEN, STOP_TOKEN, self.audio_token))
         self.prompt_head, self.prompt_tail = (tokenizer(part, add_special_tokens=False)["input_ids"]
                                               for part in prompt_text.split(self.audio_token))
-
     features = staticmethod(log_mel)
     n_audio_tokens = staticmethod(n_audio_tokens)
-
     def prompt(self, n_audio, language=None):
         """Prompt ids (S,): what stands before the n_audio audio tokens, they, and what stands after them."""
         return self.prompt_head + [self.audio_id] * n_audio + self.prompt_tail
-
     def encode_text(self, text):
         """Token ids of a text. Control tokens written out in it ("<|im_end|>") stay text: split after "<"."""
         pieces = self.added.split(text)                 # text, added token, text, added token, …, text
@@ -93,14 +86,11 @@ class FrontEnd:
                  for part in ((piece[:1], piece[1:]) if i % 2 else (piece,))]
         return [i for part in parts if part
                 for i in self.tokenizer(part, add_special_tokens=False)["input_ids"]]
-
     def decode(self, ids):
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
     def texts(self, rollout):
         """The B texts of a rollout."""
         return [self.decode(ids[:n]) for ids, n in zip(rollout.ids.tolist(), rollout.lens.tolist())]
-
     def transcripts(self, texts):
         """`Rollout` of given texts, the stop token included: supervised training, teacher forcing. None: a
         row that is not scored."""
@@ -112,13 +102,12 @@ class FrontEnd:
                        torch.tensor([text is not None for text in texts]))
 
 class Qwen3ASRFrontEnd(FrontEnd):
-    """The same of a Qwen3-ASR model: another length rule, the checkpoint's own chat template, and a language
-    in the prompt (`language English<asr_text>`), without which the model would write it itself."""
+    """The same of a Qwen3-ASR model: another length rule, the checkpoint's own chat template, and the
+    language, which the model would write itself, in the prompt (`language English<asr_text>`)."""
     audio_token = "<|audio_pad|>"
     prompt_tokens = ["<|im_start|>", "<|audio_start|>", audio_token, "<|audio_end|>", "<asr_text>"]
     frame_multiple = 100                # the encoder's convolutions see chunks of one second
     languages = LANGUAGES
-
     def __init__(self, processor):
         turn = [{"role": "user", "content": [{"type": "audio", "audio": ""}]}]
         super().__init__(processor.tokenizer,
@@ -126,20 +115,16 @@ class Qwen3ASRFrontEnd(FrontEnd):
         prefixes = [self.language_ids(code) for code in LANGUAGES]
         self.undecided = os.path.commonprefix(prefixes)     # "language", then a token that tells them apart
         self.deciding_ids = [ids[len(self.undecided)] for ids in prefixes]
-
     @staticmethod
     def features(waveform):
         return log_mel(waveform, max(len(waveform), 8_000))     # half a second at least
-
     @staticmethod
     def n_audio_tokens(n_samples):
         """13 a second; three halvings, rounded up, of what the last second has."""
         frames = max(n_samples, 8_000) // HOP
         return 13 * (frames // 100) + -(-(frames % 100) // 8)
-
     def language_ids(self, code):
         return self.tokenizer(f"language {LANGUAGES[code]}<asr_text>", add_special_tokens=False)["input_ids"]
-
     def prompt(self, n_audio, language=None):
         """Prompt ids (S,); without a language they end where it would be written."""
         return super().prompt(n_audio) + (self.language_ids(language) if language else [])
@@ -164,29 +149,22 @@ def forbidden_ids(tokenizer, vocab_size, stop_id):
 @dataclasses.dataclass
 class Rollout:
     """Transcripts of B clips. Row (b, t) is scored for t < lens[b], and at t = lens[b] where stopped[b].
-
     Masks come from the lengths, never from `ids == pad`: the pad id may be a text's end."""
     ids: torch.Tensor           # (B, T) int64; the stop token at [b, lens[b]] where stopped; padding after it
     lens: torch.Tensor          # (B,) transcript tokens, without the stop token
     stopped: torch.Tensor       # (B,) bool, False = cut by the length cap
-    # (B, T, K) the sampler's top-k ids, −1 where not scored or not valid
-    topk_ids: torch.Tensor | None = None
-
+    topk_ids: torch.Tensor | None = None    # (B, T, K) the sampler's, −1 where not scored or not valid
     def row_mask(self):
         """(B, T) bool, True = a scored position; `x[mask]` gives the N rows, clip by clip."""
         return torch.arange(self.ids.shape[1], device=self.ids.device) < (self.lens + self.stopped)[:, None]
-
     def to(self, device):
         return Rollout(*(None if value is None else value.to(device) for value in vars(self).values()))
 
 def key_masked_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, key_mask=None,
                          **kwargs):
     """The encoder's attention with padded key positions left out: (B, heads, T', d) → (B, T', heads, d).
-
-    Stock GlmAsr has no such mask (its attention_mask is always None), and its embeddings depend on the
-    batch's padding."""
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=key_mask, dropout_p=dropout,
-                                         scale=scaling)
+    Stock GlmAsr has no such mask, and its embeddings depend on the batch's padding."""
+    out = F.scaled_dot_product_attention(query, key, value, key_mask, dropout, scale=scaling)
     return out.transpose(1, 2), None
 
 ALL_ATTENTION_FUNCTIONS.register("key_masked", key_masked_attention)
@@ -206,9 +184,8 @@ def local_folder(name):
         return huggingface_hub.snapshot_download(
             name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"])
     except Exception as error:
-        raise InputError(f"{name}: no folder of that name, and no such hub repository in the cache or within "
-                         f"reach ({one_line(error)[:80]}); `hf download {name}` where there is a network, or "
-                         "give a folder in its place, as in --student DIR") from error
+        raise InputError(f"{name}: no such folder, and no such hub repository in the cache or within reach ("
+                         f"{one_line(error)[:80]}); `hf download {name}` where there is a network") from error
 
 def load_net(name, dtype):
     """(stock net, tokenizer, processor or None) of a folder or hub name, its kind told by config.json."""
@@ -224,8 +201,7 @@ def load_net(name, dtype):
         raise InputError(THINKER.format(name, f"Qwen/Qwen3-ASR-{size}-hf"))
     stock = dict(glmasr=GlmAsrForConditionalGeneration, qwen3_asr=Qwen3ASRForConditionalGeneration)
     if kind != "ark" and kind not in stock:
-        raise InputError(f"{name}: model_type is {kind!r}; a student or teacher is a glmasr or qwen3_asr "
-                         "folder, or the released ARK-ASR")
+        raise InputError(f"{name}: model_type is {kind!r}, not glmasr, qwen3_asr or the released ARK-ASR")
     processor = None
     try:
         if kind == "ark":
@@ -242,8 +218,7 @@ def load_net(name, dtype):
     except Exception as error:              # whatever the library says of a broken file, in one line
         raise InputError(f"{name} is no model folder: {one_line(error)}") from error
     if wrong:
-        raise InputError(f"{name}: weights and config.json do not match: {', '.join(wrong[:3])} "
-                         f"({len(wrong)} in all)")
+        raise InputError(f"{name}: weights and config.json do not match: {', '.join(wrong[:3])}…")
     return net, tokenizer, processor
 
 def glm_asr_config(audio, text, tokenizer, tied):
@@ -264,10 +239,9 @@ ARK_NAMES = [(r"^model\.", "model.language_model."),
              (r"(model\.audio_tower\.layers\.\d+)\.(fc\d)", r"\1.mlp.\2")]
 
 def import_ark(folder, raw, dtype):
-    """(net, tokenizer, names that do not fit) of the released ARK-ASR checkpoint, without its remote code.
-
-    Keys are renamed. Its rotary embedding turns neighbouring pairs of the first half of each head, the stock
-    one turns halves: the even rows of q and k come first, then the odd ones."""
+    """(net, tokenizer, names that do not fit) of the released ARK-ASR, without its remote code. Keys are
+    renamed. Its rotary embedding turns neighbouring pairs of the first half of each head, the stock one turns
+    halves: the even rows of q and k come first, then the odd ones."""
     whisper, tied = raw["whisper_config"], raw.get("tie_word_embeddings", True)
     if raw.get("merge_factor", 4) != 4:
         raise InputError(f"{folder}: merge_factor {raw['merge_factor']}; the adapter merges 4 frames")
@@ -302,7 +276,6 @@ def import_ark(folder, raw, dtype):
 
 class SpeechLM(nn.Module):
     """A speech-LM, student or teacher: a stock net, GlmAsr (Ark) or Qwen3-ASR, and its tokenizer."""
-
     def __init__(self, net, tokenizer, processor=None):
         super().__init__()
         self.net = net               # …ForConditionalGeneration: the weights and their names
@@ -312,21 +285,17 @@ class SpeechLM(nn.Module):
         self.lm, self.head = net.model.language_model, net.lm_head
         audio, text = net.config.audio_config, net.config.text_config
         if text.model_type not in ("qwen2", "qwen3") or audio.num_mel_bins != N_MELS:
-            raise InputError(f"a student or teacher is a qwen2 or qwen3 LM over {N_MELS} mel bins, "
-                             f"not {text.model_type} over {audio.num_mel_bins}")
+            raise InputError(f"no qwen2 or qwen3 LM over 128 mels: {text.model_type}, {audio.num_mel_bins}")
         self.front_end = Qwen3ASRFrontEnd(processor) if self.is_qwen3_asr else FrontEnd(tokenizer)
         if not self.is_qwen3_asr:
             self.encoder.config._attn_implementation = "key_masked"
             if audio.intermediate_size != 4 * audio.hidden_size:
-                raise InputError("the encoder's intermediate_size must be 4 × hidden_size: "
-                                 "the adapter merges 4 frames by a reshape")
+                raise InputError("the encoder's intermediate_size is not 4 × hidden_size, as 4 merged frames")
         if net.config.audio_token_id != self.front_end.audio_id or text.vocab_size < len(tokenizer):
             raise InputError(f"model and tokenizer do not match: audio token {net.config.audio_token_id} and "
-                             f"{text.vocab_size} rows in config.json, "
-                             f"{self.front_end.audio_id} and {len(tokenizer)} tokens in the tokenizer")
+                             f"{text.vocab_size} rows, {self.front_end.audio_id} and {len(tokenizer)} tokens")
         forbidden = forbidden_ids(tokenizer, text.vocab_size, self.front_end.stop_id)
         self.register_buffer("forbidden", forbidden, persistent=False)      # (V,)
-
     @classmethod
     def from_config(cls, config, tokenizer):
         """Random weights. `config`: the dict of a GlmAsr config.json; ids come from the tokenizer."""
@@ -341,13 +310,10 @@ class SpeechLM(nn.Module):
         except Exception as error:              # whatever the library says of a wrong field, in one line
             raise InputError(f"--config: no model can be built from it: {one_line(error)}") from error
         return cls(net, tokenizer)
-
     @classmethod
     def from_parts(cls, encoder, lm):
-        """A new student: encoder and norm of a GlmAsr or ARK model, a Qwen causal LM, a random adapter.
-
-        The rows of audio tokens that the LM's tokenizer lacks are drawn with the mean and the spread of the
-        LM's other rows."""
+        """A new student: encoder and norm of a GlmAsr or ARK model, a Qwen causal LM, a random adapter. Audio
+        tokens that the LM's tokenizer lacks get rows with the mean and the spread of the others."""
         encoder, folder = load_net(encoder, torch.float32)[0], local_folder(lm)
         try:
             lm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True,
@@ -356,7 +322,7 @@ class SpeechLM(nn.Module):
         except Exception as error:
             raise InputError(f"--lm {folder} is no causal LM: {one_line(error)}") from error
         if encoder.config.model_type != "glmasr" or lm.config.model_type not in ("qwen2", "qwen3"):
-            raise InputError(f"--encoder is a glmasr model and --lm a qwen2 or qwen3 model, not "
+            raise InputError("--encoder is a glmasr model and --lm a qwen2 or qwen3 model, not "
                              f"{encoder.config.model_type} and {lm.config.model_type}")
         known = len(tokenizer)
         add_audio_tokens(tokenizer)
@@ -371,23 +337,19 @@ class SpeechLM(nn.Module):
         net.model.language_model.load_state_dict(lm.model.state_dict())
         net.lm_head.load_state_dict(lm.lm_head.state_dict())
         return cls(net, tokenizer)
-
     @classmethod
     def from_pretrained(cls, name, dtype=torch.float32):
         """A model from a folder or the hub: GlmAsr, Qwen3-ASR (`-hf`), or the released ARK-ASR, told by
-        config.json. Raises InputError that says what is missing.
-
-        Weights are kept in `dtype` whatever the file holds: training wants float32 masters."""
+        config.json; in `dtype` whatever the file holds. Raises InputError that says what is missing."""
         net, tokenizer, processor = load_net(name, dtype)
         for key, p in net.named_parameters():
             if not p.isfinite().all():
                 raise InputError(f"{name}: {key} holds NaN or infinite weights")
         return cls(net, tokenizer, processor)
-
     def save_pretrained(self, folder, weights=None):
         """Writes a stock folder of the net's class: weights (its own, or those given by name), config,
-        tokenizer, processor, generation settings; with an Ark model's, stock `generate` stops by itself and
-        writes no control token."""
+        tokenizer, processor, and generation settings with which stock `generate` stops and writes no control
+        token."""
         front_end = self.front_end
         if not self.is_qwen3_asr:
             self.net.generation_config = GenerationConfig(
@@ -395,17 +357,14 @@ class SpeechLM(nn.Module):
                 suppress_tokens=self.forbidden.nonzero()[:, 0].tolist() or None)
         elif not self.net.generation_config.do_sample:      # sampling flags beside greedy could not be saved
             self.net.generation_config.update(temperature=None, top_p=None, top_k=None)
-        # the names of the classes, not of older files
-        self.net.save_pretrained(folder, state_dict=weights, save_original_format=False)
+        self.net.save_pretrained(folder, state_dict=weights, save_original_format=False)    # native names
         (self.processor or GlmAsrProcessor(
             WhisperFeatureExtractor(feature_size=N_MELS), front_end.tokenizer, chat_template=CHAT_TEMPLATE,
             audio_token=AUDIO_TOKEN, default_transcription_prompt=PROMPT_TEXT)).save_pretrained(folder)
-
     def with_languages(self, batch, texts=None):
-        """The batch with a language in every prompt, which Qwen3-ASR wants; an Ark model's as it is.
-
-        A clip whose language is not known takes the one of the script of its text (texts: B), else the one
-        that the model itself finds likeliest of its thirty."""
+        """The batch with a language in every prompt, which Qwen3-ASR wants; an Ark model's as it is. Where it
+        is not known: by the script of the text (texts: B), else the likeliest of the thirty to the model
+        itself."""
         if None not in batch.languages:
             return batch
         front_end, n_audio = self.front_end, batch.audio_lens.tolist()
@@ -424,38 +383,31 @@ class SpeechLM(nn.Module):
         ids, mask = pad_left([front_end.prompt(*x) for x in zip(n_audio, languages)], front_end.pad_id)
         return dataclasses.replace(batch, prompt_ids=ids.to(batch.mel.device), languages=languages,
                                    prompt_mask=mask.to(batch.mel.device))
-
     def encode(self, batch):
         """Encoder and adapter: → audio embeddings (ΣA, H), clip by clip; an Ark encoder's frames (B, T', D)
-        and their number per clip (B,), None for Qwen3-ASR.
-
-        A clip's result does not depend on its batch mates: mel is 0 beyond a clip's own frames, which is what
-        the convolutions pad with, and positions beyond it are not attended to: by a key mask here; Qwen3-ASR
-        drops them."""
+        and their number per clip (B,), None for Qwen3-ASR. A clip's result does not depend on its batch
+        mates: mel is 0 beyond a clip's own frames, which is what the convolutions pad with, and positions
+        beyond it are not attended to: by a key mask here; Qwen3-ASR drops them."""
         mel = batch.mel.to(self.head.weight.dtype)
         if self.is_qwen3_asr:
             mel_mask = torch.arange(batch.mel.shape[2], device=batch.mel.device) < batch.mel_lens[:, None]
             return self.net.get_audio_features(mel, mel_mask.long()).pooler_output, None, None
         frame_lens = batch.mel_lens // 2                                                  # 50 frames a second
         positions = torch.arange(batch.mel.shape[2] // 2, device=batch.mel.device)
-        key_mask = (positions < frame_lens[:, None])[:, None, None, :] if batch.padded else None  # (B, 1, 1, T')
+        key_mask = (positions < frame_lens[:, None])[:, None, None, :] if batch.padded else None
         frames = self.encoder(mel, key_mask=key_mask).last_hidden_state             # (B, T', D)
         merged = frames.reshape(len(frames), -1, 4 * frames.shape[2])                     # (B, T'/4, 4D)
         counted = torch.arange(merged.shape[1], device=merged.device) < batch.audio_lens[:, None]
         return self.adapter(merged[counted]), frames, frame_lens
-
     def embed_prompt(self, batch, audio_embeds):
         """Prompt embeddings (B, S, H): the placeholders' rows are replaced by audio_embeds (ΣA, H)."""
         embeds = self.lm.embed_tokens(batch.prompt_ids)
         is_audio = (batch.prompt_ids == self.front_end.audio_id) & batch.prompt_mask                # (B, S)
         return embeds.masked_scatter(is_audio[:, :, None], audio_embeds.to(embeds.dtype))
-
     def forward(self, batch, rollout, encoded=None):
-        """Teacher forcing: hidden rows (N, H) at the scored positions of `rollout`, clip by clip, and the
-        encoder's frames. encoded: what `encode` gave for this batch, if it is at hand.
-
-        Row (b, t) predicts token t of clip b: the last prompt column predicts token 0. Returns (rows, frames,
-        frame_lens)."""
+        """Teacher forcing: (hidden rows (N, H) at the scored positions of `rollout`, clip by clip; the
+        encoder's frames, frame_lens). Row (b, t) predicts token t of clip b: the last prompt column predicts
+        token 0. encoded: what `encode` gave for this batch, if it is at hand."""
         audio_embeds, frames, frame_lens = encoded or self.encode(batch)
         row_mask = rollout.row_mask()
         T, S = max(int((rollout.lens + rollout.stopped).max()), 1), batch.prompt_ids.shape[1]
@@ -466,21 +418,17 @@ class SpeechLM(nn.Module):
         hidden = self.lm(inputs_embeds=embeds, attention_mask=mask, position_ids=positions_of(mask),
                          use_cache=False)
         return hidden.last_hidden_state[:, S - 1:][row_mask[:, :T]], frames, frame_lens      # (N, H)
-
     def set_requires_gradient_sync(self, on):
-        """Where the model is sharded FSDP2's method is found first: off, gradients wait for a later backward."""
-
+        """FSDP2's method takes this one's place: off, gradients wait for a later backward pass."""
     @torch.no_grad()
     def sample(self, batch, max_new_tokens, temperature=0.0, k=32, tokens_per_second=0.0, forbidden=None,
                uniforms=None, encoded=None):
-        """Writes transcripts: greedy at temperature 0, else sampling from softmax(logits / temperature). →
-        `Rollout`
-
-        batch: Batch of B clips; max_new_tokens: cap, the stop token counted; tokens_per_second: a row's cap
-        is also tokens_per_second × seconds + 16 (0: off), so that one looping row cannot hold the batch;
-        forbidden: (V,) bool, default the model's own; uniforms: (B, max_new_tokens) draws in [0, 1) that make
-        sampling a pure function of them; encoded: what `encode` gave, if it is at hand. The top-k ids of a
-        step are taken after forbidding. Not in the paper: the cap by seconds."""
+        """Writes transcripts: greedy at temperature 0, else sampling from softmax(logits / temperature);
+        top-k ids after forbidding. → `Rollout` max_new_tokens: cap, the stop token counted;
+        tokens_per_second: a row's cap is also this × seconds + 16 (0: off; not in the paper), so that one
+        looping row cannot hold the batch; forbidden: (V,) bool, default the model's own; uniforms: (B,
+        max_new_tokens) draws in [0, 1) that make sampling a pure function of them; encoded: what `encode`
+        gave, if it is at hand."""
         was_training = self.training
         self.eval()
         forbidden = self.forbidden if forbidden is None else forbidden
@@ -541,11 +489,9 @@ class SpeechLM(nn.Module):
                        topk_ids.where(written[:, :, None] & valid, -1)[:, :used])
 
 class Decoder:
-    """One-token steps of a Qwen LM after a prefill: fixed key and value storage, fused projections.
-
-    cache: the prefill's, S positions; prompt_mask: (B, S); T: tokens that may follow. Equal to the stock
-    modules up to rounding; weights are copied, so one lives for one batch."""
-
+    """One-token steps of a Qwen LM after a prefill, over fixed key and value storage with fused projections:
+    equal to the stock modules up to rounding. cache: the prefill's, S positions; prompt_mask: (B, S); T:
+    tokens that may follow. Weights are copied, so one lives for one batch."""
     def __init__(self, lm, cache, prompt_mask, T):
         c, kind, past = lm.config, prompt_mask.device.type, cache.layers
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else past[0].values.dtype
@@ -569,7 +515,6 @@ class Decoder:
                      a.o_proj.weight, layer.post_attention_layernorm.weight,
                      torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]), mlp.down_proj.weight)
             self.layers.append([None if part is None else part.to(dtype) for part in parts])
-
     def step(self, x, t):
         """Hidden rows (B, H) after token t (a (1,) tensor) with embeddings x (B, H)."""
         at, B, d, x = self.S + t, len(x), self.rotary.shape[1] // 2, x.to(self.dtype)
@@ -595,12 +540,11 @@ class Decoder:
 
 @torch.no_grad()
 def self_check(model, waveforms, languages):
-    """Does the model agree with itself? Its greedy transcripts of a few clips, scored by teacher forcing.
-
-    → dict: nll, their mean negative log-likelihood, nats a token; agreement, the share of tokens that are the
-    likeliest of their row; batch_difference, the largest difference of a logit between the clips in one batch
-    and one by one, relative to the largest logit. Raises InputError where shifted rows or a leaking batch
-    show: a greedy token's likelihood is never below 1 / V, whatever the weights."""
+    """Does the model agree with itself? Its greedy transcripts of a few clips, scored by teacher forcing. →
+    dict: nll, nats a token; agreement, the share of tokens that are the likeliest of their row;
+    batch_difference, the largest of a logit between the clips in a batch and one by one, relative to the
+    largest logit. Raises InputError where shifted rows or a leaking batch show: a greedy token's likelihood
+    is at least 1 / V."""
     device, allowed, was_training = model.forbidden.device, ~model.forbidden, model.training
     model.eval()
     batch = model.with_languages(collate(waveforms, model.front_end, languages).to(device))
@@ -617,10 +561,8 @@ def self_check(model, waveforms, languages):
                  batch_difference=((together - alone).abs().max() / largest).item())
     if not (found["nll"] <= math.log(together.shape[1]) + tolerance and found["agreement"] >= 0.95
             and found["batch_difference"] <= tolerance):
-        figures = ", ".join(f"{name} {value:.3g}" for name, value in found.items())
-        raise InputError(
-            f"self-check: {type(model.net).__name__} contradicts itself, its prompt, rows or masks are "
-            f"misaligned: {figures}; sound are at most log V, at least 0.95, at most {tolerance:g}")
+        raise InputError(f"self-check: {type(model.net).__name__} contradicts itself: prompt, rows or masks "
+                         f"are misaligned: {found}; sound: ≤ log V, ≥ 0.95, ≤ {tolerance:g}")
     model.train(was_training)
     return found
 
@@ -658,9 +600,8 @@ def align_vocabularies(student, teacher):
     to_teacher[student_ids], to_student[teacher_ids] = teacher_ids, student_ids
     text_ids, matched = len(student_forbidden) - sum(student_forbidden), len(pairs)
     if matched < 0.99 * text_ids:
-        raise InputError(f"--student and --teacher: only {matched} of the student's {text_ids} text tokens "
-                         "are in the teacher's vocabulary; distillation compares token by token and needs "
-                         "one tokenizer for both")
+        raise InputError(f"--student, --teacher: only {matched} of the student's {text_ids} text tokens are "
+                         "in the teacher's vocabulary; distillation compares token by token: one tokenizer")
     maps = (to_teacher, to_student, to_teacher < 0, to_student < 0)
     return Alignment(*(x.to(student.forbidden.device) for x in maps))
 
@@ -669,10 +610,8 @@ def teacher_rollout(rollout, alignment):
     return Rollout(alignment.to_teacher[rollout.ids].clamp(min=0), rollout.lens, rollout.stopped)
 
 def union_support(student_ids, teacher_ids):
-    """U_t = S_t ∪ T_t without duplicates and invalid ids (Eq. 1).
-
-    student_ids, teacher_ids: (N, K) int64, ids < 0 invalid. → support_ids (N, 2K) int64, ascending, −1 where
-    not counted; support_mask (N, 2K) bool, True = counted."""
+    """U_t = S_t ∪ T_t without duplicates and invalid ids (Eq. 1): (N, K), (N, K) int64, ids < 0 invalid →
+    support_ids (N, 2K) int64, −1 where not counted; support_mask (N, 2K) bool, True = counted."""
     ids = torch.cat([student_ids, teacher_ids], dim=1).sort(dim=1).values
     first = torch.ones_like(ids, dtype=torch.bool)
     first[:, 1:] = ids[:, 1:] != ids[:, :-1]
@@ -681,16 +620,13 @@ def union_support(student_ids, teacher_ids):
 
 def support_kl(student_logits, teacher_logits, support_mask, temperature=1.0):
     """KL(teacher ‖ student) on the support, both renormalised there (Eq. 1): τ² Σ_u p_u (log p_u − log q_u).
-
-    student_logits, teacher_logits: (N, U) raw scores of any float dtype, p = softmax_U(teacher/τ), q =
-    softmax_U(student/τ); support_mask: (N, U) bool. → kl (N,) nats × τ², float32 (float64 if an input is);
-    counted (N,) bool, rows with at least two valid entries. Other rows are 0 and give no gradient. The
-    teacher gets none either."""
+    student_logits, teacher_logits: (N, U) raw scores, p = softmax_U(teacher/τ), q = softmax_U(student/τ);
+    support_mask: (N, U) bool. → kl (N,) nats × τ², float32 (float64 if an input is); counted (N,) bool, rows
+    with at least two valid entries. Other rows are 0 and give no gradient. The teacher gets none either."""
     dtype = torch.float64 if torch.float64 in (student_logits.dtype, teacher_logits.dtype) else torch.float32
     counted = support_mask.sum(dim=1) >= 2
     keep = support_mask & counted[:, None]
-    # −inf removes an entry from the softmax; rows that are not counted get zeros throughout,
-    # so that nothing is NaN.
+    # −inf removes an entry from the softmax; rows that are not counted get zeros, so that nothing is NaN.
     outside = torch.zeros_like(keep, dtype=dtype).masked_fill(counted[:, None], -math.inf)
     log_p = torch.where(keep, teacher_logits.detach().to(dtype) / temperature, outside).log_softmax(dim=1)
     log_q = torch.where(keep, student_logits.to(dtype) / temperature, outside).log_softmax(dim=1)
@@ -700,11 +636,9 @@ def support_kl(student_logits, teacher_logits, support_mask, temperature=1.0):
 
 @torch.no_grad()
 def teacher_support(teacher, hidden, student_topk, alignment, k, chunk=1024):
-    """The union support of every row and the teacher's scores on it.
-
-    hidden: (N, H') teacher rows; student_topk: (N, K) student ids, −1 invalid. → support_ids, support_mask
-    (N, 2K) in student ids; teacher scores (N, 2K) float32, raw logits; teacher top-k (N, K) in student ids,
-    −1 invalid. `chunk` rows at a time reach the head, so no (N, V) tensor is kept."""
+    """The union support of every row and the teacher's scores on it: (N, H') teacher rows, (N, K) student ids
+    → support_ids, support_mask (N, 2K), teacher's raw logits (N, 2K) float32, teacher's top-k (N, K), all in
+    student ids, −1 invalid. `chunk` rows at a time reach the head, so no (N, V) tensor is kept."""
     parts = []
     for rows, student_ids in zip(hidden.split(chunk), student_topk.split(chunk)):
         logits = teacher.head(rows).float().masked_fill(alignment.teacher_forbidden, -math.inf)  # (chunk, V')
@@ -721,11 +655,9 @@ def teacher_support(teacher, hidden, student_topk, alignment, k, chunk=1024):
 class SupportScores(torch.autograd.Function):
     """scores[n, u] = weight[ids[n, u]] · hidden[n]: (V, H), (N, H), (N, U) → (N, U) float32, a chunk of rows
     at a time, so that the gathered rows (N, U, H) are never there at once, in backward neither."""
-
     @staticmethod
     def chunks(hidden, ids):
         return range(0, len(ids), size := max(2**20 // max(ids.shape[1] * hidden.shape[1], 1), 1)), size
-
     @staticmethod
     def forward(ctx, weight, hidden, ids):
         ctx.save_for_backward(weight, hidden, ids)
@@ -734,7 +666,6 @@ class SupportScores(torch.autograd.Function):
             rows = F.embedding(ids[i:i + n], weight).to(hidden.dtype)
             scores[i:i + n] = torch.einsum("nuh,nh->nu", rows, hidden[i:i + n])
         return scores
-
     @staticmethod
     def backward(ctx, grad):
         weight, hidden, ids = ctx.saved_tensors
@@ -747,14 +678,14 @@ class SupportScores(torch.autograd.Function):
         return grad_weight.to(weight.dtype), grad_hidden, None
 
 def student_scores(head_weight, hidden, support_ids):
-    """Raw logits of the support only: (V, H) output matrix, (N, H) rows, (N, U) ids → (N, U), float32 (float64
-    if the matrix is). No (N, V) tensor is made."""
+    """Raw logits of the support only: (V, H) output matrix, (N, H) rows, (N, U) ids → (N, U), float32
+    (float64 if the matrix is). No (N, V) tensor is made."""
     dtype = torch.promote_types(head_weight.dtype, torch.float32)
     return SupportScores.apply(head_weight, hidden.to(dtype), support_ids.clamp(min=0))
 
 def full_kl(student, student_hidden, teacher, teacher_hidden, alignment, temperature=1.0, chunk=256):
-    """`support_kl` over all ids that both models may write. Exact: (N, H) and (N, H') rows → kl (N,), counted
-    (N,); the logits of `chunk` rows at a time, computed again in backward."""
+    """`support_kl` over all ids that both models may write, exact: (N, H), (N, H') rows → kl, counted (N,).
+    The logits of `chunk` rows at a time, computed again in backward."""
     def part(student_rows, teacher_rows):
         with torch.no_grad():
             teacher_logits = teacher.head(teacher_rows).float()[:, alignment.to_teacher.clamp(min=0)]
@@ -791,9 +722,8 @@ def cosine_lr(step, steps, warmup_steps, lr):
 def shard(model, bf16):
     """Shards a student over the ranks (FSDP2): float32 shards and gradients, compute in bf16 if asked; a
     layer is whole only while it works. → its whole copy, in compute precision, for all that has no gradient.
-
-    Gradients are summed over the ranks, not averaged: the loss is divided by global counts. Without torchrun
-    the model stays as it is and is its own copy."""
+    Gradients are summed, not averaged: the loss is divided by global counts. Without torchrun the model is
+    its own copy."""
     if not dist.is_initialized():
         return model
     actor = copy.deepcopy(model).to(torch.bfloat16 if bf16 else torch.float32).eval().requires_grad_(False)
@@ -827,11 +757,9 @@ def training_state(model, optimizer):
 
 def save_checkpoint(out, step, model, optimizer, keep=2):
     """Writes out/checkpoints/step-N: `model`, a Hugging Face folder, and `state`, torch's distributed
-    checkpoint (DCP), from which any number of ranks can go on. Called by all ranks; one tensor at a time is
-    whole. The last `keep` stay.
-
-    Complete or not at all: written beside and renamed, then the link checkpoints/latest is replaced in one
-    step. Raises InputError where it cannot be written; the checkpoints before it stay."""
+    checkpoint (DCP), from which any number of ranks can go on. All ranks call it; one tensor at a time is
+    whole. Complete or not at all: written beside and renamed, then the link checkpoints/latest is replaced.
+    The last `keep` stay. Raises InputError where it cannot be written; those before it stay."""
     rank, folder, link = rank_and_world()[0], os.path.join(out, "checkpoints"), os.path.join(out, "model")
     final, latest = os.path.join(folder, f"step-{step:07d}"), os.path.join(folder, "latest")
     if os.path.realpath(latest) == os.path.realpath(final):
@@ -857,19 +785,18 @@ def save_checkpoint(out, step, model, optimizer, keep=2):
                 os.symlink(target, path + ".new")
                 os.replace(path + ".new", path)
             steps = sorted(name for name in os.listdir(folder) if re.fullmatch(r"step-\d+", name))
-            here = steps.index(os.path.basename(final))
-            for name in (*steps[:max(here + 1 - keep, 0)], *steps[here + 1:]):   # later ones: of a cut-off run
+            here = steps.index(os.path.basename(final)) + 1
+            for name in (*steps[:max(here - keep, 0)], *steps[here:]):          # later ones: of a cut-off run
                 shutil.rmtree(os.path.join(folder, name))
-    except (Exception, CheckpointException) as error:       # disk full, quota, …, whatever a library says of it
+    except (Exception, CheckpointException) as error:       # disk full, quota, …, whatever a library says
         problem = one_line(error)
         shutil.rmtree(partial, ignore_errors=True)
     if all_reduce_sum([problem is not None], model.forbidden.device)[0]:
-        raise InputError(f"checkpoint {final} could not be written: {problem or 'see rank 0'}; the previous one "
-                         "is intact: free some space, then --resume auto")
+        raise InputError(f"checkpoint {final} could not be written: {problem or 'see rank 0'}; the previous "
+                         "one is intact: free some space, then --resume auto")
 
 def load_checkpoint(folder, model, optimizer):
-    """Restores weights and optimizer from a checkpoint's `state`, whatever the number of ranks that wrote it.
-    Raises InputError where it is damaged or of other modules."""
+    """Restores weights and optimizer from a checkpoint's `state`; InputError where it does not fit."""
     state = training_state(model, optimizer)
     try:
         dcp.load(state, checkpoint_id=os.path.join(folder, "state"))

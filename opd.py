@@ -23,13 +23,14 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from data import (Batch, Clips, InputError, Parser, StepDataset, add_lines, all_reduce_sum, at_least, barrier,
-                  catch_sigterm, collate, find_run, finish_run, load_or_note, memory, print_plan, print_probe, read_json,
-                  read_lines, report_bad, run_script, setup_distributed, start_run, step_batches, stop_nonfinite, training_flags)
-from eval import evaluate, looping, print_table, read_sets
-from model import (Rollout, SpeechLM, align_vocabularies, check_languages, cosine_lr, full_kl, load_checkpoint,
-                   make_optimizer, refresh, save_checkpoint, self_check, shard, speed_options, student_scores,
-                   support_kl, teacher_rollout, teacher_support, whole)
+from data import (Batch, Clips, Parser, StepDataset, add_lines, all_reduce_sum, at_least, barrier,
+                  catch_sigterm, collate, find_run, finish_run, load_or_note, memory, print_plan, read_json,
+                  read_lines, report_bad, run_script, setup_distributed, start_run, step_batches,
+                  stop_nonfinite, training_flags)
+from eval import evaluate, looping, print_summaries, print_table, read_sets
+from model import (Rollout, SpeechLM, align_vocabularies, check_languages, cosine_lr, full_kl,
+                   load_checkpoint, make_optimizer, refresh, save_checkpoint, self_check, shard,
+                   speed_options, student_scores, support_kl, teacher_rollout, teacher_support, whole)
 from overlap import set_overlap
 
 PHASES = ("data", "rollout", "teacher", "update")
@@ -59,10 +60,9 @@ def score_rollout(teacher, alignment, batch, teacher_batch, rollout, k, encoded=
 
 def backward_kl(student, scored, tau, device, full=None, bf16=False):
     """Gradient of L = Σ_t KL_t / |𝒯| (Eq. 1), 𝒯 counted over all micro-batches and ranks of the step. full =
-    (teacher, alignment): KL over all ids in place of the union (--support full).
-
-    A sharded student's gradients end as the global sum; a rank, or all of them, without a counted position
-    takes part with 0. → per micro-batch the KL of its rows (N,) at τ and at temperature 1, nats, and |𝒯|."""
+    (teacher, alignment): KL over all ids in place of the union (--support full). A sharded student's
+    gradients end as the global sum; a rank, or all of them, without a counted position takes part with 0. →
+    per micro-batch the KL of its rows (N,) at τ and at temperature 1, nats, and |𝒯|."""
     counted = [len(s.support_mask) if full else int((s.support_mask.sum(dim=1) >= 2).sum()) for s in scored]
     n_counted = int(all_reduce_sum([sum(counted)], device)[0])
     losses, at_1 = [], []
@@ -82,7 +82,8 @@ def backward_kl(student, scored, tau, device, full=None, bf16=False):
 
 def rollout_sums(scored, front_end):
     """What the log needs, summed over this rank's rows and clips, in a fixed order."""
-    names = ("rows", "vuss", "overlap_ratio", "top1", "clips", "tokens", "empty", "capped", "looping", "silent")
+    names = ("rows", "vuss", "overlap_ratio", "top1", "clips", "tokens", "empty", "capped", "looping",
+             "silent")
     sums = dict.fromkeys(names, 0.0)
     for s in scored:
         overlap, lens, there = (set_overlap(s.student_topk, s.teacher_topk, s.support_mask), s.rollout.lens,
@@ -118,17 +119,13 @@ def parse_args(argv=None):
     add = parser.add_argument_group("rollout").add_argument
     add("--temperature", type=at_least(0), default=0.0, help="of the rollout's sampling; 0 = greedy")
     add("--max-new-tokens", type=at_least(1, int), default=64, help="cap on a rollout's tokens")
-    add("--tokens-per-second", type=at_least(0), default=8.0,
-        help="a clip's cap is also this × its seconds + 16 tokens; 0 = off")
-    add("--sample-every", type=at_least(0, int), default=100,
-        help="steps between samples (2 rollouts) in samples.jsonl; 0 = off")
+    add("--tokens-per-second", type=at_least(0), default=8.0, help="a cap: this × seconds + 16; 0 = off")
+    add("--sample-every", type=at_least(0, int), default=100, help="steps between samples; 0 = off")
     return parser.parse_args(argv)
 
 def main(args):
     # ---- distributed ---------------------------------------------------------------------------------------
     rank, world, device = setup_distributed()
-    if args.batch_size % world:
-        raise InputError(f"--batch-size {args.batch_size} is not divisible by the {world} processes")
     first_step, checkpoint = find_run(args, rank)
     if first_step is None:
         return
@@ -149,9 +146,8 @@ def main(args):
     for role, lm in (("student", student), ("teacher", teacher)) if few else ():
         check = self_check(lm, *map(list, zip(*few)))
         if rank == 0:
-            print(f"self-check, {role}: nll of its own greedy transcripts {check['nll']:.3f} nats a token, "
-                  f"likeliest tokens {check['agreement']:.0%}, logits alone and in a batch "
-                  f"{check['batch_difference']:.0e} apart (of the largest)", flush=True)
+            print(f"self-check, {role}: nll of its own text {check['nll']:.3f} nats a token, likeliest "
+                  f"{check['agreement']:.0%}, in a batch {check['batch_difference']:.0e} off", flush=True)
     # ---- shards, optimizer, resume, output folder ----------------------------------------------------------
     actor = shard(student, args.bf16)           # writes the rollouts; the student itself without torchrun
     optimizer = make_optimizer(student, args.lr, args.weight_decay)
@@ -167,23 +163,23 @@ def main(args):
     full = (teacher, alignment) if args.support == "full" else None
 
     def make(indices, step, bad):
-        """One micro-batch: clip numbers, the student's and the teacher's Batch,
-        uniforms (B, T) for sampling."""
+        """One micro-batch: clip numbers, the student's and the teacher's Batch, uniforms (B, T)."""
         chosen = [clips[i] for i in indices]
-        waveforms, languages = [load_or_note(clip, bad) for clip in chosen], [clip.language for clip in chosen]
+        waveforms, languages = ([load_or_note(clip, bad) for clip in chosen],
+                                [clip.language for clip in chosen])
         mels = [student_front_end.features(w) for w in waveforms]
         same = type(student_front_end) is type(teacher_front_end)           # then both take this log-mel
         uniforms = np.stack([np.random.default_rng((args.seed, 2, step, i)).random(args.max_new_tokens)
                              for i in indices])
-        return (indices, collate(waveforms, student_front_end, languages, mels),
-                collate(waveforms, teacher_front_end, languages, mels if same else None),
-                torch.from_numpy(uniforms))
+        return (indices, collate(waveforms, student_front_end, languages, mels), collate(
+            waveforms, teacher_front_end, languages, mels if same else None), torch.from_numpy(uniforms))
 
     def run_eval(step):
         folder = os.path.join(args.out, f"eval-{step}")
         if step == 0 and first_step > 0:        # "before" is the first start's, if it had any
             return read_json(os.path.join(folder, "summary.json"), {})
-        return evaluate(actor, eval_sets, device, args.micro_seconds, folder, strict=args.on_bad_audio == "error")
+        return evaluate(actor, eval_sets, device, args.micro_seconds, folder,
+                        strict=args.on_bad_audio == "error")
 
     before = run_eval(0) if eval_sets else {}
     # ---- training loop -------------------------------------------------------------------------------------
@@ -217,7 +213,6 @@ def main(args):
         losses, losses_at_1, n_counted = backward_kl(student, scored, args.tau, device, full, args.bf16)
         if step < 0:                                    # the trial of the longest clips
             optimizer.zero_grad(set_to_none=True)
-            print_probe(args, rank)
             clock = [time.perf_counter()]
             continue
         grad_norm = whole(nn.utils.clip_grad_norm_(student.parameters(), args.clip or float("inf"))).item()
@@ -250,8 +245,7 @@ def main(args):
                        **{f"{phase}_s": b - a for phase, a, b in zip(PHASES, clock, clock[1:])}, **memory())
         log(metrics)
         bar.update()
-        bar.set_postfix({"loss": f"{metrics['loss']:.3f}", "kl": f"{metrics['kl']:.3f}", "vuss":
-                         f"{metrics['vuss']:.1f}", "clips/s": f"{metrics['clips_per_s']:.0f}"}, refresh=False)
+        bar.set_postfix({key: f"{metrics[key]:.3g}" for key in ("loss", "kl", "vuss", "clips_per_s")}, False)
         if rank == 0 and args.sample_every and (step % args.sample_every == 0 or done == args.steps):
             written = teacher.sample(rolled[0][1], args.max_new_tokens, 0.0, 1, args.tokens_per_second)
             write_samples(
@@ -266,8 +260,7 @@ def main(args):
         if eval_sets and args.eval_every and done % args.eval_every == 0 and done < args.steps:
             summaries = run_eval(done)
             if rank == 0:
-                print_table([[stem, s["metric"], s["value"]] for stem, s in summaries.items()],
-                            [f"step {done}", "metric", "%"])
+                print_summaries(summaries)
         clock = [time.perf_counter()]
     bar.close()
     after = run_eval(args.steps) if eval_sets else {}

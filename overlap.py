@@ -12,11 +12,10 @@ import collections
 import os
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
-from data import (InputError, Parser, at_least, collate, load_audio, make_folder, micro_batches, run_script,
-                  setup_distributed, write_json)
+from data import (InputError, Parser, at_least, collate, gather, load_audio, make_folder, micro_batches,
+                  run_script, setup_distributed, write_json)
 from eval import print_table, read_sets
 from model import (SpeechLM, align_vocabularies, check_languages, support_kl, teacher_rollout,
                    teacher_support, union_support)
@@ -26,10 +25,8 @@ MEASURES = ("vuss", "overlap_ratio", "jaccard", "top1", "mass_student", "mass_te
 
 def set_overlap(student_topk, teacher_topk, support_mask):
     """Per-row set measures from top-k ids (N, K) (student ids, −1 invalid, best first) and the union's mask
-    (N, 2K).
-
-    → dict of (N,) float64: vuss = |U|, overlap_ratio = |I| / K, jaccard = |I| / |U|, top1 = both put the same
-    id first."""
+    (N, 2K). → dict of (N,) float64: vuss = |U|, overlap_ratio = |I| / K, jaccard = |I| / |U|, top1 = both put
+    the same id first."""
     union = support_mask.sum(1).double()
     both = (student_topk >= 0).sum(1).double() + (teacher_topk >= 0).sum(1) - union    # |I| = |S| + |T| − |U|
     return dict(vuss=union, overlap_ratio=both / student_topk.shape[1], jaccard=both / union.clamp(min=1),
@@ -37,11 +34,9 @@ def set_overlap(student_topk, teacher_topk, support_mask):
 
 def probability_overlap(student_logits, teacher_logits, student_topk, teacher_topk):
     """Per-row measures on probabilities. Logits (N, V) in one id space, −inf where forbidden; top-k ids (N,
-    K).
-
-    → dict of (N,) float64: mass_student, mass_teacher = Σ_I p, Σ_I q; advantage = Σ_I p̄ (log q̄ − log p̄) /
-    |I|, p̄ and q̄ renormalised on I (≤ 0); entropy_gap = |H(q) − H(p)|; kl_union, kl_full = KL(q ‖ p) on U
-    and on all ids, in nats."""
+    K). → dict of (N,) float64: mass_student, mass_teacher = Σ_I p, Σ_I q; advantage = Σ_I p̄ (log q̄ − log
+    p̄) / |I|, p̄ and q̄ renormalised on I (≤ 0); entropy_gap = |H(q) − H(p)|; kl_union, kl_full = KL(q ‖ p)
+    on U and on all ids, in nats."""
     log_p, log_q = student_logits.double().log_softmax(1), teacher_logits.double().log_softmax(1)
     p, q = log_p.exp(), log_q.exp()
     plain = lambda x, weight: torch.where(weight > 0, x, 0)                                   # 0 log 0 = 0
@@ -104,8 +99,7 @@ def parse_args(argv=None):
     add("--batch-seconds", type=at_least(0.01), default=600.0, help="seconds of audio scored at once")
     add("--max-seconds", type=at_least(0.01), default=30.0, help="longest clip accepted; longer is an error")
     add("--max-new-tokens", type=at_least(1, int), default=64, help="cap on a rollout's tokens")
-    add("--tokens-per-second", type=at_least(0), default=8.0,
-        help="a clip's cap is also this × its seconds + 16 tokens; 0 = off")
+    add("--tokens-per-second", type=at_least(0), default=8.0, help="a cap: this × seconds + 16; 0 = off")
     return parser.parse_args(argv)
 
 def main(args):
@@ -119,26 +113,21 @@ def main(args):
                         for folder in (args.student, args.teacher))
     alignment = align_vocabularies(student, teacher)
     check_languages(clips, student, teacher)
-    durations = [clip.duration for clip in clips]
     sums = collections.Counter()                        # (group, measure or "positions") → sum over rows
-    for indices in tqdm(micro_batches(range(rank, len(clips), world), durations, args.batch_seconds),
-                        disable=rank > 0, desc="overlap"):
+    batches = micro_batches(range(rank, len(clips), world), [c.duration for c in clips], args.batch_seconds)
+    for indices in tqdm(batches, disable=rank > 0, desc="overlap"):
         values, row_clip, row_quarter = measure(
             student, teacher, alignment, [load_audio(clips[i]) for i in indices],
-            [clips[i].language for i in indices], args.k, args.max_new_tokens,
-            args.tokens_per_second, device)
+            [clips[i].language for i in indices], args.k, args.max_new_tokens, args.tokens_per_second, device)
         groups = [("all", f"language {clips[indices[b]].language or '(none)'}", f"quarter {quarter + 1}")
                   for b, quarter in zip(row_clip, row_quarter)]
         for group in sorted({g for row in groups for g in row}):
             member = torch.tensor([group in row for row in groups], device=device)
             sums.update({(group, name): values[name][member].sum().item() for name in MEASURES})
             sums[group, "positions"] += int(member.sum())
-    if world > 1:
-        shares = [None] * world
-        dist.all_gather_object(shares, sums)
-        sums = collections.Counter()
-        for share in shares:
-            sums.update(share)                          # adds, negative values too
+    shares, sums = gather(sums), collections.Counter()
+    for share in shares:
+        sums.update(share)                              # adds, negative values too
     if rank > 0:
         return
     table = {group: dict(positions=n, **{name: sums[group, name] / n for name in MEASURES})

@@ -4,12 +4,11 @@ r"""Supervised fine-tuning: cross-entropy on transcripts (the paper's Base and T
         --tokenizer example/base --out runs/base
     python sft.py --train td.jsonl --text-field hyp --model runs/base/model --out runs/td
 
-With --model it starts from a folder; with --config and --tokenizer from random weights. The loss is the mean
-over the transcript tokens and the stop token of the whole global batch, counted over all micro-batches and
-ranks. From random weights a CTC loss on the encoder's 50 Hz output (UTF-8 bytes, head dropped when saving)
-makes the model listen: without it the LM learns the text's statistics first. Not in the paper: CTC,
-SpecAugment. Prints a progress bar with loss and clips per second, and the error on --eval sets; writes
-OUT/model, metrics.jsonl, config.json, summary.json. Defaults are the paper's; the example's: example/make.py.
+The loss is the mean over the transcript tokens and the stop token of the whole global batch, counted over all
+micro-batches and ranks. From random weights a CTC loss on the encoder's 50 Hz output (UTF-8 bytes, its head
+is not exported) makes the model listen: without it the LM learns the text's statistics first. Not in the
+paper: CTC, SpecAugment. Prints a progress bar and the error on --eval sets; writes OUT/model, metrics.jsonl,
+config.json, summary.json. Defaults are the paper's; the example's: example/make.py.
 """
 import math
 import os
@@ -22,11 +21,11 @@ import transformers
 from torch import nn
 from tqdm import tqdm
 
-from data import (Clips, InputError, Parser, StepDataset, all_reduce_sum, at_least, barrier, catch_sigterm, collate,
-                  find_run, finish_run, load_or_note, memory, one_line, print_plan, print_probe, read_json, read_lines,
-                  report_bad, run_script, script_language, setup_distributed, start_run, step_batches, stop_nonfinite,
-                  training_flags)
-from eval import evaluate, print_table, read_sets
+from data import (Clips, InputError, Parser, StepDataset, all_reduce_sum, at_least, barrier,
+                  catch_sigterm, collate, find_run, finish_run, load_or_note, memory, one_line, print_plan,
+                  read_json, read_lines, report_bad, run_script, script_language, setup_distributed,
+                  start_run, step_batches, stop_nonfinite, training_flags)
+from eval import evaluate, print_summaries, read_sets
 from model import (SpeechLM, check_languages, cosine_lr, load_checkpoint, make_optimizer, refresh,
                    save_checkpoint, shard, speed_options, whole)
 
@@ -61,25 +60,20 @@ def augment(mel, args, step, clip):
     return mel
 
 def ctc_loss(ctc_head, frames, frame_lens, texts):
-    """Sum over clips of CTC / bytes of its UTF-8 text: frames (B, T', D), lens (B,). → loss, clips too short
-    for their text.
-
-    Byte b is class b + 1, 0 is blank; 257 classes fit every language and need no vocabulary."""
+    """Sum over clips of CTC / bytes of its UTF-8 text, frames (B, T', D), lens (B,), and clips too short for
+    it. Byte b is class b + 1, 0 is blank; 257 classes fit every language and need no vocabulary."""
     targets = [list((text or "").encode()) for text in texts]
     lens = torch.tensor([len(t) for t in targets])
     flat = torch.tensor([b + 1 for t in targets for b in t], dtype=torch.long, device=frames.device)
     log_probs = ctc_head(frames).float().log_softmax(-1).transpose(0, 1)                     # (T', B, 257)
     losses = F.ctc_loss(log_probs, flat, frame_lens.cpu(), lens, reduction="none", zero_infinity=True)
     needed = torch.tensor([len(t) + sum(a == b for a, b in zip(t, t[1:])) for t in targets])
-    there = torch.tensor([text is not None for text in texts])          # a place without a clip counts for nothing
-    return ((losses / lens.clamp(min=1).to(losses.device)).where(there.to(losses.device), 0).sum(),
-            int((needed > frame_lens.cpu()).sum()))
+    weights = torch.tensor([0.0 if text is None else 1 / max(len(t), 1) for text, t in zip(texts, targets)])
+    return (losses * weights.to(losses.device)).sum(), int((needed > frame_lens.cpu()).sum())
 
 def main(args):
     # ---- distributed ---------------------------------------------------------------------------------------
     rank, world, device = setup_distributed()
-    if args.batch_size % world:
-        raise InputError(f"--batch-size {args.batch_size} is not divisible by the {world} processes")
     first_step, checkpoint = find_run(args, rank)
     if first_step is None:
         return
@@ -91,8 +85,7 @@ def main(args):
     torch.manual_seed(args.seed)                    # the same initial weights on every rank
     given = [name for name in ("model", "encoder", "lm", "config", "tokenizer") if getattr(args, name)]
     if given not in (["model"], ["encoder", "lm"], ["config", "tokenizer"]):
-        raise InputError("start from a model, --model, from two, --encoder and --lm, or from random weights, "
-                         f"--config and --tokenizer; found {given or 'none of these'}")
+        raise InputError(f"give --model, or --encoder and --lm, or --config and --tokenizer; found {given}")
     if args.model or checkpoint:
         model = SpeechLM.from_pretrained(os.path.join(checkpoint, "model") if checkpoint else args.model)
     elif args.lm:
@@ -104,8 +97,7 @@ def main(args):
             config = read_json(args.config)
             tokenizer = transformers.AutoTokenizer.from_pretrained(args.tokenizer, trust_remote_code=False)
         except (OSError, ValueError) as error:
-            raise InputError(f"--config {args.config}, --tokenizer {args.tokenizer}: "
-                             f"{one_line(error)}") from None
+            raise InputError(f"--config {args.config}, --tokenizer: {one_line(error)}") from None
         model = SpeechLM.from_config(config, tokenizer)
     if args.ctc_weight and model.is_qwen3_asr:
         raise InputError("--ctc-weight: only for GlmAsr encoders; leave it out for Qwen3-ASR")
@@ -122,21 +114,17 @@ def main(args):
     if rank == 0:
         print_plan(args, clips, world, device, model=model)
     speed_options(model, args.compile, args.recompute)
-    front_end, n_positions = model.front_end, model.net.config.text_config.max_position_embeddings
+    front_end, text_config = model.front_end, model.net.config.text_config
 
     def make(indices, step, bad):
         """One micro-batch: clip numbers, Batch, the transcripts as a Rollout, their texts."""
-        waveforms, texts, mels, languages = [], [], [], []
-        for i in indices:
-            clip, waveform = clips[i], load_or_note(clips[i], bad)
-            if len(front_end.encode_text(clip.text)) > n_positions // 2:
-                bad.append(dict(clip=clip.where, audio=clip.audio, reason=f"{clip.where}: its transcript has over "
-                                f"{n_positions // 2} tokens, half of the LM's positions; cut it"))
-                waveform = waveform[:0]
-            waveforms.append(waveform)
-            texts.append(clip.text if len(waveform) else None)
-            mels.append(augment(front_end.features(waveform), args, step, i))
-            languages.append(clip.language or script_language(clip.text) or "en")
+        chosen, limit = [clips[i] for i in indices], text_config.max_position_embeddings // 2
+        too_long = [len(front_end.encode_text(clip.text)) > limit for clip in chosen]
+        waveforms = [load_or_note(clip, bad, long and f"its transcript has over {limit} tokens, half of the "
+                                  "LM's positions; cut it") for clip, long in zip(chosen, too_long)]
+        texts = [clip.text if len(w) else None for clip, w in zip(chosen, waveforms)]
+        mels = [augment(front_end.features(w), args, step, i) for i, w in zip(indices, waveforms)]
+        languages = [clip.language or script_language(clip.text) or "en" for clip in chosen]
         return indices, collate(waveforms, front_end, languages, mels), front_end.transcripts(texts), texts
 
     def run_eval(step):
@@ -144,8 +132,7 @@ def main(args):
         summaries = evaluate(actor, eval_sets, device, args.micro_seconds,
                              os.path.join(args.out, f"eval-{step}"), strict=args.on_bad_audio == "error")
         if rank == 0:
-            print_table([[stem, s["metric"], s["value"]] for stem, s in summaries.items()],
-                        [f"step {step}", "metric", "%"])
+            print_summaries(summaries)
         return summaries
 
     # ---- training loop -------------------------------------------------------------------------------------
@@ -155,7 +142,8 @@ def main(args):
     start = time.perf_counter()
     for step, micros, bad in batches:
         done, data_s = step + 1, time.perf_counter() - start
-        n_tokens = all_reduce_sum([sum(int(targets.row_mask().sum()) for _, _, targets, _ in micros)], device)[0]
+        n_rows = sum(int(targets.row_mask().sum()) for _, _, targets, _ in micros)
+        n_tokens = all_reduce_sum([n_rows], device)[0]
         # ---- loss, backward --------------------------------------------------------------------------------
         # Σ cross-entropy over tokens / tokens of the global batch, plus the weighted CTC loss per clip
         loss = ctc = n_short = 0
@@ -172,11 +160,11 @@ def main(args):
             loss, ctc, n_short = loss + ce.item(), ctc + ctc_sum.item(), n_short + short
         if step < 0:                                    # the trial of the longest clips
             optimizer.zero_grad(set_to_none=True)
-            print_probe(args, rank)
             start = time.perf_counter()
             continue
         norm = whole(nn.utils.clip_grad_norm_(model.parameters(), args.clip or float("inf"))).item()
-        loss, ctc, n_short, n_bad, stopping = all_reduce_sum([loss, ctc, n_short, len(bad), stop.is_set()], device)
+        loss, ctc, n_short, n_bad, stopping = all_reduce_sum(
+            [loss, ctc, n_short, len(bad), stop.is_set()], device)
         if n_bad:
             report_bad(args, done, bad)
         if not math.isfinite(loss + ctc) or not math.isfinite(norm):
@@ -195,8 +183,7 @@ def main(args):
             clips_per_s=args.batch_size / seconds, step_s=seconds, data_s=data_s, update_s=seconds - data_s,
             **memory())
         bar.update()
-        bar.set_postfix({"loss": f"{metrics['loss']:.3f}", "clips/s": f"{metrics['clips_per_s']:.1f}"},
-                        refresh=False)
+        bar.set_postfix({name: f"{metrics[name]:.3g}" for name in ("loss", "clips_per_s")}, False)
         if eval_sets and (done == args.steps or args.eval_every and done % args.eval_every == 0):
             summaries = run_eval(done)
             metrics.update({f"{stem}/{s['metric']}": s["value"] for stem, s in summaries.items()})

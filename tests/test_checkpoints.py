@@ -277,7 +277,7 @@ def test_the_teachers_prompt_takes_the_language_of_the_rollouts_script(clips_dir
     monkeypatch.setattr(model.FrontEnd, "texts", lambda self, rollout: ["Привет"] * len(rollout.lens))
     monkeypatch.setattr(opd, "score_rollout", lambda *args: languages.extend(args[3].languages) or score(*args))
     opd_metrics(clips_dir, tmp_path / "student", teacher, tmp_path / "run", "--steps", 1, "--sample-every", 0)
-    assert languages == ["ru"] * 6
+    assert languages == ["ru"] * 6 * 2                                  # the trial of the longest clips, the step
 
 
 @pytest.mark.parametrize("field,value", [("rms_norm_eps", 1e-5), ("max_position_embeddings", 777)])

@@ -228,5 +228,5 @@ def test_alignment_is_the_identity_for_one_tokenizer_and_an_error_for_two():
     other.get_vocab = lambda: {("x" + t if i < 256 else t): i
                                for t, i in byte_tokenizer().get_vocab().items()}
     teacher.front_end.tokenizer = other
-    with pytest.raises(InputError, match="--student and --teacher: only 1 of the student's 257"):
+    with pytest.raises(InputError, match="--student, --teacher: only 1 of the student's 257"):
         align_vocabularies(student, teacher)

@@ -264,7 +264,7 @@ def test_vocabularies_that_do_not_match(clips_dir, models, tmp_path):
                                for token, i in state["model"]["vocab"].items()}
     SpeechLM.from_config(tiny_config(), byte_tokenizer()).save_pretrained(tmp_path / "other")
     (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(state))
-    with pytest.raises(InputError, match="needs one tokenizer for both"):
+    with pytest.raises(InputError, match="token by token: one tokenizer"):
         opd_run(clips_dir, (models[0], tmp_path / "other"), tmp_path / "run")
 
 
