@@ -31,7 +31,7 @@ import transformers
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import (AutoModelForCausalLM, AutoProcessor, AutoTokenizer, GenerationConfig, GlmAsrConfig,
@@ -740,9 +740,14 @@ def whole(tensor):
 
 @torch.no_grad()
 def refresh(actor, model):
-    """Copies the weights of a sharded model to its whole copy, so that writing needs no collective."""
-    for mine, sharded in zip(actor.parameters(), model.parameters()) if actor is not model else ():
-        mine.copy_(whole(sharded))
+    """Copies the weights of a sharded model that has trained a step, layer by layer, to its whole copy."""
+    for name, module in model.named_modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()
+            for key, p in module.named_parameters(prefix=name):
+                if not isinstance(p, DTensor):                  # the others are layers with shards of their own
+                    actor.get_parameter(key).copy_(p)
+            module.reshard()
 
 def training_state(model, optimizer):
     """Weights and AdamW's moments by the parameters' names, sharded as they are, for DCP to fill or save."""

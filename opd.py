@@ -153,7 +153,6 @@ def main(args):
     optimizer = make_optimizer(student, args.lr, args.weight_decay)
     if checkpoint:
         load_checkpoint(checkpoint, student, optimizer)
-        refresh(actor, student)
     log = start_run(args, rank, first_step)
     if rank == 0:
         print_plan(args, clips, world, device, student=student, teacher=teacher)

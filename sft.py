@@ -128,7 +128,6 @@ def main(args):
         return indices, collate(waveforms, front_end, languages, mels), front_end.transcripts(texts), texts
 
     def run_eval(step):
-        refresh(actor, model)
         summaries = evaluate(actor, eval_sets, device, args.micro_seconds,
                              os.path.join(args.out, f"eval-{step}"), strict=args.on_bad_audio == "error")
         if rank == 0:
@@ -185,6 +184,7 @@ def main(args):
         bar.update()
         bar.set_postfix({name: f"{metrics[name]:.3g}" for name in ("loss", "clips_per_s")}, False)
         if eval_sets and (done == args.steps or args.eval_every and done % args.eval_every == 0):
+            refresh(actor, model)
             summaries = run_eval(done)
             metrics.update({f"{stem}/{s['metric']}": s["value"] for stem, s in summaries.items()})
         log(metrics)
