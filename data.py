@@ -14,7 +14,6 @@ import collections
 import contextlib
 import dataclasses
 import functools
-import glob
 import hashlib
 import importlib.metadata
 import io
@@ -49,8 +48,7 @@ BLOCK = 1_280                   # samples of one audio token: 80 ms = 8 mel fram
 # what a resumed run may change: it moves no weight, but for --steps, which re-draws the schedule
 RESUME_FREE = {"steps", "resume", "overwrite", "keep", "on_bad_audio", "out", "eval", "workers",
                "micro_seconds", "save_every", "eval_every", "sample_every"}
-RUN_FILES = ("checkpoints", "model", "metrics.jsonl", "samples.jsonl", "bad.jsonl", "summary.json",
-             "config.json", "eval-*", "nonfinite-*.jsonl")                  # what a run writes
+RUN_FILES = r"checkpoints|model|eval-\d+|summary\.json|(metrics|samples|bad|nonfinite-\d+-\d+)\.jsonl(\.new)?"
 FIELDS = {                      # a manifest's keys: their types, and what to call them
     "audio": ((str,), "a path"), "text": ((str,), "a string"), "language": ((str,), "a string"),
     **dict.fromkeys(("duration", "begin_time", "end_time"), ((int, float), "a number of seconds")),
@@ -75,10 +73,9 @@ class InputError(ValueError):
     """A user's mistake: shown as one line (what, where, remedy), exit status 2, no traceback."""
 
 class AudioError(InputError):
-    """A clip that cannot be used; every rank may print it, for it may be the only one to have met it."""
+    """A clip that cannot be used; the rank that met it prints the line, for it may be the only one."""
 
 def one_line(error):
-    """A library's message without its line breaks, cut to 300 characters."""
     return " ".join(str(error).split())[:300]
 
 # ---- Manifest ----------------------------------------------------------------------------------------------
@@ -99,7 +96,6 @@ class Clip:
 
     @property
     def key(self):
-        """What makes two lines the same clip."""
         return (self.audio, self.offset, max(self.begin_time, 0), max(self.end_time, -1))
 
 def parse_line(line, where, folder, text_field="text"):
@@ -150,7 +146,8 @@ def manifest_clips(path, text_field="text", errors=None, begin=0, end=math.inf, 
     else InputError."""
     folder = os.path.dirname(os.path.abspath(path))
     with open_manifest(path) as file:
-        file.seek(begin)
+        if begin:
+            file.seek(begin)
         for raw in file:
             if begin >= end:
                 break
@@ -201,17 +198,19 @@ def manifest_index(path, text_field):
                     spans.append((path, text_field, begin, begin + len(block), number))
                     begin, number = begin + len(block), number + block.count(b"\n")
         if not cache.exists():
-            with multiprocessing.get_context("fork").Pool(min(len(spans), 16)) if len(spans) > 4 else (
+            die = (signal.signal, (signal.SIGTERM, signal.SIG_DFL))         # else the pool could not end them
+            with multiprocessing.get_context("fork").Pool(min(len(spans), 16), *die) if len(spans) > 4 else (
                     contextlib.nullcontext()) as pool:
                 parts = (pool.imap if pool else map)(index_span, spans)
                 rows = np.concatenate([np.empty(0, ROW), *parts])
             folder.mkdir(parents=True, exist_ok=True)
-            for old in folder.glob(f"{name}-*"):
-                old.unlink(missing_ok=True)
             with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
                 np.save(file, rows)
             os.replace(file.name, cache)
-        rows = np.load(cache, mmap_mode="r")
+            for old in set(folder.glob(f"{name}-*")) - {cache}:
+                old.unlink(missing_ok=True)
+        if (rows := np.load(cache, mmap_mode="r")).dtype != ROW:
+            raise ValueError("is another's")
     except InputError:
         raise
     except (OSError, ValueError, EOFError) as error:
@@ -283,6 +282,8 @@ def load_audio(clip):
         return AudioError(f"{clip.where}: {clip.audio}: {reason}")
 
     try:
+        if os.path.exists(clip.audio) and not os.path.isfile(clip.audio):       # a pipe would be waited for
+            raise bad("is a directory, or no plain file")
         with open(clip.audio, "rb") as raw:         # by content, whatever the name's extension claims
             size, offset = os.fstat(raw.fileno()).st_size, clip.offset or 0
             nbytes = size if clip.nbytes is None else clip.nbytes
@@ -290,8 +291,9 @@ def load_audio(clip):
                 raise bad(f"ends before byte {offset + nbytes}; the shard is shorter than the manifest says")
             raw.seek(offset)
             # A segment of a long recording is sought, anything else read at once.
-            content = raw if clip.end_time >= 0 and clip.offset is None else io.BytesIO(raw.read(nbytes))
-            if clip.crc32 not in (None, content is not raw and zlib.crc32(content.getbuffer())):
+            seek = clip.end_time >= 0 and clip.offset is None and clip.crc32 is None
+            content = raw if seek else io.BytesIO(raw.read(nbytes))
+            if clip.crc32 is not None and clip.crc32 != zlib.crc32(content.getbuffer()):
                 raise bad("has changed since the manifest was made (crc32 of its bytes); import it again")
             with soundfile.SoundFile(content) as file:
                 rate, n_frames = file.samplerate, file.frames
@@ -467,8 +469,12 @@ class StepDataset(torch.utils.data.Dataset):
             seconds, batch_size, micro_seconds, seed, rank, world, make)
     def __getitem__(self, step):
         batch, bad = batch_indices(self.seconds, self.batch_size, self.seed, max(step, 0)), []
-        if step < 0:
-            batch = np.resize(np.argsort(-self.seconds, kind="stable")[:self.batch_size], self.batch_size)
+        if step < 0:            # of n clips the longest may have micro_seconds / n; which n takes the most?
+            order, n = np.argsort(self.seconds), np.arange(1, self.batch_size // self.world + 1)
+            places = np.searchsorted(self.seconds[order], self.micro_seconds / n, side="right") - 1
+            places[0] = len(order) - 1
+            padded = n * self.seconds[order][places] * (places >= 0)
+            batch = np.full(self.batch_size, order[places[padded.argmax()]])
         shares = [batch[rank::self.world].tolist() for rank in range(self.world)]
         n_pieces = max(len(micro_batches(share, self.seconds, self.micro_seconds)) for share in shares)
         cuts = micro_batches(shares[self.rank], self.seconds, self.micro_seconds, n_pieces)
@@ -492,7 +498,6 @@ def step_batches(dataset, first_step, last_step, workers):
 
 # ---- Processes, output folders, errors: the plumbing that every script shares ------------------------------
 def rank_and_world():
-    """(rank, world size); (0, 1) without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 def setup_distributed():
@@ -507,7 +512,6 @@ def setup_distributed():
     return (*rank_and_world(), device)
 
 def all_reduce_sum(values, device):
-    """Sums a list of numbers over the ranks, in float64."""
     total = torch.tensor(values, dtype=torch.float64, device=device)
     if dist.is_initialized():
         dist.all_reduce(total)
@@ -524,7 +528,6 @@ def barrier():
         dist.barrier()
 
 def make_folder(path):
-    """Creates an output folder; InputError where it cannot be written."""
     try:
         os.makedirs(path, exist_ok=True)
     except OSError as error:
@@ -543,8 +546,12 @@ def find_run(args, rank):
     if args.overwrite and args.resume == "auto":
         raise InputError("--overwrite and --resume auto contradict each other; give one of them")
     link, config = os.path.join(args.out, "model"), os.path.join(args.out, "config.json")
-    if os.path.lexists(link) and not (os.path.islink(link) and os.path.exists(config)):
-        raise InputError(f"--out {args.out} already holds a run that is not ours; choose another")
+    try:
+        ours = "manifest_sha256" in read_json(config, [] if os.path.lexists(link) else ["manifest_sha256"])
+    except (OSError, TypeError, ValueError):
+        ours = False
+    if not ours or os.path.lexists(link) and not os.path.islink(link):
+        raise InputError(f"--out {args.out} already holds a run, or files, that are not ours; choose another")
     if not os.path.exists(latest) or args.overwrite:
         if args.resume == "auto":
             say(f"{args.out}: no checkpoint to go on from; starting from step 0", flush=True)
@@ -576,9 +583,10 @@ def start_run(args, rank, first_step):
     if rank > 0:
         return lambda metrics: None
     make_folder(args.out)
-    old = [path for name in RUN_FILES for path in glob.glob(os.path.join(glob.escape(args.out), name))]
-    for path in old if first_step == 0 and os.path.join(args.out, "config.json") in old else ():
-        (shutil.rmtree if os.path.isdir(path) and not os.path.islink(path) else os.remove)(path)
+    names = os.listdir(args.out)                # an earlier run's config.json goes last: it is replaced
+    for path in (os.path.join(args.out, name) for name in names if re.fullmatch(RUN_FILES, name)):
+        if first_step == 0 and "config.json" in names:
+            (shutil.rmtree if os.path.isdir(path) and not os.path.islink(path) else os.remove)(path)
     versions = {name: importlib.metadata.version(name)
                 for name in ("torch", "torchaudio", "transformers", "numpy")}
     hashes = {path: hashlib.file_digest(open(path, "rb"), "sha256").hexdigest() for path in args.train}
@@ -623,7 +631,6 @@ def report_bad(args, step, bad):
         add_lines(os.path.join(args.out, "bad.jsonl"), lines)
 
 def memory():
-    """Peak memory of this process and its GPU (0 without one), in GB."""
     gpu = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0
     return dict(rss_gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, gpu_gb=gpu)
 
@@ -640,29 +647,25 @@ def stop_nonfinite(args, rank, step, clips, batches, front_end, what):
     raise NonFiniteError(f"step {step}: {what}: not finite; its batch is in {path}; lower --lr?")
 
 def read_json(path, default=None):
-    """A JSON file's value; `default`, if one is given, where there is no such file."""
     if default is not None and not os.path.exists(path):
         return default
     with open(path, encoding="utf-8") as file:
         return json.load(file)
 
 def read_lines(path):
-    """The objects of a file of JSON lines; a last line that was cut off is left out."""
     with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.endswith("}\n")]
+        return [json.loads(line) for line in file if line.endswith("}\n")]         # no line that was cut off
 
 def add_lines(path, lines, mode="a"):
     with open(path, mode, encoding="utf-8") as file:
         file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 def write_json(path, value):
-    """Complete or not at all: written beside and renamed."""
     with open(path + ".new", "w", encoding="utf-8") as file:
         json.dump(value, file, indent=1)
     os.replace(path + ".new", path)
 
 def git_commit():
-    """The commit of this folder, None where there is no git or no repository."""
     command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"]
     git = shutil.which("git") and subprocess.run(command, capture_output=True, text=True).stdout.strip()
     return git or None
@@ -673,7 +676,7 @@ def run_script(main, args):
         main(args)
     except (InputError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            error = InputError("out of memory; lower --micro-seconds (eval.py, overlap.py: --batch-seconds), "
+            error = AudioError("out of memory; lower --micro-seconds (eval.py, overlap.py: --batch-seconds), "
                                f"or train with --bf16 or --recompute: {one_line(error)}")
         elif not isinstance(error, InputError):
             raise
@@ -709,7 +712,6 @@ class Parser(argparse.ArgumentParser):
         return shlex.split(line, comments=True)
 
 def training_flags(parser, name):
-    """The flags that opd.py and sft.py share."""
     add = parser.add_argument_group("data").add_argument
     add("--train", nargs="+", required=True, metavar="m.jsonl", help="manifests; opd.py reads no text")
     add("--eval", nargs="*", default=[], metavar="m.jsonl", help="scored at the end (opd: before too)")
@@ -754,14 +756,12 @@ def keyed_lines(path):
     return values
 
 def chosen_splits(root, wanted):
-    """The sub-folders of root that --split names, all of them without it."""
     there = sorted(path.name for path in Path(root).glob("*") if path.is_dir())
     for split in set(wanted) - set(there):
         raise InputError(f"--split {split}: no such folder in {root}; there are {', '.join(there) or 'none'}")
     return wanted or there
 
 def joined(paths, texts, **known):
-    """Lines of audio files and {file stem: text}; what is on one side only is left out."""
     paths = {path.stem: path for path in paths}
     for i in sorted(paths.keys() | texts.keys()):
         if i in paths and i in texts:

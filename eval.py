@@ -52,7 +52,10 @@ def normalize(text, language, style="default", simplify=False):
     if style == "default":
         text = unicodedata.normalize("NFKC", text)
         if language == "en":                    # Whisper's knows neither the curly apostrophe nor "Wait..."
-            return english(re.sub(r"\.{2,}", " ", text.replace("’", "'"))).split()
+            text = re.sub(r"\.{2,}", " ", text.replace("’", "'"))
+            closed = max(map(text.rfind, ")]>")) + 1        # what nothing closes would take it quadratic time
+            text = " ".join((text[:closed] + re.sub(r"[(\[<]", " ", text[closed:])).split())
+            return english(re.sub(r"(\d{4000})(?=\d)", r"\1 ", text)).split()     # Python's limit on integers
     blank = " " if style == "default" else ""
     text = "".join(blank if category(c)[0] in "PS" else " " if category(c) in ("Zs", "Zl", "Zp", "Cc") else c
                    for c in text.lower())
@@ -163,7 +166,6 @@ def compare(results_a, results_b, draws=10_000, seed=0):
                 low=float(low), high=float(high), p=float(min(1.0, 2 * min(shares) / (len(differences) + 1))))
 
 def print_table(rows, header):
-    """Aligned columns on screen: the first left, the others right."""
     rows = [header, *[["–" if cell is None else f"{cell:.2f}" if isinstance(cell, float) else str(cell)
                        for cell in row] for row in rows]]
     widths = [max(len(row[c]) for row in rows) for c in range(len(header))]
@@ -172,7 +174,6 @@ def print_table(rows, header):
                         for c, (cell, w) in enumerate(zip(row, widths))))
 
 def print_summaries(summaries):
-    """The table of several sets."""
     print_table(
         [[stem, s["metric"], s["value"], None if s["low"] is None else f"{s['low']:.2f}–{s['high']:.2f}",
           *(s[key] for key in ("substitutions", "deletions", "insertions", "n")), f"{s['hours']:.3f}",

@@ -89,7 +89,6 @@ class FrontEnd:
     def decode(self, ids):
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     def texts(self, rollout):
-        """The B texts of a rollout."""
         return [self.decode(ids[:n]) for ids, n in zip(rollout.ids.tolist(), rollout.lens.tolist())]
     def transcripts(self, texts):
         """`Rollout` of given texts, the stop token included: supervised training, teacher forcing. None: a
@@ -131,10 +130,9 @@ class Qwen3ASRFrontEnd(FrontEnd):
 
 def add_audio_tokens(tokenizer):
     """Adds to a stock Qwen tokenizer the prompt's control tokens that it lacks. → how many"""
-    vocab = tokenizer.get_vocab()
-    return tokenizer.add_special_tokens({"additional_special_tokens": [
-        token for token in (*PROMPT_TOKENS, STOP_TOKEN, PAD_TOKEN) if token not in vocab]},
-        replace_extra_special_tokens=False)
+    new = [x for x in (*PROMPT_TOKENS, STOP_TOKEN, PAD_TOKEN) if x not in tokenizer.get_vocab()]
+    new = {"additional_special_tokens": new}
+    return tokenizer.add_special_tokens(new, replace_extra_special_tokens=False)
 
 def forbidden_ids(tokenizer, vocab_size, stop_id):
     """(V,) bool, True = never in a transcript: special, added `<…>`, rows without a token; not the stop."""
@@ -219,7 +217,13 @@ def load_net(name, dtype):
         raise InputError(f"{name} is no model folder: {one_line(error)}") from error
     if wrong:
         raise InputError(f"{name}: weights and config.json do not match: {', '.join(wrong[:3])}…")
+    check_finite(name, net)
     return net, tokenizer, processor
+
+def check_finite(name, net):
+    for key, p in net.named_parameters():
+        if not p.isfinite().all():
+            raise InputError(f"{name}: {key} holds NaN or infinite weights")
 
 def glm_asr_config(audio, text, tokenizer, tied):
     """GlmAsrConfig of an audio config (dict or object) and a text config object, ids from the tokenizer."""
@@ -321,6 +325,7 @@ class SpeechLM(nn.Module):
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:
             raise InputError(f"--lm {folder} is no causal LM: {one_line(error)}") from error
+        check_finite(folder, lm)
         if encoder.config.model_type != "glmasr" or lm.config.model_type not in ("qwen2", "qwen3"):
             raise InputError("--encoder is a glmasr model and --lm a qwen2 or qwen3 model, not "
                              f"{encoder.config.model_type} and {lm.config.model_type}")
@@ -341,11 +346,7 @@ class SpeechLM(nn.Module):
     def from_pretrained(cls, name, dtype=torch.float32):
         """A model from a folder or the hub: GlmAsr, Qwen3-ASR (`-hf`), or the released ARK-ASR, told by
         config.json; in `dtype` whatever the file holds. Raises InputError that says what is missing."""
-        net, tokenizer, processor = load_net(name, dtype)
-        for key, p in net.named_parameters():
-            if not p.isfinite().all():
-                raise InputError(f"{name}: {key} holds NaN or infinite weights")
-        return cls(net, tokenizer, processor)
+        return cls(*load_net(name, dtype))
     def save_pretrained(self, folder, weights=None):
         """Writes a stock folder of the net's class: weights (its own, or those given by name), config,
         tokenizer, processor, and generation settings with which stock `generate` stops and writes no control
@@ -436,7 +437,7 @@ class SpeechLM(nn.Module):
         if tokens_per_second > 0:
             caps = caps.minimum((batch.seconds * tokens_per_second).clamp(max=max_new_tokens).long() + 16)
         caps = caps * (batch.seconds > 0)                           # a place without a clip writes nothing
-        B, T, k = len(caps), -(-int(caps.max()) // 4) * 4, min(k, len(forbidden))
+        B, T, k = len(caps), max(-(-int(caps.max()) // 4) * 4, 4), min(k, len(forbidden))
         mask, on_gpu = batch.prompt_mask, batch.mel.is_cuda
         embeds = self.embed_prompt(batch, (encoded or self.encode(batch))[0])
         out = self.lm(inputs_embeds=embeds, attention_mask=mask, position_ids=positions_of(mask),
@@ -461,7 +462,7 @@ class SpeechLM(nn.Module):
                     cumulative = (recent[-1].double() / temperature).softmax(-1).cumsum(-1)
                     # The last valid id ends the table at 1: a draw of 0.999… picks no forbidden id behind it.
                     token = torch.searchsorted(cumulative / cumulative[:, -1:], uniforms.index_select(1, t),
-                                               right=True)[:, 0]
+                                               right=True)[:, 0].clamp(max=len(forbidden) - 1)   # NaN: V
                 ids.index_copy_(1, t, token[:, None])
                 hidden.copy_(decoder.step(F.embedding(token, self.lm.embed_tokens.weight), t))
                 t.add_(1)
@@ -575,7 +576,6 @@ def check_languages(clips, *models):
                              f"it takes {', '.join(sorted(LANGUAGES))} or nothing")
 
 def positions_of(mask):
-    """Position ids (B, L) of left-padded rows: 0 at the first True of (B, L)."""
     return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
 
 # ---- Loss: union-support KL (paper Eq. 1) ------------------------------------------------------------------
@@ -710,8 +710,12 @@ def make_optimizer(modules, lr, weight_decay):
     decay, no_decay = [], []
     for name, p in modules.named_parameters():
         (no_decay if p.ndim < 2 or "embed_tokens" in name or "lm_head" in name else decay).append(p)
-    return torch.optim.AdamW([dict(params=decay, weight_decay=weight_decay),
-                              dict(params=no_decay, weight_decay=0.0)], lr=lr, betas=(0.9, 0.95), fused=True)
+    groups = [dict(params=decay, weight_decay=weight_decay), dict(params=no_decay, weight_decay=0.0)]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+    for p in (*decay, *no_decay):                                   # now, so that memory shows from the start
+        optimizer.state[p] = dict(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p),
+                                  exp_avg_sq=torch.zeros_like(p))
+    return optimizer
 
 def cosine_lr(step, steps, warmup_steps, lr):
     """Learning rate of update `step` (from 0): linear warm-up, then a cosine to 0 at `steps`."""
@@ -745,17 +749,13 @@ def refresh(actor, model):
         if isinstance(module, FSDPModule):
             module.unshard()
             for key, p in module.named_parameters(prefix=name):
-                if not isinstance(p, DTensor):                  # the others are layers with shards of their own
+                if not isinstance(p, DTensor):                  # the others are layers with their own shards
                     actor.get_parameter(key).copy_(p)
             module.reshard()
 
 def training_state(model, optimizer):
     """Weights and AdamW's moments by the parameters' names, sharded as they are, for DCP to fill or save."""
     named = dict(model.named_parameters())
-    for p in named.values():
-        if p not in optimizer.state:
-            optimizer.state[p] = dict(step=torch.zeros((), device=p.device),
-                                      exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
     return dict(step=torch.zeros(()), model={name: p.detach() for name, p in named.items()},
                 **{key: {name: optimizer.state[p][key] for name, p in named.items()}
                    for key in ("exp_avg", "exp_avg_sq")})
@@ -784,7 +784,7 @@ def save_checkpoint(out, step, model, optimizer, keep=2):
         if rank == 0:
             model.save_pretrained(os.path.join(partial, "model"), weights)
             os.rename(partial, final)
-            for path, target in ((latest, os.path.basename(final)), (link, "checkpoints/latest/model")):
+            for path, target in ((link, "checkpoints/latest/model"), (latest, os.path.basename(final))):
                 if os.path.lexists(path + ".new"):
                     os.remove(path + ".new")
                 os.symlink(target, path + ".new")
@@ -794,11 +794,13 @@ def save_checkpoint(out, step, model, optimizer, keep=2):
             for name in (*steps[:max(here - keep, 0)], *steps[here:]):          # later ones: of a cut-off run
                 shutil.rmtree(os.path.join(folder, name))
     except (Exception, CheckpointException) as error:       # disk full, quota, …, whatever a library says
-        problem = one_line(error)
+        problem = next(iter(getattr(error, "failures", {0: [error]}).values()))[0]
+        while problem.__context__ is not None:              # what came first, such as "No space left on device"
+            problem = problem.__context__
         shutil.rmtree(partial, ignore_errors=True)
     if all_reduce_sum([problem is not None], model.forbidden.device)[0]:
-        raise InputError(f"checkpoint {final} could not be written: {problem or 'see rank 0'}; the previous "
-                         "one is intact: free some space, then --resume auto")
+        raise InputError(f"checkpoint {final} could not be written: {one_line(problem or '')}; those "
+                         "before it are intact: free some space, then --resume auto")
 
 def load_checkpoint(folder, model, optimizer):
     """Restores weights and optimizer from a checkpoint's `state`; InputError where it does not fit."""

@@ -160,6 +160,8 @@ def main(args):
     speed_options(teacher, args.compile, False)
     student_front_end, teacher_front_end = student.front_end, teacher.front_end
     full = (teacher, alignment) if args.support == "full" else None
+    endless = alignment.student_forbidden.clone()           # for the trial of the longest clips, to the cap
+    endless[student_front_end.stop_id] = True
 
     def make(indices, step, bad):
         """One micro-batch: clip numbers, the student's and the teacher's Batch, uniforms (B, T)."""
@@ -200,7 +202,7 @@ def main(args):
                 encoded = student.encode(batch) if len(micros) == 1 and actor is student else None
                 rollout = actor.sample(
                     batch, args.max_new_tokens, args.temperature, args.k, args.tokens_per_second,
-                    alignment.student_forbidden, uniforms, encoded)
+                    alignment.student_forbidden if step >= 0 else endless, uniforms, encoded)
             if None in teacher_batch.languages:         # not in the manifest: by the script of the rollout
                 teacher_batch = teacher.with_languages(teacher_batch, student_front_end.texts(rollout))
             rolled.append((batch, teacher_batch, rollout, args.k, encoded))

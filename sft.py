@@ -65,7 +65,7 @@ def ctc_loss(ctc_head, frames, frame_lens, texts):
     targets = [list((text or "").encode()) for text in texts]
     lens = torch.tensor([len(t) for t in targets])
     flat = torch.tensor([b + 1 for t in targets for b in t], dtype=torch.long, device=frames.device)
-    log_probs = ctc_head(frames).float().log_softmax(-1).transpose(0, 1)                     # (T', B, 257)
+    log_probs = ctc_head(frames).double().log_softmax(-1).transpose(0, 1)                    # (T', B, 257)
     losses = F.ctc_loss(log_probs, flat, frame_lens.cpu(), lens, reduction="none", zero_infinity=True)
     needed = torch.tensor([len(t) + sum(a == b for a, b in zip(t, t[1:])) for t in targets])
     weights = torch.tensor([0.0 if text is None else 1 / max(len(t), 1) for text, t in zip(texts, targets)])
@@ -141,8 +141,8 @@ def main(args):
     start = time.perf_counter()
     for step, micros, bad in batches:
         done, data_s = step + 1, time.perf_counter() - start
-        n_rows = sum(int(targets.row_mask().sum()) for _, _, targets, _ in micros)
-        n_tokens = all_reduce_sum([n_rows], device)[0]
+        counts = [(t.row_mask().sum(), (b.seconds > 0).sum(), b.silent.sum()) for _, b, t, _ in micros]
+        n_tokens, n_clips, n_silent = all_reduce_sum([int(sum(column)) for column in zip(*counts)], device)
         # ---- loss, backward --------------------------------------------------------------------------------
         # Σ cross-entropy over tokens / tokens of the global batch, plus the weighted CTC loss per clip
         loss = ctc = n_short = 0
@@ -155,7 +155,7 @@ def main(args):
             ce = F.cross_entropy(logits, targets.ids[targets.row_mask()], reduction="sum")
             ctc_sum, short = (ctc_loss(model.ctc_head, frames, frame_lens, texts) if args.ctc_weight
                               else (ce.new_zeros(()), 0))
-            (ce / max(n_tokens, 1) + args.ctc_weight * ctc_sum / args.batch_size).backward()
+            (ce / max(n_tokens, 1) + args.ctc_weight * ctc_sum / max(n_clips, 1)).backward()
             loss, ctc, n_short = loss + ce.item(), ctc + ctc_sum.item(), n_short + short
         if step < 0:                                    # the trial of the longest clips
             optimizer.zero_grad(set_to_none=True)
@@ -177,10 +177,10 @@ def main(args):
         # ---- log, eval, save -------------------------------------------------------------------------------
         seconds = time.perf_counter() - start
         metrics = dict(step=done, loss=loss / max(n_tokens, 1), **(dict(
-            ctc=ctc / args.batch_size, ctc_too_short=n_short) if args.ctc_weight else {}),
+            ctc=ctc / max(n_clips, 1), ctc_too_short=n_short) if args.ctc_weight else {}),
             grad_norm=norm, lr=optimizer.param_groups[0]["lr"], tokens=n_tokens, skipped=int(n_bad),
-            clips_per_s=args.batch_size / seconds, step_s=seconds, data_s=data_s, update_s=seconds - data_s,
-            **memory())
+            silent=n_silent / max(n_clips, 1), clips_per_s=n_clips / seconds, step_s=seconds, data_s=data_s,
+            update_s=seconds - data_s, **memory())
         bar.update()
         bar.set_postfix({name: f"{metrics[name]:.3g}" for name in ("loss", "clips_per_s")}, False)
         if eval_sets and (done == args.steps or args.eval_every and done % args.eval_every == 0):

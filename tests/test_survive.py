@@ -90,8 +90,8 @@ class Command:
         if before:
             wrapper = out.parent / f"{self.name}-changed.py"
             wrapper.write_text("\n".join([
-                "import runpy, sys", f"sys.path.insert(0, {str(ROOT)!r}); sys.argv[0] = {str(script)!r}", *before,
-                f"runpy.run_path({str(script)!r}, run_name='__main__')"]))
+                f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv[0] = {str(script)!r}",
+                *before, f"runpy.run_path({str(script)!r}, run_name='__main__')"]))
             script = wrapper
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
         launch = [sys.executable, *(torchrun if nproc else []), str(script), *self.args(out, *more)]
@@ -183,12 +183,12 @@ def state_of(out, step="latest"):
     return flat
 
 
-def assert_same_state(got, want):
-    """The same tensors; of the rest (step, learning rate) only the keys."""
-    assert got.keys() == want.keys()
+def assert_same_state(got, want, but=()):
+    """The same tensors, those named in `but` apart."""
+    assert got.keys() == want.keys() and {*but} <= want.keys()
     moments = 0
     for name, value in want.items():
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, torch.Tensor) and name not in but:
             assert torch.equal(got[name], value), name
             moments += "exp_avg" in name and bool(value.any())
     assert moments > 20
@@ -276,15 +276,13 @@ def workers_of(process):
 
 def kill_tree(process, known=()):
     """SIGKILL to a process and all below it, the ranks first and at once."""
-    for pid in known:
-        os.kill(pid, signal.SIGKILL)
-    if not known:
-        os.kill(process.pid, signal.SIGSTOP)        # it starts no more of them meanwhile
-        for pid in descendants(process.pid):
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
+    if not known and process.poll() is None:
+        process.send_signal(signal.SIGSTOP)         # it starts no more of them meanwhile
+    for pid in known or descendants(process.pid):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
     process.kill()
     process.wait()
 
@@ -428,7 +426,8 @@ def test_another_manifest_is_refused(stage, straight, tmp_path, capsys):
     before = snapshot(out)
     other = tmp_path / "other.jsonl"
     lines = [json.loads(line) for line in open(stage / "m.jsonl")]
-    other.write_text("".join(json.dumps(line | dict(audio=str(stage / line["audio"]))) + "\n" for line in lines))
+    lines = [line | dict(audio=str(stage / line["audio"])) for line in lines]
+    other.write_text("".join(json.dumps(line) + "\n" for line in lines))
     capsys.readouterr()
     assert Command("opd", stage).main(out, "--resume", "auto", "--train", other) == 2
     line, = error_lines(capsys.readouterr().err)
@@ -527,7 +526,7 @@ def disk_full_run(command, straight, tmp_path, part, nproc=0):
     assert "step-0000003" not in checkpoints_of(out)
     line, = [line for line in text.splitlines() if "step-0000003" in line and "intact" in line]
     assert "error:" in line and "Traceback" not in line, line
-    assert "File too large" in line, line                   # what the system said: on a real disk, "No space left"
+    assert "File too large" in line, line           # what the system said: on a real disk, "No space left"
     return out, status
 
 
@@ -658,40 +657,110 @@ def test_an_error_that_is_not_memory_is_not_called_so(command, tmp_path, monkeyp
         command.main(tmp_path / "run")
 
 
+@pytest.mark.slow
+def test_too_little_memory_on_one_rank_is_told_too(stage, tmp_path):
+    """Memory that runs out on the second of two ranks only: the line with --micro-seconds is printed, and
+    both end."""
+    failing = ["import os, torch", "def backward(*args, **kwargs):",
+               "    raise torch.OutOfMemoryError('CUDA out of memory')",
+               "if os.environ['RANK'] == '1':", "    torch.autograd.backward = backward"]
+    status, text = Command("opd", stage).run(tmp_path / "run", nproc=2, before=failing)
+    assert status != 0 and sum("--micro-seconds" in line for line in text.splitlines()) == 1, text[-3000:]
+    assert last_logged(tmp_path / "run") == 0
+
+
 def test_the_probe_is_shown_at_each_start(command, straight, tmp_path, capsys):
-    """One line beginning "probe:", with clips, seconds and memory, at the first start and after
-    resuming."""
+    """One line beginning "probe:", with clips and memory, at the first start and after resuming, and none for
+    a run that is finished."""
     out = tmp_path / "run"
     capsys.readouterr()
     assert command.main(out, "--keep", 9) == 0
     texts = [capsys.readouterr().out]
-    out = interrupted(straight(command.name), tmp_path / "again", 2)
-    capsys.readouterr()
-    assert command.main(out, "--resume", "auto") == 0
+    assert command.main(interrupted(straight(command.name), tmp_path / "again", 2), "--resume", "auto") == 0
     texts.append(capsys.readouterr().out)
     for text in texts:
         line, = [line for line in text.splitlines() if line.startswith("probe:")]
-        assert len(re.findall(r"\d+(?:\.\d+)?", line)) >= 3
-        assert "clip" in line and " s" in line and "GB" in line
+        assert re.search(r"\b4\b.* clips", line) and re.search(r"\d\.\d", line) and "gb" in line.lower()
+    assert command.main(out, "--keep", 9, "--resume", "auto") == 0
+    assert "probe:" not in capsys.readouterr().out
 
 
-def test_the_probe_is_the_longest_batch(command, tmp_path, monkeypatch):
-    """No batch of the run, whichever its --micro-seconds, takes more padded audio than the probe took
-    before the first step."""
-    for micro_seconds in (600, 2.5, 0.1):
-        out, encode = tmp_path / f"run-{micro_seconds}", SpeechLM.encode
-        shapes = {"before": [], "training": []}
+@pytest.mark.parametrize("batch_size, micro_seconds", [(4, 600), (4, 2.5), (4, 0.1), (2, 2.3)])
+def test_the_probe_is_the_longest_batch(command, batch_size, micro_seconds, tmp_path, monkeypatch):
+    """No forward pass of an epoch, whatever --micro-seconds, takes more padded audio than the largest one of
+    the probe before the first step."""
+    out, encode = tmp_path / "run", SpeechLM.encode
+    shapes = {"probe": [], "training": []}
 
-        def spy(self, batch):
-            if self.training and torch.is_grad_enabled():
-                started = last_logged(out) > 0
-                shapes["training" if started else "before"].append(batch.mel.shape[0] * batch.mel.shape[2])
-            return encode(self, batch)
-        monkeypatch.setattr(SpeechLM, "encode", spy)
-        assert command.main(out, "--micro-seconds", micro_seconds) == 0
-        monkeypatch.undo()
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-        assert shapes["training"] and shapes["before"][0] >= max(shapes["training"] + shapes["before"])
+    def spy(self, batch):
+        if self.training and torch.is_grad_enabled():
+            shapes["training" if probed else "probe"].append(batch.mel.shape[0] * batch.mel.shape[2])
+        return encode(self, batch)
+    probed, zero_grad = [], torch.optim.Optimizer.zero_grad
+    monkeypatch.setattr(torch.optim.AdamW, "zero_grad",
+                        lambda self, *args, **kwargs: probed.append(1) or zero_grad(self, *args, **kwargs))
+    monkeypatch.setattr(SpeechLM, "encode", spy)
+    steps = N_CLIPS // batch_size
+    assert command.main(out, "--batch-size", batch_size, "--micro-seconds", micro_seconds,
+                        "--steps", steps) == 0
+    assert len(probed) == steps + 1 and len(shapes["training"]) >= steps
+    assert max(shapes["probe"]) >= max(shapes["training"])
+
+
+def test_the_probe_has_the_optimizers_moments_beside_it(command, tmp_path, monkeypatch):
+    """At a first start too: moments that only came with the first update would take memory that the probe did
+    not see."""
+    backward, found = torch.autograd.backward, []
+
+    def spy(*args, **kwargs):
+        optimizer, = [x for x in gc.get_objects()
+                      if type(x) is torch.optim.AdamW and x.param_groups[0]["lr"] == 0.125]
+        found.append((sum(len(group["params"]) for group in optimizer.param_groups), len(optimizer.state)))
+        backward(*args, **kwargs)
+    monkeypatch.setattr(torch.autograd, "backward", spy)
+    gc.collect()
+    assert command.main(tmp_path / "run", "--steps", 1, "--lr", 0.125) == 0
+    n_parameters, n_states = found[0]
+    assert n_states == n_parameters > 20
+
+
+def test_the_probes_rollout_has_full_length(stage, tmp_path, monkeypatch):
+    """A student that stops after a token or two is probed as if it never stopped: it may, later."""
+    tiny_model(0, spread=0.1).save_pretrained(tmp_path / "hasty")
+    path = tmp_path / "hasty" / "model.safetensors"
+    weights = safetensors.torch.load_file(path)
+    name, = [name for name in weights if name.endswith("embed_tokens.weight")]
+    weights[name][byte_tokenizer().convert_tokens_to_ids("<|im_end|>")] *= 30
+    safetensors.torch.save_file(weights, path, metadata={"format": "pt"})
+    sample, lens = SpeechLM.sample, []
+
+    def spy(self, batch, max_new_tokens, *args, **kwargs):
+        rollout = sample(self, batch, max_new_tokens, *args, **kwargs)
+        if max_new_tokens == 9:
+            lens.append(rollout.lens.tolist())
+        return rollout
+    monkeypatch.setattr(SpeechLM, "sample", spy)
+    assert Command("opd", stage).main(tmp_path / "run", "--student", tmp_path / "hasty", "--sample-every", 0,
+                                      "--max-new-tokens", 9) == 0
+    assert len(lens) == 5 and any(n < 9 for n in sum(lens[1:], []))         # the probe's, then the steps'
+    assert lens[0] == [9] * 4
+
+
+def test_the_probe_changes_no_result(command, straight, tmp_path, monkeypatch):
+    """A run whose probe was left out has the same metrics, samples, weights and moments, bit for bit."""
+    want, item, longest = straight(command.name), data.StepDataset.__getitem__, []
+
+    def without(self, step):
+        if step < 0:
+            longest.append(step)
+        return item(self, step)
+    monkeypatch.setattr(data.StepDataset, "__getitem__", without)
+    real = data.step_batches
+    monkeypatch.setattr(command.module, "step_batches",
+                        lambda *args: (item for item in real(*args) if item[0] >= 0))
+    assert command.main(tmp_path / "run", "--keep", 9) == 0
+    assert longest == [-1]
+    assert_same_run(tmp_path / "run", want)
 
 
 # ---- one result for any number of ranks, micro-batches and workers -----------------------------------------
@@ -763,8 +832,8 @@ def test_workers_change_no_bit(command, straight, tmp_path):
 def test_the_order_of_the_clips_does_not_know_ranks_or_workers():
     """The ranks' shares of a step are one batch dealt out, for any number of ranks and workers; every rank
     cuts its share into as many micro-batches as the others, which hold each clip once."""
-    seconds = np.random.default_rng(0).uniform(0.2, 9, 101).astype(np.float32)
-    for step in (0, 7, 60):
+    seconds, uneven = np.random.default_rng(0).lognormal(0, 1.5, 29).astype(np.float32), 0
+    for step in range(12):
         batch = data.batch_indices(seconds, 12, 5, step)
         for world in (1, 2, 4, 12):
             shares, cuts = [], []
@@ -773,8 +842,11 @@ def test_the_order_of_the_clips_does_not_know_ranks_or_workers():
                 cuts.append(len(cut))
                 shares.append([i for part in cut for i in part])
             assert len(set(cuts)) == 1
+            alone = [len(data.micro_batches(share, seconds, 20.0)) for share in shares]
+            uneven += len(set(alone)) > 1 and world < 12
             want = [sorted(batch[rank::world].tolist()) for rank in range(world)]
             assert [sorted(share) for share in shares] == want
+    assert uneven > 3                           # shares that ask for different numbers were among them
 
 
 def share_of(seconds, batch_size, micro_seconds, seed, step, rank, world):
@@ -797,7 +869,7 @@ def test_a_checkpoint_moves_between_one_and_two_ranks(command, tmp_path):
     status, text = command.run(still, "--keep", 9, "--resume", "auto", before=frozen)
     assert status == 0 and goes_on_from(text) == [2], text[-3000:]
     assert weights_of(still, "step-0000004") == weights_of(two, "step-0000002")
-    assert_same_state(state_of(still, "step-0000004"), state_of(two, "step-0000002"))
+    assert_same_state(state_of(still, "step-0000004"), state_of(two, "step-0000002"), but=["/step"])
     interrupted(two, one, 2)
     assert command.main(one, "--keep", 9, "--resume", "auto") == 0
     for got, want in zip(metrics_of(one), metrics_of(two), strict=True):
@@ -807,7 +879,7 @@ def test_a_checkpoint_moves_between_one_and_two_ranks(command, tmp_path):
     status, text = command.run(back, "--keep", 9, "--resume", "auto", nproc=2, before=frozen)
     assert status == 0 and goes_on_from(text) == [3], text[-3000:]
     assert weights_of(back, "step-0000004") == weights_of(one, "step-0000003")
-    assert_same_state(state_of(back, "step-0000004"), state_of(one, "step-0000003"))
+    assert_same_state(state_of(back, "step-0000004"), state_of(one, "step-0000003"), but=["/step"])
     assert [line["step"] for line in metrics_of(back)] == [1, 2, 3, 4]
 
 
@@ -832,10 +904,10 @@ def test_sigterm_saves_the_step_and_ends_with_status_0(command, straight, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("to", ["torchrun", "ranks"])
+@pytest.mark.parametrize("to", ["torchrun", "one rank"])
 def test_sigterm_ends_two_ranks_in_the_same_step(stage, to, tmp_path):
-    """Sent to torchrun, or to one rank and a moment later to the other: all finish the same step, save it,
-    and end by themselves; the run goes on from there."""
+    """Sent to torchrun, which passes it on, or to one rank alone: both finish the same step, save it, and end
+    by themselves with status 0; the run goes on from there."""
     command, out, log = Command("opd", stage), tmp_path / "run", tmp_path / "log"
     process = command.start(out, *LONG, nproc=2, log=open(log, "w"))
     assert wait_for(lambda: last_logged(out) >= 3, process, log), log.read_text()[-3000:]
@@ -845,13 +917,7 @@ def test_sigterm_ends_two_ranks_in_the_same_step(stage, to, tmp_path):
         ranks = workers_of(process)
         assert len(ranks) == 2
         os.kill(ranks[1], signal.SIGTERM)
-        time.sleep(0.1)
-        try:
-            os.kill(ranks[0], signal.SIGTERM)
-        except ProcessLookupError:
-            pass
-    status, began = process.wait(90), time.monotonic()
-    text = log.read_text()
+    status, text = process.wait(90), log.read_text()
     assert status == 0 or to == "torchrun", text[-3000:]        # torchrun itself reports the signal
     assert any("--resume auto" in line for line in text.splitlines())
     step = last_logged(out)
@@ -883,7 +949,6 @@ def test_ten_kills_change_nothing(stage, nproc, save_every, seed, tmp_path):
     for i, moment in enumerate(moments):
         log, known = tmp_path / f"log-{i}", []
         before = latest_step(out) if out.exists() else None
-        began = time.monotonic()
         process = command.start(out, *flags, "--resume", "auto", nproc=nproc, log=open(log, "w"))
         if moment == "start":
             time.sleep(rng.uniform(0.5, 8))
@@ -906,21 +971,21 @@ def test_ten_kills_change_nothing(stage, nproc, save_every, seed, tmp_path):
         text, step = log.read_text(), latest_step(out) if out.exists() else None
         leftover = any(name.endswith(".partial") for name in listdir(out / "checkpoints"))
         killed.append((moment, leftover, step))
-        check_start(text, before, began)
+        check_start(text, before)
     assert len(killed) == 10
     assert sum(leftover for _, leftover, _ in killed) >= 3, killed       # kills that did land inside a save
     before = latest_step(out)
     assert before is not None and before < 40, killed
     status, text = command.run(out, *flags, "--resume", "auto", nproc=nproc)
     assert status == 0, text[-3000:]
-    check_start(text, before, 0)
+    check_start(text, before)
     assert goes_on_from(text), text[-3000:]
     assert [line["step"] for line in metrics_of(out)] == list(range(1, 41))
     assert_same_run(out, want)
     assert checkpoints_of(out) == checkpoints_of(want)
 
 
-def check_start(text, before, began):
+def check_start(text, before):
     """What a start says of where it begins: never 0, nor less than `latest`, once there was a
     checkpoint."""
     for step in goes_on_from(text):
@@ -933,6 +998,119 @@ def listdir(path):
         return os.listdir(path)
     except FileNotFoundError:
         return []
+
+
+# ---- a kill at each file operation -------------------------------------------------------------------------
+CHANGING = {"os.remove": 0, "os.rename": 0, "os.symlink": 1, "os.mkdir": 0, "os.rmdir": 0}   # event: its path
+
+
+def forked(command, out, *more, kill_at=None):
+    """Runs it in a fork of this process, which is killed just before file operation number `kill_at` on OUT,
+    a file opened for writing already emptied. → exit status (−9: killed), names of the operations"""
+    record, seen = out.parent / "operations", []
+
+    def hook(event, args):
+        if event == "open":
+            path, _, flags = args
+            changes = isinstance(path, str) and flags & (os.O_WRONLY | os.O_RDWR)
+        else:
+            path, flags, changes = (args[CHANGING[event]], 0, True) if event in CHANGING else ("", 0, False)
+        inside = str(path).startswith(str(out)) or (event in CHANGING and args[-1] != -1)   # −1: no folder's
+        if not changes or not inside or "busy" in vars(forked):
+            return
+        seen.append(f"{event} {re.sub('[0-9]+', '#', str(path).removeprefix(str(out)))}")
+        if len(seen) - 1 == kill_at:
+            forked.busy = True
+            if flags & os.O_TRUNC:
+                os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC))
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if not (child := os.fork()):
+        try:
+            sys.addaudithook(hook)
+            status = command.main(out, *more)
+            forked.busy = True
+            record.write_text(json.dumps(seen))
+        except BaseException as error:              # a traceback is no exit of pytest's
+            record.write_text(repr(error))
+            status = 99
+        finally:
+            os._exit(status)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return status, json.loads(record.read_text()) if status == 0 else None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, first", [("opd", "fresh"), ("opd", "resumed"), ("sft", "killed before")])
+def test_a_kill_at_any_file_operation_changes_nothing(stage, straight, name, first, tmp_path, capsys):
+    """Killed before each kind of thing that a run does to its folder (a file just emptied, one renamed, a
+    link not there yet, an old checkpoint half removed), at a first start, a resumed one, and once more at the
+    resume after such a kill: the same command with --resume auto ends as the run that nothing stopped,
+    OUT/model included."""
+    command, want, rng = Command(name, stage), straight(name), random.Random(0)
+    flags = ["--resume", "auto", "--save-every", 4 if first == "fresh" else 2, "--keep", 1]
+
+    def begin(out):
+        if first == "resumed":
+            interrupted(want, out, 1)
+        return out
+    status, operations = forked(command, begin(tmp_path / "all"), *flags)
+    assert status == 0 and len(operations) > 20
+    chosen = [rng.choice([i for i, other in enumerate(operations) if other == name]) for name in
+              dict.fromkeys(operations)]
+    for n, kill_at in enumerate(chosen):
+        out = begin(tmp_path / str(n))
+        where = f"before operation {kill_at}, {operations[kill_at]}"
+        assert forked(command, out, *flags, kill_at=kill_at)[0] == -signal.SIGKILL, where
+        if first == "killed before":
+            forked(command, out, *flags, kill_at=rng.randrange(len(operations)))
+        step = latest_step(out)
+        capsys.readouterr()
+        assert command.main(out, *flags) == 0, where + capsys.readouterr().err
+        assert all(start >= (step or 1) for start in goes_on_from(capsys.readouterr().out)), where
+        assert timeless(metrics_of(out)) == timeless(metrics_of(want)), where
+        assert_same_run(out, want)
+        assert (out / "model").resolve() == (out / "checkpoints" / "step-0000004" / "model").resolve(), where
+        assert json.load(open(out / "summary.json"))["steps"] == 4, where
+        shutil.rmtree(out)
+
+
+@pytest.mark.parametrize("name", ["config.json", "summary.json"])
+def test_a_torn_file_of_the_run_never_comes_to_be(command, straight, name, tmp_path):
+    """config.json and summary.json are replaced whole: a kill while one is written leaves the old one, or
+    none."""
+    want = straight(command.name)
+    out = interrupted(want, tmp_path / "run", 2)
+    before = (out / name).read_bytes() if (out / name).exists() else None
+    _, operations = forked(command, interrupted(want, tmp_path / "all", 2), "--resume", "auto")
+    times = [i for i, operation in enumerate(operations) if f" /{name}" in operation]
+    assert times
+    for i in times:
+        assert forked(command, out, "--resume", "auto", kill_at=i)[0] == -signal.SIGKILL
+        after = (out / name).read_bytes() if (out / name).exists() else None
+        assert after == before or json.loads(after)["steps" if name == "summary.json" else "args"]
+        shutil.rmtree(out)
+        interrupted(want, out, 2)
+
+
+# ---- large manifests ---------------------------------------------------------------------------------------
+def test_a_large_manifest_is_indexed_under_the_training_scripts_sigterm_handler(tmp_path):
+    """The processes that index a manifest of over 64 MB end although the scripts catch SIGTERM; ten times."""
+    with open(tmp_path / "m.jsonl", "w") as file:
+        for i in range(900):
+            file.write(json.dumps(dict(audio="a.wav", duration=1.0, note="x" * 100_000)) + "\n")
+    code = [f"import os, sys; sys.path.insert(0, {str(ROOT)!r})", "import data", "data.catch_sigterm()",
+            "for i in range(10):", f"    os.environ['XDG_CACHE_HOME'] = {str(tmp_path)!r} + f'/cache-{{i}}'",
+            f"    print(len(data.Clips([{str(tmp_path / 'm.jsonl')!r}], None, 30.0)), flush=True)"]
+    process = subprocess.Popen([sys.executable, "-c", "\n".join(code)], stdout=subprocess.PIPE, text=True)
+    try:
+        text, _ = process.communicate(timeout=40)
+    except subprocess.TimeoutExpired:
+        kill_tree(process)
+        pytest.fail(f"hangs after {process.communicate()[0].split()}")
+    finally:
+        (tmp_path / "m.jsonl").unlink()
+    assert text.split() == ["900"] * 10
 
 
 # ---- long runs ---------------------------------------------------------------------------------------------
