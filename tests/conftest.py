@@ -33,6 +33,10 @@ def cache_folder(tmp_path_factory):
 
 
 def pytest_collection_modifyitems(config, items):
+    for item in items:          # whole runs of faults and hostile input: a second or more each, 350 of them
+        if item.path.stem in ("test_survive", "test_hostile") and {"models", "straight", "command", "stage",
+                                                                   "kind"} & set(item.fixturenames):
+            item.add_marker("slow")
     if "slow" not in config.getoption("-m"):
         slow = [item for item in items if "slow" in item.keywords]
         config.hook.pytest_deselected(items=slow)

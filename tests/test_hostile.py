@@ -569,6 +569,7 @@ HUGE = {"letters": "a" * 100_000, "words": "word " * 20_000, "digits": "7" * 100
         "blanks": " " * 100_000, "apostrophes": "i'm " * 25_000}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HUGE)
 def test_100_000_characters_are_scored_within_seconds(name):
     """As a reference or a hypothesis, in words and in characters: no exception, no quadratic wait."""
@@ -712,6 +713,7 @@ def test_a_crc32_of_a_wrong_type_is_an_error(value, tmp_path):
         assert "m.jsonl:2: " in message and "crc32" in message
 
 
+@pytest.mark.slow
 def test_a_defect_of_a_long_manifest_is_found_at_its_line(tmp_path):
     """Of 100 MB, which are read in parts: every clip is that of its line, the first defect is the error."""
     n = 20_000
@@ -1259,6 +1261,7 @@ def index_in_a_process(path, start, results):
         results.put(repr(error))
 
 
+@pytest.mark.slow
 def test_runs_that_start_at_once_share_one_index(tmp_path):
     """Eight processes make it at the same time: each has all of it, one file is left."""
     n = 50_000
