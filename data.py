@@ -221,9 +221,8 @@ def manifest_index(path, text_field):
 
 class Clips:
     """The clips of several manifests as a sequence, without those over max_seconds (n_long) and those that
-    eval.py could not decode (n_failed). A line is read when its clip is asked for; in memory are 8 bytes a
-    clip, `seconds` (n,) among them. Raises InputError where a line has no `text_field` (None: no text is
-    wanted)."""
+    eval.py could not decode (n_failed), with their `seconds` (n,). A line is read when its clip is asked for;
+    in memory are 8 bytes a clip at most. InputError where a line has no `text_field` (None: none wanted)."""
     def __init__(self, paths, text_field, max_seconds):
         self.paths, self.text_field = paths, text_field
         try:
@@ -233,14 +232,16 @@ class Clips:
             barrier()
         self.indexes = [manifest_index(path, text_field) for path in paths]
         self.ends = np.cumsum([len(index) for index in self.indexes])
-        seconds, states, languages = (np.concatenate([index[key] for index in self.indexes])
-                                      for key in ("seconds", "state", "language"))
+        columns = ([index[key] for index in self.indexes] for key in ("seconds", "state", "language"))
+        seconds, states, languages = (c[0] if len(c) == 1 else np.concatenate(c) for c in columns)
         if (states == STATES.index("no text")).any():
             path, line = self.place(int((states == STATES.index("no text")).argmax()))[:2]
             raise InputError(f'{path}:{line}: no "{text_field}", which every line needs (--text-field)')
         failed, long = states == STATES.index("failed"), seconds > np.float32(max_seconds)
-        self.rows = np.flatnonzero(~(failed | long)).astype(np.uint32)
-        self.seconds, languages = seconds[self.rows], languages[self.rows]
+        self.rows, self.seconds = range(len(seconds)), seconds          # of the index, which all share
+        if (failed | long).any():
+            self.rows = np.flatnonzero(~(failed | long)).astype(np.uint32)
+            self.seconds, languages = seconds[self.rows], languages[self.rows]
         self.n_failed, self.n_long = int(failed.sum()), int((long & ~failed).sum())
         if not len(self.rows):
             raise InputError(f"{', '.join(paths)}: no clip of at most --max-seconds {max_seconds:g}")
@@ -494,7 +495,8 @@ def step_batches(dataset, first_step, last_step, workers):
             raise item
         yield step, *item
         if step < 0 and rank_and_world()[0] == 0:
-            print(f"probe: the {dataset.batch_size} longest clips fit; peak memory {memory()}", flush=True)
+            sizes = ", ".join(f"{key[:3]} {gb:.2f} GB" for key, gb in memory().items())
+            print(f"probe: the longest clips fit; peak memory {sizes}", flush=True)
 
 # ---- Processes, output folders, errors: the plumbing that every script shares ------------------------------
 def rank_and_world():
@@ -547,7 +549,9 @@ def find_run(args, rank):
         raise InputError("--overwrite and --resume auto contradict each other; give one of them")
     link, config = os.path.join(args.out, "model"), os.path.join(args.out, "config.json")
     try:
-        ours = "manifest_sha256" in read_json(config, [] if os.path.lexists(link) else ["manifest_sha256"])
+        summary = read_json(os.path.join(args.out, "summary.json"), {"steps": None})
+        config = read_json(config, None if os.path.lexists(link) else {"manifest_sha256": None})
+        ours = "manifest_sha256" in config and "steps" in summary
     except (OSError, TypeError, ValueError):
         ours = False
     if not ours or os.path.lexists(link) and not os.path.islink(link):
@@ -558,12 +562,7 @@ def find_run(args, rank):
         return 0, None
     if args.resume != "auto":
         raise InputError(f"--out {args.out} already holds a run: use --resume auto, or --overwrite")
-    try:
-        config = read_json(config)
-        summary = read_json(os.path.join(args.out, "summary.json"), {"steps": None})
-        step = int(os.path.realpath(latest)[-7:])
-    except (OSError, ValueError) as error:
-        raise InputError(f"--resume auto: {args.out} is no run of ours: {one_line(error)}") from None
+    step = int(os.path.realpath(latest)[-7:])
     for name, old in {"script": config["script"], **config["args"]}.items():
         new = os.path.basename(sys.argv[0]) if name == "script" else getattr(args, name, old)
         if name not in RESUME_FREE and new != old:

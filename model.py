@@ -795,7 +795,7 @@ def save_checkpoint(out, step, model, optimizer, keep=2):
                 shutil.rmtree(os.path.join(folder, name))
     except (Exception, CheckpointException) as error:       # disk full, quota, …, whatever a library says
         problem = next(iter(getattr(error, "failures", {0: [error]}).values()))[0]
-        while problem.__context__ is not None:              # what came first, such as "No space left on device"
+        while problem.__context__ is not None:              # to what came first
             problem = problem.__context__
         shutil.rmtree(partial, ignore_errors=True)
     if all_reduce_sum([problem is not None], model.forbidden.device)[0]:

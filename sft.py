@@ -49,8 +49,7 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 def augment(mel, args, step, clip):
-    """SpecAugment on one clip's mel (128, F), a pure function of (seed, step, clip).
-    The mask value 0 is near the mean."""
+    """SpecAugment of one mel (128, F), a pure function of (seed, step, clip); 0 is near the mean."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(hash((args.seed, step, clip)))
         for axis, masks, width in ((1, args.time_masks, min(args.time_width, mel.shape[1] // 4)),
