@@ -198,9 +198,9 @@ def manifest_index(path, text_field):
                     spans.append((path, text_field, begin, begin + len(block), number))
                     begin, number = begin + len(block), number + block.count(b"\n")
         if not cache.exists():
-            die = (signal.signal, (signal.SIGTERM, signal.SIG_DFL))         # else the pool could not end them
-            with multiprocessing.get_context("fork").Pool(min(len(spans), 16), *die) if len(spans) > 4 else (
-                    contextlib.nullcontext()) as pool:
+            args = min(len(spans), os.cpu_count()), signal.signal, (signal.SIGTERM, signal.SIG_DFL)
+            with multiprocessing.get_context("fork").Pool(*args) if len(spans) > 4 else (
+                    contextlib.nullcontext()) as pool:      # SIG_DFL: else the pool could not end them
                 parts = (pool.imap if pool else map)(index_span, spans)
                 rows = np.concatenate([np.empty(0, ROW), *parts])
             folder.mkdir(parents=True, exist_ok=True)
