@@ -496,7 +496,7 @@ def step_batches(dataset, first_step, last_step, workers):
         yield step, *item
         if step < 0 and rank_and_world()[0] == 0:
             sizes = ", ".join(f"{key[:3]} {gb:.2f} GB" for key, gb in memory().items())
-            print(f"probe: the longest clips fit; peak memory {sizes}", flush=True)
+            print(f"probe: {dataset.batch_size} of the longest clips fit; peak memory {sizes}", flush=True)
 
 # ---- Processes, output folders, errors: the plumbing that every script shares ------------------------------
 def rank_and_world():

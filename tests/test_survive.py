@@ -672,11 +672,11 @@ def test_too_little_memory_on_one_rank_is_told_too(stage, tmp_path):
 def test_the_probe_is_shown_at_each_start(command, straight, tmp_path, capsys):
     """One line beginning "probe:", with clips and memory, at the first start and after resuming, and none for
     a run that is finished."""
-    out = tmp_path / "run"
+    out, again = tmp_path / "run", interrupted(straight(command.name), tmp_path / "again", 2)
     capsys.readouterr()
     assert command.main(out, "--keep", 9) == 0
     texts = [capsys.readouterr().out]
-    assert command.main(interrupted(straight(command.name), tmp_path / "again", 2), "--resume", "auto") == 0
+    assert command.main(again, "--resume", "auto") == 0
     texts.append(capsys.readouterr().out)
     for text in texts:
         line, = [line for line in text.splitlines() if line.startswith("probe:")]
@@ -812,7 +812,7 @@ def test_micro_batches_leave_the_first_step_as_it_is(command, straight, micro_se
 @pytest.mark.slow
 @pytest.mark.parametrize("nproc, micro_seconds", [(2, 1.3), (4, 600)])
 def test_ranks_leave_the_first_step_as_it_is(command, straight, nproc, micro_seconds, tmp_path):
-    """torchrun with 1, 2 and 4 processes, with one micro-batch each and with several: same metrics,
+    """torchrun with 2 and 4 processes, with several micro-batches each and with one: same metrics,
     gradient and weights after the step as one plain process."""
     flags = ["--batch-size", 8, "--warmup-steps", 0, "--steps", 1]
     want = straight(command.name, *flags)
@@ -906,7 +906,7 @@ def test_sigterm_saves_the_step_and_ends_with_status_0(command, straight, tmp_pa
 @pytest.mark.slow
 @pytest.mark.parametrize("to", ["torchrun"])
 def test_sigterm_ends_two_ranks_in_the_same_step(stage, to, tmp_path):
-    """Sent to torchrun, which passes it on, or to one rank alone: both finish the same step, save it, and end
+    """Sent to torchrun, which passes it on: both finish the same step, save it, and end
     by themselves with status 0; the run goes on from there."""
     command, out, log = Command("opd", stage), tmp_path / "run", tmp_path / "log"
     process = command.start(out, *LONG, nproc=2, log=open(log, "w"))
