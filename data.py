@@ -234,8 +234,8 @@ class Clips:
         self.ends = np.cumsum([len(index) for index in self.indexes])
         columns = ([index[key] for index in self.indexes] for key in ("seconds", "state", "language"))
         seconds, states, languages = (c[0] if len(c) == 1 else np.concatenate(c) for c in columns)
-        if (states == STATES.index("no text")).any():
-            path, line = self.place(int((states == STATES.index("no text")).argmax()))[:2]
+        if (missing := states == STATES.index("no text")).any():
+            path, line = self.place(int(missing.argmax()))[:2]
             raise InputError(f'{path}:{line}: no "{text_field}", which every line needs (--text-field)')
         failed, long = states == STATES.index("failed"), seconds > np.float32(max_seconds)
         self.rows, self.seconds = range(len(seconds)), seconds          # of the index, which all share
@@ -469,14 +469,15 @@ class StepDataset(torch.utils.data.Dataset):
         self.seconds, self.batch_size, self.micro_seconds, self.seed, self.rank, self.world, self.make = (
             seconds, batch_size, micro_seconds, seed, rank, world, make)
     def __getitem__(self, step):
-        batch, bad = batch_indices(self.seconds, self.batch_size, self.seed, max(step, 0)), []
-        if step < 0:            # of n clips the longest may have micro_seconds / n; which n takes the most?
+        if step >= 0:
+            batch = batch_indices(self.seconds, self.batch_size, self.seed, step)
+        else:                   # of n clips the longest may have micro_seconds / n; which n takes the most?
             order, n = np.argsort(self.seconds), np.arange(1, self.batch_size // self.world + 1)
-            places = np.searchsorted(self.seconds[order], self.micro_seconds / n, side="right") - 1
+            ascending = self.seconds[order]
+            places = np.searchsorted(ascending, self.micro_seconds / n, side="right") - 1
             places[0] = len(order) - 1
-            padded = n * self.seconds[order][places] * (places >= 0)
-            batch = np.full(self.batch_size, order[places[padded.argmax()]])
-        shares = [batch[rank::self.world].tolist() for rank in range(self.world)]
+            batch = np.full(self.batch_size, order[places[(n * ascending[places] * (places >= 0)).argmax()]])
+        bad, shares = [], [batch[rank::self.world].tolist() for rank in range(self.world)]
         n_pieces = max(len(micro_batches(share, self.seconds, self.micro_seconds)) for share in shares)
         cuts = micro_batches(shares[self.rank], self.seconds, self.micro_seconds, n_pieces)
         try:

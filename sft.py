@@ -113,11 +113,11 @@ def main(args):
     if rank == 0:
         print_plan(args, clips, world, device, model=model)
     speed_options(model, args.compile, args.recompute)
-    front_end, text_config = model.front_end, model.net.config.text_config
+    front_end, limit = model.front_end, model.net.config.text_config.max_position_embeddings // 2
 
     def make(indices, step, bad):
         """One micro-batch: clip numbers, Batch, the transcripts as a Rollout, their texts."""
-        chosen, limit = [clips[i] for i in indices], text_config.max_position_embeddings // 2
+        chosen = [clips[i] for i in indices]
         too_long = [len(front_end.encode_text(clip.text)) > limit for clip in chosen]
         waveforms = [load_or_note(clip, bad, long and f"its transcript has over {limit} tokens, half of the "
                                   "LM's positions; cut it") for clip, long in zip(chosen, too_long)]

@@ -904,9 +904,9 @@ def test_sigterm_saves_the_step_and_ends_with_status_0(command, straight, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("to", ["torchrun"])
+@pytest.mark.parametrize("to", ["torchrun", "one rank"])
 def test_sigterm_ends_two_ranks_in_the_same_step(stage, to, tmp_path):
-    """Sent to torchrun, which passes it on: both finish the same step, save it, and end
+    """Sent to torchrun, which passes it on, or to one rank alone: both finish the same step, save it, and end
     by themselves with status 0; the run goes on from there."""
     command, out, log = Command("opd", stage), tmp_path / "run", tmp_path / "log"
     process = command.start(out, *LONG, nproc=2, log=open(log, "w"))
