@@ -28,9 +28,9 @@ import opencc
 from tqdm import tqdm
 from whisper_normalizer.english import EnglishTextNormalizer
 
-from data import (AudioError, InputError, Parser, add_lines, at_least, clip_from_file, collate, gather,
-                  language_code, load_audio, make_folder, micro_batches, rank_and_world, read_manifest,
-                  run_script, script_language, setup_distributed, write_json)
+from data import (InputError, Parser, add_lines, at_least, clip_from_file, collate, gather, language_code,
+                  load_or_note, make_folder, micro_batches, rank_and_world, read_manifest, run_script,
+                  script_language, setup_distributed, write_json)
 from model import SpeechLM, check_languages
 
 MAX_NEW_TOKENS = 256                                      # cap of a transcript
@@ -71,8 +71,7 @@ def normalizer_name(language, style="default", simplify=False):
     return name + ("+t2s" if simplify and language in ("zh", "yue") else "")
 
 def count_errors(reference, hypothesis, language, style="default", simplify=False):
-    """{errors, units, substitutions, deletions, insertions} of one clip, by jiwer.
-    An empty reference counts insertions."""
+    """{errors, units, substitutions, deletions, insertions} of a clip, by jiwer; no reference: insertions."""
     ref, hyp = (normalize(text, language, style, simplify) for text in (reference, hypothesis))
     if ref:
         m = jiwer.process_words(" ".join(ref), " ".join(hyp))
@@ -170,8 +169,8 @@ def print_table(rows, header):
                        for cell in row] for row in rows]]
     widths = [max(len(row[c]) for row in rows) for c in range(len(header))]
     for row in rows:
-        print("  ".join(cell.ljust(w) if c == 0 else cell.rjust(w)
-                        for c, (cell, w) in enumerate(zip(row, widths))))
+        tqdm.write("  ".join(cell.ljust(w) if c == 0 else cell.rjust(w)       # beside a bar, if one is there
+                             for c, (cell, w) in enumerate(zip(row, widths))))
 
 def print_summaries(summaries):
     print_table(
@@ -180,7 +179,7 @@ def print_summaries(summaries):
           *(s[key] for key in ("empty", "looping", "capped", "failed")),
           None if s["rtf"] is None else f"{s['rtf']:.4f}"] for stem, s in summaries.items()],
         "set|metric|%|95 %|S|D|I|clips|hours|empty|loops|capped|failed|RTF".split("|"))
-    print("normalizer: " + "; ".join(sorted({s["normalizer"] or "none" for s in summaries.values()})))
+    tqdm.write("normalizer: " + "; ".join(sorted({s["normalizer"] or "none" for s in summaries.values()})))
 
 # ---- Decoding ----------------------------------------------------------------------------------------------
 def transcribe(model, clips, device, batch_seconds, label="decode", max_new_tokens=MAX_NEW_TOKENS,
@@ -193,19 +192,15 @@ def transcribe(model, clips, device, batch_seconds, label="decode", max_new_toke
     found = {}
     batches = micro_batches(mine, durations, batch_seconds)
     for indices in tqdm(batches, desc=label, disable=rank > 0 or len(batches) < 2, leave=False):
-        waveforms = {}
-        for i in indices:
-            try:
-                waveforms[i] = load_audio(clips[i])
-            except AudioError as error:
-                found[i] = {"error": str(error)}
-        if not waveforms:
-            continue
-        batch = collate(list(waveforms.values()), model.front_end, [clips[i].language for i in waveforms])
+        bad = []
+        waveforms = [load_or_note(clips[i], bad) for i in indices]
+        batch = collate(waveforms, model.front_end, [clips[i].language for i in indices])
         rollout = model.sample(model.with_languages(batch.to(device)), max_new_tokens, k=1,
                                tokens_per_second=tokens_per_second)
-        for i, hyp, stopped in zip(waveforms, model.front_end.texts(rollout), rollout.stopped.tolist()):
+        for i, hyp, stopped in zip(indices, model.front_end.texts(rollout), rollout.stopped.tolist()):
             found[i] = {"hyp": hyp, "stopped": stopped}
+        failed = [i for i, waveform in zip(indices, waveforms) if not len(waveform)]
+        found.update({i: {"error": entry["reason"]} for i, entry in zip(failed, bad)})
     found = {i: value for share in gather(found) for i, value in share.items()}
     return [found[i] for i in range(len(clips))]
 
@@ -239,8 +234,7 @@ def evaluate(model, sets, device, batch_seconds, out=None, style="default", simp
     return summaries
 
 def read_sets(paths, max_seconds):
-    """{stem: [Clip]} of manifests or bare audio files.
-    Raises InputError on equal stems and on clips over max_seconds."""
+    """{stem: [Clip]} of manifests or audio files. InputError on equal stems and clips over max_seconds."""
     sets = {}
     for path in paths:
         stem = os.path.splitext(os.path.basename(path))[0]
@@ -263,6 +257,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--data", nargs="+", default=[], help="manifests (.jsonl) or audio files, with --model")
     add("--out", help="folder for result files and summary.json; without it results are only printed")
+    add("--overwrite", action="store_true", help="replace the results that --out holds")
     add("--normalizer", choices=["default", "paper"], default="default", help="by language, or the paper's")
     add("--simplify", action="store_true", help="score traditional Chinese as simplified, both sides")
     add("--bootstrap", type=at_least(0, int), default=10_000, help="draws for intervals and p; 0 = none")
@@ -283,6 +278,9 @@ def main(args):
     # ---- result files: one process is enough ---------------------------------------------------------------
     if rank > 0 and not args.model:
         return
+    if args.out and not args.overwrite and any(os.path.exists(os.path.join(args.out, name))
+                                               for name in ("config.json", "summary.json")):
+        raise InputError(f"--out {args.out} already holds a run or results; choose another, or --overwrite")
     if args.compare:
         a, b = (score(read_results(path), **style) for path in args.compare)
         c = compare(a, b, args.bootstrap)
@@ -304,15 +302,15 @@ def main(args):
         return
     # ---- decoding ------------------------------------------------------------------------------------------
     sets = read_sets(args.data, args.max_seconds)
-    if args.out is not None:
-        make_folder(args.out)
-        for path in args.data:
-            if os.path.realpath(path) == os.path.realpath(os.path.join(args.out, os.path.basename(path))):
-                raise InputError(f"--out {args.out}: the result would overwrite the manifest {path}")
+    for path in args.data if args.out is not None else ():
+        if os.path.realpath(path) == os.path.realpath(os.path.join(args.out, os.path.basename(path))):
+            raise InputError(f"--out {args.out}: the result would overwrite the manifest {path}")
     model = SpeechLM.from_pretrained(args.model).to(device).eval()
     clips = [clip for clips in sets.values() for clip in clips]
     caps = dict(max_new_tokens=args.max_new_tokens, tokens_per_second=args.tokens_per_second)
     check_languages(clips, model)
+    if args.out is not None:
+        make_folder(args.out)
     transcribe(model, clips[:1] * world, device, args.batch_seconds, **caps)    # warm-up, for the RTF
     summaries = evaluate(model, sets, device, args.batch_seconds, args.out, **style, draws=args.bootstrap,
                          strict=False, **caps)

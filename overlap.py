@@ -61,8 +61,7 @@ def probability_overlap(student_logits, teacher_logits, student_topk, teacher_to
 @torch.no_grad()
 def measure(student, teacher, alignment, waveforms, languages, k, max_new_tokens, tokens_per_second, device,
             chunk=1024):
-    """All measures of a batch of clips. → {name: (N,) float64}, clip of each row (N,),
-    quarter 0–3 of each row (N,)."""
+    """All measures of a batch of clips. → {name: (N,) float64}, each row's clip (N,) and quarter 0–3 (N,)."""
     student_batch = student.with_languages(collate(waveforms, student.front_end, languages).to(device))
     rollout = student.sample(student_batch, max_new_tokens, k=k, tokens_per_second=tokens_per_second,
                              forbidden=alignment.student_forbidden)
@@ -76,15 +75,11 @@ def measure(student, teacher, alignment, waveforms, languages, k, max_new_tokens
     values = set_overlap(student_topk, teacher_topk, support_mask)
     parts = []
     for rows in torch.arange(len(student_hidden), device=device).split(chunk):
-        student_logits = student.head(student_hidden[rows]).masked_fill(
-            alignment.student_forbidden, -torch.inf)
-        # in student ids
-        teacher_logits = teacher.head(teacher_hidden[rows])[:, alignment.to_teacher.clamp(min=0)]
-        teacher_logits = teacher_logits.masked_fill(alignment.student_forbidden, -torch.inf)
-        parts.append(probability_overlap(student_logits, teacher_logits, student_topk[rows],
-                                         teacher_topk[rows]))
-    for name in parts[0]:
-        values[name] = torch.cat([part[name] for part in parts])
+        logits = (student.head(student_hidden[rows]),
+                  teacher.head(teacher_hidden[rows])[:, alignment.to_teacher.clamp(min=0)])     # student ids
+        logits = [x.masked_fill(alignment.student_forbidden, -torch.inf) for x in logits]       # (chunk, V)
+        parts.append(probability_overlap(*logits, student_topk[rows], teacher_topk[rows]))
+    values.update({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
     clip, position = row_mask.nonzero(as_tuple=True)
     return values, clip.tolist(), (4 * position // (rollout.lens + rollout.stopped)[clip]).tolist()
 
@@ -104,15 +99,15 @@ def parse_args(argv=None):
 
 def main(args):
     rank, world, device = setup_distributed()
-    if args.out:
-        make_folder(os.path.dirname(os.path.abspath(args.out)))
-        if os.path.isdir(args.out):
-            raise InputError(f"--out {args.out} is a folder; give a file name")
+    if args.out and os.path.isdir(args.out):
+        raise InputError(f"--out {args.out} is a folder; give a file name")
     clips = [clip for clips in read_sets(args.data, args.max_seconds).values() for clip in clips]
     student, teacher = (SpeechLM.from_pretrained(folder).to(device).eval()
                         for folder in (args.student, args.teacher))
     alignment = align_vocabularies(student, teacher)
     check_languages(clips, student, teacher)
+    if args.out:
+        make_folder(os.path.dirname(os.path.abspath(args.out)))
     sums = collections.Counter()                        # (group, measure or "positions") → sum over rows
     batches = micro_batches(range(rank, len(clips), world), [c.duration for c in clips], args.batch_seconds)
     for indices in tqdm(batches, disable=rank > 0, desc="overlap"):

@@ -601,11 +601,11 @@ def test_score_interval_follows_bootstrap(tmp_path):
     path = write_lines(tmp_path / "r.jsonl", map(result_line, range(40), errors))
     found = {}
     for draws in (50, 10_000):
-        run("--score", path, "--out", tmp_path / "out", "--bootstrap", draws)
+        run("--score", path, "--out", tmp_path / "out", "--bootstrap", draws, "--overwrite")
         found[draws] = json.loads((tmp_path / "out" / "summary.json").read_text())["r"]
         assert (found[draws]["low"], found[draws]["high"]) == evaluation.bootstrap(errors, [10] * 40, draws)
     assert found[50]["low"] != found[10_000]["low"] < found[10_000]["value"] < found[10_000]["high"]
-    run("--score", path, "--out", tmp_path / "out")                # 10,000 draws are the default
+    run("--score", path, "--out", tmp_path / "out", "--overwrite")     # 10,000 draws are the default
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["r"] == found[10_000]
 
 
@@ -755,6 +755,25 @@ def test_model_takes_normalizer(model_folder, clips, tmp_path):
         run("--model", model_folder, "--data", path, "--out", tmp_path / name, *CAPS, *options)
         summary = json.loads((tmp_path / name / "summary.json").read_text())["m"]
         assert (summary["units"], summary["normalizer"]) == (units, name)
+
+
+@pytest.mark.parametrize("there", ["results", "a run that was cut off"])
+def test_an_out_folder_in_use_is_refused_without_overwrite(there, model_folder, clips, tmp_path):
+    """By --model and by --score, before anything slow, with nothing changed; --overwrite replaces results."""
+    path, out = write_lines(tmp_path / "m.jsonl", clips[0]), tmp_path / "out"
+    commands = [["--model", model_folder, "--data", path, *CAPS], ["--score", out / "m.jsonl"]]
+    run(*commands[0], "--out", out)
+    if there != "results":
+        (out / "summary.json").rename(out / "config.json")
+    before = {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in out.iterdir()}
+    for command in commands:
+        with pytest.raises(InputError, match="--overwrite"):
+            run(*command, "--out", out)
+        assert before == {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in out.iterdir()}
+    for command in commands:
+        (out / "summary.json").write_text("{}")
+        run(*command, "--out", out, "--overwrite")
+        assert json.loads((out / "summary.json").read_text())["m"]["scored"] == 3
 
 
 def test_two_processes_write_what_one_writes(model_folder, clips, tmp_path):
