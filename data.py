@@ -13,6 +13,7 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import errno
 import functools
 import hashlib
 import importlib.metadata
@@ -41,6 +42,7 @@ import soundfile
 import torch
 import torch.distributed as dist
 import torchaudio
+from tqdm import tqdm
 
 SAMPLE_RATE = 16_000            # Hz
 N_FFT, HOP, N_MELS = 400, 160, 128   # 25 ms window, 10 ms hop
@@ -73,7 +75,7 @@ class InputError(ValueError):
     """A user's mistake: shown as one line (what, where, remedy), exit status 2, no traceback."""
 
 class AudioError(InputError):
-    """A clip that cannot be used; the rank that met it prints the line, for it may be the only one."""
+    """A clip that cannot be used, a full disk: each rank that meets it prints it, it may be the only one."""
 
 def one_line(error):
     return " ".join(str(error).split())[:300]
@@ -141,9 +143,8 @@ def open_manifest(path):
         raise InputError(f"manifest {path}: {error.strerror}; give the path of a JSON Lines file") from None
 
 def manifest_clips(path, text_field="text", errors=None, begin=0, end=math.inf, number=1):
-    """Yields (byte offset, line number, `Clip`) of the lines that start in [begin, end), `begin` being line
-    `number`. Blank lines, CRLF and a byte-order mark are accepted. With `errors` (a list) defects go there,
-    else InputError."""
+    """Yields (byte offset, line number, `Clip`) of the lines that start in [begin, end), line `number` first.
+    Blank lines, CRLF and a byte-order mark are accepted. Defects go to `errors` (a list), else InputError."""
     folder = os.path.dirname(os.path.abspath(path))
     with open_manifest(path) as file:
         if begin:
@@ -483,7 +484,7 @@ class StepDataset(torch.utils.data.Dataset):
         try:
             return [self.make(cut, max(step, 0), bad) for cut in cuts], bad
         except InputError as error:  # a worker would wrap it in its traceback; step_batches raises it plainly
-            return error
+            return AudioError(error)
 
 def step_batches(dataset, first_step, last_step, workers):
     """Yields (step, micro-batches, bad clips): step −1, a trial of the longest clips that changes nothing,
@@ -497,7 +498,8 @@ def step_batches(dataset, first_step, last_step, workers):
         yield step, *item
         if step < 0 and rank_and_world()[0] == 0:
             sizes = ", ".join(f"{key[:3]} {gb:.2f} GB" for key, gb in memory().items())
-            print(f"probe: {dataset.batch_size} of the longest clips fit; peak memory {sizes}", flush=True)
+            with tqdm.external_write_mode():                    # beside the progress bar, not behind it
+                print(f"probe: {dataset.batch_size} of the longest clips fit; peak {sizes}", flush=True)
 
 # ---- Processes, output folders, errors: the plumbing that every script shares ------------------------------
 def rank_and_world():
@@ -539,12 +541,13 @@ def make_folder(path):
         raise InputError(f"output folder {path}: not writable; give another")
 
 def find_run(args, rank):
-    """Looks at --out before anything slow. → (step to go on from, folder of that checkpoint or None); step
-    None: the run is finished. InputError where it may not be touched, or other arguments (but RESUME_FREE)
-    resume it."""
+    """Looks at --out before anything slow. → (step to go on from, its checkpoint or None); None: finished.
+    InputError where it may not be touched, or where arguments beyond RESUME_FREE have changed."""
     if args.batch_size % (world := rank_and_world()[1]):
         raise InputError(f"--batch-size {args.batch_size} is not divisible by the {world} processes")
-    latest = os.path.join(args.out, "checkpoints", "latest")
+    latest = os.path.realpath(os.path.join(args.out, "checkpoints", "latest"))
+    if not os.path.exists(latest):      # lost by a copy, or a kill came before it: the newest there is
+        latest = max(map(str, Path(args.out, "checkpoints").glob("step-*[0-9]")), default=latest)
     say = print if rank == 0 else lambda *_, **__: None
     if args.overwrite and args.resume == "auto":
         raise InputError("--overwrite and --resume auto contradict each other; give one of them")
@@ -563,18 +566,18 @@ def find_run(args, rank):
         return 0, None
     if args.resume != "auto":
         raise InputError(f"--out {args.out} already holds a run: use --resume auto, or --overwrite")
-    step = int(os.path.realpath(latest)[-7:])
+    step = int(latest[-7:])
     for name, old in {"script": config["script"], **config["args"]}.items():
         new = os.path.basename(sys.argv[0]) if name == "script" else getattr(args, name, old)
         if name not in RESUME_FREE and new != old:
             raise InputError(f"--resume auto: --{name.replace('_', '-')} was {old}, now {new}; keep it")
     if args.steps < step:
         raise InputError(f"--steps {args.steps}: {args.out} is at step {step} already")
-    if step == args.steps == summary["steps"]:
+    if step == args.steps == summary["steps"] and os.path.exists(link):
         say(f"{args.out}: finished at step {step}; nothing to do", flush=True)
         return None, None
     say(f"{args.out}: goes on from step {step}", flush=True)
-    return step, os.path.realpath(latest)
+    return step, latest
 
 def start_run(args, rank, first_step):
     """Makes the output folder, config.json in it; --overwrite: empties it of an earlier run. Line files are
@@ -674,14 +677,17 @@ def run_script(main, args):
     """Runs main(args); a user's mistake becomes one line on rank 0 and exit status 2 (non-finite loss: 3)."""
     try:
         main(args)
-    except (InputError, RuntimeError) as error:
+    except (InputError, RuntimeError, OSError) as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             error = AudioError("out of memory; lower --micro-seconds (eval.py, overlap.py: --batch-seconds), "
                                f"or train with --bf16 or --recompute: {one_line(error)}")
+        elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            error = AudioError(f"--out {vars(args).get('out')}: {error.strerror}; free some space, then "
+                               "the same again (training: with --resume auto)")
         elif not isinstance(error, InputError):
             raise
         if int(os.environ.get("RANK", 0)) == 0 or isinstance(error, AudioError):
-            print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
+            tqdm.write(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
         sys.exit(3 if isinstance(error, NonFiniteError) else 2)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -701,9 +707,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 class Parser(argparse.ArgumentParser):
     """argparse with defaults in --help, no abbreviations, and `@file` whose lines may hold `--flag value`."""
-    def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, fromfile_prefix_chars="@", **kwargs,
-                         formatter_class=lambda prog: HelpFormatter(prog, width=110))
+    def __init__(self, **more):
+        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, fromfile_prefix_chars="@", **more)
     def error(self, message):
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"{self.prog}: error: {message} (--help lists the flags)", file=sys.stderr)

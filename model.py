@@ -91,8 +91,7 @@ class FrontEnd:
     def texts(self, rollout):
         return [self.decode(ids[:n]) for ids, n in zip(rollout.ids.tolist(), rollout.lens.tolist())]
     def transcripts(self, texts):
-        """`Rollout` of given texts, the stop token included: supervised training, teacher forcing. None: a
-        row that is not scored."""
+        """`Rollout` of given texts, the stop token included, for teacher forcing. None: a row not scored."""
         ids = [self.encode_text(text or "") for text in texts]
         padded = torch.full((len(ids), max(map(len, ids)) + 1), self.pad_id)
         for b, row in enumerate(ids):
@@ -349,8 +348,7 @@ class SpeechLM(nn.Module):
         return cls(*load_net(name, dtype))
     def save_pretrained(self, folder, weights=None):
         """Writes a stock folder of the net's class: weights (its own, or those given by name), config,
-        tokenizer, processor, and generation settings with which stock `generate` stops and writes no control
-        token."""
+        tokenizer, processor, generation settings with which `generate` stops and writes no control token."""
         front_end = self.front_end
         if not self.is_qwen3_asr:
             self.net.generation_config = GenerationConfig(
@@ -363,9 +361,8 @@ class SpeechLM(nn.Module):
             WhisperFeatureExtractor(feature_size=N_MELS), front_end.tokenizer, chat_template=CHAT_TEMPLATE,
             audio_token=AUDIO_TOKEN, default_transcription_prompt=PROMPT_TEXT)).save_pretrained(folder)
     def with_languages(self, batch, texts=None):
-        """The batch with a language in every prompt, which Qwen3-ASR wants; an Ark model's as it is. Where it
-        is not known: by the script of the text (texts: B), else the likeliest of the thirty to the model
-        itself."""
+        """The batch with a language in every prompt, as Qwen3-ASR wants; an Ark model's as it is. One that is
+        not known: by the script of the text (texts: B), else the likeliest of the thirty to the model."""
         if None not in batch.languages:
             return batch
         front_end, n_audio = self.front_end, batch.audio_lens.tolist()
@@ -425,7 +422,7 @@ class SpeechLM(nn.Module):
     def sample(self, batch, max_new_tokens, temperature=0.0, k=32, tokens_per_second=0.0, forbidden=None,
                uniforms=None, encoded=None):
         """Writes transcripts: greedy at temperature 0, else sampling from softmax(logits / temperature);
-        top-k ids after forbidding. → `Rollout` max_new_tokens: cap, the stop token counted;
+        top-k ids after forbidding. → `Rollout`. max_new_tokens: cap, the stop token counted;
         tokens_per_second: a row's cap is also this × seconds + 16 (0: off; not in the paper), so that one
         looping row cannot hold the batch; forbidden: (V,) bool, default the model's own; uniforms: (B,
         max_new_tokens) draws in [0, 1) that make sampling a pure function of them; encoded: what `encode`
@@ -760,14 +757,23 @@ def training_state(model, optimizer):
                 **{key: {name: optimizer.state[p][key] for name, p in named.items()}
                    for key in ("exp_avg", "exp_avg_sq")})
 
+def link_latest(out, name):
+    """Leads checkpoints/latest to the checkpoint `name`, and out/model through it, each at one stroke."""
+    for path, target in (("model", "checkpoints/latest/model"), ("checkpoints/latest", name)):
+        path = os.path.join(out, path)
+        if os.path.lexists(path + ".new"):
+            os.remove(path + ".new")
+        os.symlink(target, path + ".new")
+        os.replace(path + ".new", path)
+
 def save_checkpoint(out, step, model, optimizer, keep=2):
     """Writes out/checkpoints/step-N: `model`, a Hugging Face folder, and `state`, torch's distributed
     checkpoint (DCP), from which any number of ranks can go on. All ranks call it; one tensor at a time is
     whole. Complete or not at all: written beside and renamed, then the link checkpoints/latest is replaced.
     The last `keep` stay. Raises InputError where it cannot be written; those before it stay."""
-    rank, folder, link = rank_and_world()[0], os.path.join(out, "checkpoints"), os.path.join(out, "model")
-    final, latest = os.path.join(folder, f"step-{step:07d}"), os.path.join(folder, "latest")
-    if os.path.realpath(latest) == os.path.realpath(final):
+    rank, folder = rank_and_world()[0], os.path.join(out, "checkpoints")
+    final = os.path.join(folder, f"step-{step:07d}")
+    if os.path.realpath(os.path.join(folder, "latest")) == os.path.realpath(final):
         return
     partial, problem, weights, found = final + ".partial", None, {}, {}
     for name, p in model.net.state_dict(keep_vars=True).items():        # a tied matrix stays one tensor
@@ -784,11 +790,7 @@ def save_checkpoint(out, step, model, optimizer, keep=2):
         if rank == 0:
             model.save_pretrained(os.path.join(partial, "model"), weights)
             os.rename(partial, final)
-            for path, target in ((link, "checkpoints/latest/model"), (latest, os.path.basename(final))):
-                if os.path.lexists(path + ".new"):
-                    os.remove(path + ".new")
-                os.symlink(target, path + ".new")
-                os.replace(path + ".new", path)
+            link_latest(out, os.path.basename(final))
             steps = sorted(name for name in os.listdir(folder) if re.fullmatch(r"step-\d+", name))
             here = steps.index(os.path.basename(final)) + 1
             for name in (*steps[:max(here - keep, 0)], *steps[here:]):          # later ones: of a cut-off run
@@ -803,7 +805,7 @@ def save_checkpoint(out, step, model, optimizer, keep=2):
                          "before it are intact: free some space, then --resume auto")
 
 def load_checkpoint(folder, model, optimizer):
-    """Restores weights and optimizer from a checkpoint's `state`; InputError where it does not fit."""
+    """Restores weights and optimizer from a checkpoint's `state`, and lost links; InputError on a misfit."""
     state = training_state(model, optimizer)
     try:
         dcp.load(state, checkpoint_id=os.path.join(folder, "state"))
@@ -811,3 +813,6 @@ def load_checkpoint(folder, model, optimizer):
         raise InputError(f"--resume auto: {folder} does not fit this run: {one_line(error)}") from error
     for moments in optimizer.state.values():
         moments["step"].copy_(state["step"])
+    out = os.path.dirname(os.path.dirname(folder))
+    if rank_and_world()[0] == 0 and not os.path.exists(os.path.join(out, "model")):
+        link_latest(out, os.path.basename(folder))

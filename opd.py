@@ -51,8 +51,7 @@ class Scored:
 
 @torch.no_grad()
 def score_rollout(teacher, alignment, batch, teacher_batch, rollout, k, encoded=None):
-    """The frozen teacher on the student's own tokens: top-k ids, union support and raw logits there.
-    → `Scored`"""
+    """`Scored`: the frozen teacher on the student's own tokens: top-k ids, union support, logits there."""
     hidden = teacher(teacher_batch, teacher_rollout(rollout, alignment))[0]                   # (N, H')
     student_topk = rollout.topk_ids[rollout.row_mask()]                                       # (N, K)
     ids, mask, scores, teacher_topk = teacher_support(teacher, hidden, student_topk, alignment, k)
@@ -95,8 +94,7 @@ def rollout_sums(scored, front_end):
     return sums
 
 def write_samples(path, step, clips, front_end, rollout, teacher_texts, kl, n=2):
-    """A few rollouts to read: reference if there is one, student, teacher's own greedy text,
-    KL per token in nats."""
+    """A few rollouts to read: reference, if any, student, teacher's own greedy text, KL per token in nats."""
     per_clip = kl.split((rollout.lens + rollout.stopped).tolist())
     ids = [row[:len(part)] for row, part in zip(rollout.ids.tolist(), per_clip)]
     add_lines(path, [dict(
@@ -258,7 +256,7 @@ def main(args):
             save_checkpoint(args.out, done, student, optimizer, args.keep)
         if stopping and done < args.steps:
             if rank == 0:
-                print(f"stopped by SIGTERM after step {done}; the same command with --resume auto goes on")
+                tqdm.write(f"stopped by SIGTERM after step {done}; the same with --resume auto goes on")
             return
         if eval_sets and args.eval_every and done % args.eval_every == 0 and done < args.steps:
             summaries = run_eval(done)

@@ -90,8 +90,6 @@ def main(args):
     elif args.lm:
         model = SpeechLM.from_parts(args.encoder, args.lm)
     else:
-        if not os.path.isdir(args.tokenizer):
-            raise InputError(f"--tokenizer {args.tokenizer}: not a folder")
         try:
             config = read_json(args.config)
             tokenizer = transformers.AutoTokenizer.from_pretrained(args.tokenizer, trust_remote_code=False)
@@ -191,7 +189,7 @@ def main(args):
             save_checkpoint(args.out, done, model, optimizer, args.keep)
         if stopping and done < args.steps:
             if rank == 0:
-                print(f"stopped by SIGTERM after step {done}; the same command with --resume auto goes on")
+                tqdm.write(f"stopped by SIGTERM after step {done}; the same with --resume auto goes on")
             return
         start = time.perf_counter()
     bar.close()

@@ -1,5 +1,6 @@
 """What a run survives: kills, signals, a full disk, another number of processes, numbers that are not
 finite; and that an interrupted run is the uninterrupted one, bit for bit."""
+import errno
 import gc
 import json
 import os
@@ -484,6 +485,24 @@ def test_overwrite_of_an_empty_folder_is_a_plain_start(command, straight, tmp_pa
     assert_same_run(tmp_path / "run", straight(command.name))
 
 
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_lost_link_loses_no_checkpoint(command, straight, step, tmp_path, capsys):
+    """A copy without symbolic links, of a run that was cut off or of a finished one, goes on from its newest
+    checkpoint, never from 0, and has its links again."""
+    want = straight(command.name)
+    out = shutil.copytree(want, tmp_path / "run", symlinks=True) if step == 4 else interrupted(
+        want, tmp_path / "run", step)
+    (out / "checkpoints" / "latest").unlink()
+    (out / "model").unlink()
+    capsys.readouterr()
+    assert command.main(out, "--keep", 9, "--resume", "auto") == 0
+    assert goes_on_from(capsys.readouterr().out) == [step]
+    assert_same_run(out, want)
+    assert os.readlink(out / "model") == "checkpoints/latest/model" and latest_step(out) == 4
+    assert command.main(out, "--keep", 9, "--resume", "auto") == 0 and says_finished(
+        capsys.readouterr().out, out)
+
+
 @pytest.mark.parametrize("more, kept", [([], 2), (["--keep", 1], 1), (["--keep", 3], 3), (["--keep", 9], 4)])
 def test_keep_is_the_number_of_checkpoints_that_stay(command, more, kept, tmp_path):
     """The last --keep checkpoints (2 by default) stay, each whole; `latest` and OUT/model name the last."""
@@ -541,6 +560,26 @@ def test_a_full_disk_leaves_the_last_checkpoint(stage, straight, name, part, tmp
     assert_same_run(out, straight(name))
 
 
+def test_a_full_disk_beside_the_checkpoints_is_one_line(command, straight, tmp_path, monkeypatch, capsys):
+    """No room for a line of metrics.jsonl: status 2 and one line; with room the run goes on to the same end."""
+    want, out, add_lines = straight(command.name), tmp_path / "run", data.add_lines
+
+    def full(path, lines, mode="a"):
+        if path.endswith("metrics.jsonl") and lines[0]["step"] == 3:
+            with open(path, mode) as file:
+                file.write('{"step": 3, "lo')           # what still fits
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        add_lines(path, lines, mode)
+    monkeypatch.setattr(data, "add_lines", full)
+    assert command.main(out, "--keep", 9) == 2
+    line, = error_lines(capsys.readouterr().err.replace("\r", "\n"))
+    assert line.startswith("opd.py: error: " if command.name == "opd" else "sft.py: error: ")
+    assert str(out) in line and "No space left" in line and "--resume auto" in line
+    monkeypatch.undo()
+    assert command.main(out, "--keep", 9, "--resume", "auto") == 0
+    assert_same_run(out, want)
+
+
 @pytest.mark.slow
 def test_a_full_disk_on_two_ranks_ends_both(stage, straight, tmp_path):
     """Two ranks that share a full disk end, with the same line, instead of waiting for each other."""
@@ -590,6 +629,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(stage, name, more, tmp_path):
     line, = [line for line in text.splitlines() if "nonfinite-" in line]
     file, = out.glob("nonfinite-*.jsonl")
     assert file.name in line and "Traceback" not in text
+    assert line.startswith(f"{name}.py: error: ")       # not behind the progress bar
     check_nonfinite(out, 2, command)
     assert latest_step(out) == 1 and checkpoints_of(out) == ["step-0000001"]
     assert [m["step"] for m in metrics_of(out) if m["step"] < 2] == [1]
