@@ -59,7 +59,7 @@ STATES = ("text", "no text", "failed")      # of a line; failed: a result line w
 ROW = np.dtype([("offset", "<i8"), ("line", "<u4"), ("seconds", "<f4"), ("language", "u1"), ("state", "u1")])
 SHARD_BYTES = 10**9             # a tar shard ends at the first clip beyond this
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".au", ".caf", ".w64",
-                  ".m4a", ".aac", ".mp4", ".webm", ".wma")          # the last five are counted as unreadable
+                  ".sph", ".m4a", ".aac", ".mp4", ".webm", ".wma")          # last five: unreadable
 DURATION_TOLERANCE_S = 0.1      # manifest against decoded audio; codecs pad by a few tens of milliseconds
 LANGUAGES = {                   # Qwen3-ASR's thirty, as its prompt names them
     "ar": "Arabic", "yue": "Cantonese", "zh": "Chinese", "cs": "Czech", "da": "Danish", "nl": "Dutch",
@@ -277,6 +277,13 @@ def script_language(text):
 # ---- Audio -------------------------------------------------------------------------------------------------
 resampler = functools.lru_cache(16)(lambda rate: torchaudio.transforms.Resample(rate, SAMPLE_RATE))
 
+def cut_off(raw):
+    """Has a WAV fewer bytes than it says (ffffffff: unknown), an Ogg no end? libsndfile tells of neither."""
+    if raw[:4] == b"RIFF":
+        return len(raw) + 64 < int.from_bytes(raw[4:8], "little") < 0x7FFF_0000
+    p = raw[raw.rfind(b"OggS"):]            # the last page: flags at byte 5 (4: end), sizes from byte 26 on
+    return raw[:4] == b"OggS" and (len(p) < 28 or p[5] < 4 or len(p) < 27 + sum(p[26:27 + p[26]]))
+
 def load_audio(clip):
     """The waveform of a clip: (samples,) float32 at 16 kHz, channels averaged. Raises AudioError with line
     and remedy. libsndfile shortens damaged files silently: the length is compared with `duration`."""
@@ -297,6 +304,8 @@ def load_audio(clip):
             content = raw if seek else io.BytesIO(raw.read(nbytes))
             if clip.crc32 is not None and clip.crc32 != zlib.crc32(content.getbuffer()):
                 raise bad("has changed since the manifest was made (crc32 of its bytes); import it again")
+            if not seek and cut_off(content.getvalue()):
+                raise bad("is cut off: its header or last page promises more; get it whole, or re-encode it")
             with soundfile.SoundFile(content) as file:
                 rate, n_frames = file.samplerate, file.frames
                 if n_frames > 2**40 or rate // math.gcd(rate, SAMPLE_RATE) > 5_000:
@@ -463,9 +472,8 @@ def micro_batches(indices, seconds, micro_seconds, n_pieces=1):
     return cut
 
 class StepDataset(torch.utils.data.Dataset):
-    """Item s = this rank's micro-batches of step s, as `make(clip numbers, step, bad)` builds them in a
-    worker, as many on every rank, and `bad`, what `load_or_note` put there; item −1 holds the longest clips,
-    to see that they fit."""
+    """Item s: this rank's micro-batches of step s, which `make(clip numbers, step, bad)` builds in a worker,
+    as many on every rank, and `bad`, filled by `load_or_note`; item −1: the longest clips, to try them."""
     def __init__(self, seconds, batch_size, micro_seconds, seed, rank, world, make):
         self.seconds, self.batch_size, self.micro_seconds, self.seed, self.rank, self.world, self.make = (
             seconds, batch_size, micro_seconds, seed, rank, world, make)
@@ -490,8 +498,10 @@ def step_batches(dataset, first_step, last_step, workers):
     """Yields (step, micro-batches, bad clips): step −1, a trial of the longest clips that changes nothing,
     then [first_step, last_step). Read ahead by `workers` processes (0: by this)."""
     steps = [-1, *range(first_step, last_step)] if first_step < last_step else []
+    # torchrun's SIGTERM reaches the workers too, who are needed until their rank ends them
+    init = lambda _: (torch.set_num_threads(1), signal.signal(signal.SIGTERM, signal.SIG_IGN))
     loader = torch.utils.data.DataLoader(dataset, batch_size=None, sampler=steps, num_workers=workers,
-                                         worker_init_fn=lambda _: torch.set_num_threads(1))
+                                         worker_init_fn=init)
     for step, item in zip(steps, loader):
         if isinstance(item, InputError):
             raise item
@@ -571,6 +581,9 @@ def find_run(args, rank):
         new = os.path.basename(sys.argv[0]) if name == "script" else getattr(args, name, old)
         if name not in RESUME_FREE and new != old:
             raise InputError(f"--resume auto: --{name.replace('_', '-')} was {old}, now {new}; keep it")
+    for path, old in config["manifest_sha256"].items():
+        if hashlib.file_digest(open_manifest(path), "sha256").hexdigest() != old:
+            raise InputError(f"--resume auto: {path} has changed since the run began; keep it")
     if args.steps < step:
         raise InputError(f"--steps {args.steps}: {args.out} is at step {step} already")
     if step == args.steps == summary["steps"] and os.path.exists(link):
@@ -703,7 +716,7 @@ def at_least(low, kind=float):
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action):
-        return action.help if action.default in (None, [], False) else super()._get_help_string(action)
+        return action.help if str(action.default) in "None[]False" else super()._get_help_string(action)
 
 class Parser(argparse.ArgumentParser):
     """argparse with defaults in --help, no abbreviations, and `@file` whose lines may hold `--flag value`."""

@@ -1,7 +1,6 @@
-r"""Decode manifests greedily and score them: WER for words, CER for characters, with 95 % intervals.
+"""Decode manifests greedily and score them: WER for words, CER for characters, with 95 % intervals.
 
-    python eval.py --model example/teacher --data example/en-clean.jsonl example/zh-read.jsonl \
-        --out runs/teacher
+    python eval.py --model example/teacher --data example/en-clean.jsonl example/zh-read.jsonl --out runs/t
     torchrun --nproc_per_node=8 eval.py --model DIR --data test.jsonl --out runs/x    # clips split over ranks
     python eval.py --model DIR --data clip.flac                                       # prints the transcript
     python eval.py --score runs/x/*.jsonl --normalizer paper                          # rescores, no model
@@ -10,7 +9,6 @@ r"""Decode manifests greedily and score them: WER for words, CER for characters,
 --model writes OUT/<stem>.jsonl (the manifest's fields plus hyp, stopped, errors, units, substitutions,
 deletions, insertions) and OUT/summary.json. A result file is itself a manifest: `sft.py --text-field hyp`
 learns from it. A clip that cannot be read has "error" in place of hyp and makes the exit status 1 in the end.
-A clip without a language is decoded by Qwen3-ASR in the one that it hears.
 """
 import functools
 import importlib.metadata
@@ -224,11 +222,11 @@ def evaluate(model, sets, device, batch_seconds, out=None, style="default", simp
         if writes:
             os.makedirs(out, exist_ok=True)
             add_lines(os.path.join(out, f"{stem}.jsonl"), results, "w")
-        for result in results if rank_and_world()[0] == 0 else ():
-            if "error" in result:
-                print(f"eval.py: not decoded: {result['error']}", file=sys.stderr, flush=True)
+        for r in results if rank_and_world()[0] == 0 else ():
+            if "error" in r:
+                print(f"eval.py: not decoded: {r['error']}", file=sys.stderr, flush=True)
             elif out is None and not summaries[stem]["scored"]:         # just read it
-                print(result["hyp"] if len(results) == 1 else f"{result['audio']}\t{result['hyp']}")
+                print(r["hyp"] if len(sets) == len(results) == 1 else f"{r['audio']}\t{r['hyp']}")
     if writes:
         write_json(os.path.join(out, "summary.json"), summaries)
     return summaries
@@ -278,9 +276,9 @@ def main(args):
     # ---- result files: one process is enough ---------------------------------------------------------------
     if rank > 0 and not args.model:
         return
-    if args.out and not args.overwrite and any(os.path.exists(os.path.join(args.out, name))
-                                               for name in ("config.json", "summary.json")):
-        raise InputError(f"--out {args.out} already holds a run or results; choose another, or --overwrite")
+    run, results = (os.path.exists(os.path.join(args.out or "", x)) for x in ("config.json", "summary.json"))
+    if args.out and (run or results and not args.overwrite):
+        raise InputError(f"--out {args.out} holds a run, a model, or results (--overwrite); choose another")
     if args.compare:
         a, b = (score(read_results(path), **style) for path in args.compare)
         c = compare(a, b, args.bootstrap)

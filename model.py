@@ -3,11 +3,10 @@
     mel → encoder → LayerNorm → 4 frames merged → MLP → audio embeddings
         → prompt → Qwen causal LM → hidden rows → scores
 
-`SpeechLM`, student or teacher, keeps its weights in transformers' own classes, GlmAsr (Ark) or Qwen3-ASR, so
-a folder on disk is stock, and adds what they lack: an encoder whose result does not depend on the batch's
-padding, hidden rows at transcript positions only, and batched sampling that keeps each step's top-k ids. The
-loss is pure functions: `union_support`, `support_kl`, and `teacher_support` and `student_scores`, which score
-the support. At the end: optimizer, schedule, shards, checkpoints.
+`SpeechLM` keeps its weights in transformers' own classes, GlmAsr (Ark) or Qwen3-ASR, so a folder on disk is
+stock, and adds what they lack: an encoder whose result does not depend on the batch's padding, hidden rows at
+transcript positions only, batched sampling that keeps each step's top-k ids. The loss is `union_support` and
+`support_kl`, with `teacher_support` and `student_scores`, which score the support.
 
 Legend: B clips, S prompt tokens, T transcript tokens, A audio tokens, F mel frames, V vocabulary, K top-k,
 N rows (clip, position) of a batch, U = 2K support entries, H hidden size of the LM, D of the encoder.
@@ -67,8 +66,7 @@ class FrontEnd:
         if missing:
             raise InputError(f"tokenizer {tokenizer.name_or_path} lacks the token(s) {' '.join(missing)}")
         self.tokenizer = tokenizer
-        added = [token.content for token in tokenizer.added_tokens_decoder.values()]
-        added.sort(key=len, reverse=True)                   # the longest alternative first
+        added = sorted((x.content for x in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
         self.added = re.compile(f"({'|'.join(map(re.escape, added))})")
         self.pad_id, self.stop_id, self.audio_id = (tokenizer.convert_tokens_to_ids(t)
                                                     for t in (PAD_TOKEN, STOP_TOKEN, self.audio_token))
@@ -130,8 +128,7 @@ class Qwen3ASRFrontEnd(FrontEnd):
 def add_audio_tokens(tokenizer):
     """Adds to a stock Qwen tokenizer the prompt's control tokens that it lacks. → how many"""
     new = [x for x in (*PROMPT_TOKENS, STOP_TOKEN, PAD_TOKEN) if x not in tokenizer.get_vocab()]
-    new = {"additional_special_tokens": new}
-    return tokenizer.add_special_tokens(new, replace_extra_special_tokens=False)
+    return tokenizer.add_special_tokens({"additional_special_tokens": new}, False)        # beside those there
 
 def forbidden_ids(tokenizer, vocab_size, stop_id):
     """(V,) bool, True = never in a transcript: special, added `<…>`, rows without a token; not the stop."""
@@ -540,9 +537,8 @@ class Decoder:
 def self_check(model, waveforms, languages):
     """Does the model agree with itself? Its greedy transcripts of a few clips, scored by teacher forcing. →
     dict: nll, nats a token; agreement, the share of tokens that are the likeliest of their row;
-    batch_difference, the largest of a logit between the clips in a batch and one by one, relative to the
-    largest logit. Raises InputError where shifted rows or a leaking batch show: a greedy token's likelihood
-    is at least 1 / V."""
+    batch_difference, the largest of a logit between clips in a batch and one by one, over the largest logit.
+    InputError where shifted rows or a leaking batch show: a greedy token's likelihood is at least 1 / V."""
     device, allowed, was_training = model.forbidden.device, ~model.forbidden, model.training
     model.eval()
     batch = model.with_languages(collate(waveforms, model.front_end, languages).to(device))
@@ -644,9 +640,6 @@ def teacher_support(teacher, hidden, student_topk, alignment, k, chunk=1024):
         support_ids, support_mask = union_support(student_ids, teacher_ids)
         scores = logits.gather(1, alignment.to_teacher[support_ids.clamp(min=0)].clamp(min=0))
         parts.append((support_ids, support_mask, scores, teacher_ids))
-    if not parts:
-        none = student_topk.new_empty((0, student_topk.shape[1] + k))
-        return none, none.bool(), none.float(), none[:, :k]
     return tuple(torch.cat(column) for column in zip(*parts))
 
 class SupportScores(torch.autograd.Function):
@@ -722,9 +715,8 @@ def cosine_lr(step, steps, warmup_steps, lr):
 
 def shard(model, bf16):
     """Shards a student over the ranks (FSDP2): float32 shards and gradients, compute in bf16 if asked; a
-    layer is whole only while it works. → its whole copy, in compute precision, for all that has no gradient.
-    Gradients are summed, not averaged: the loss is divided by global counts. Without torchrun the model is
-    its own copy."""
+    layer is whole only while it works. → its whole copy, in compute precision, for all that has no gradient;
+    without torchrun the model itself. Gradients are summed: the loss is divided by global counts."""
     if not dist.is_initialized():
         return model
     actor = copy.deepcopy(model).to(torch.bfloat16 if bf16 else torch.float32).eval().requires_grad_(False)

@@ -81,8 +81,7 @@ def backward_kl(student, scored, tau, device, full=None, bf16=False):
 
 def rollout_sums(scored, front_end):
     """What the log needs, summed over this rank's rows and clips, in a fixed order."""
-    names = ("rows", "vuss", "overlap_ratio", "top1", "clips", "tokens", "empty", "capped", "looping",
-             "silent")
+    names = "rows vuss overlap_ratio top1 clips tokens empty capped looping silent".split()
     sums = dict.fromkeys(names, 0.0)
     for s in scored:
         overlap, lens, there = (set_overlap(s.student_topk, s.teacher_topk, s.support_mask), s.rollout.lens,
@@ -235,10 +234,9 @@ def main(args):
         refresh(actor, student)
         clock.append(time.perf_counter())
         # ---- log, eval, save -------------------------------------------------------------------------------
-        per_clip = 1 / max(sums["clips"], 1)
+        per_row, per_clip = (1 / max(sums[name], 1) for name in ("rows", "clips"))
         metrics = dict(step=done, loss=loss / max(n_counted, 1), kl=kl / max(n_counted, 1),
-                       **{name: sums[name] / max(sums["rows"], 1)
-                          for name in ("vuss", "overlap_ratio", "top1")},
+                       **{name: sums[name] * per_row for name in ("vuss", "overlap_ratio", "top1")},
                        positions=n_counted, mean_tokens=sums["tokens"] * per_clip,
                        **{name: sums[name] * per_clip for name in ("empty", "capped", "looping", "silent")},
                        skipped=int(n_bad), grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"],

@@ -1,7 +1,6 @@
-r"""Overlap diagnostics at student-visited positions: does the teacher agree where the student goes?
+"""Overlap diagnostics at student-visited positions: does the teacher agree where the student goes?
 
-    python overlap.py --student example/base --teacher example/teacher --data example/dev.jsonl \
-        --out runs/overlap.json
+    python overlap.py --student example/base --teacher example/teacher --data example/dev.jsonl --out o.json
 
 The student transcribes each clip by itself, the teacher scores those very tokens; p = student, q = teacher, S
 and T their top-k ids, U = S ∪ T, I = S ∩ T. All probabilities are over the ids that both models may write.
@@ -89,7 +88,7 @@ def parse_args(argv=None):
     add("--student", required=True, help="student, folder or hub name")
     add("--teacher", required=True, help="teacher, folder or hub name")
     add("--data", required=True, nargs="+", metavar="m.jsonl", help="manifests or audio; text is not read")
-    add("--out", help="JSON file for the table; without it the table is only printed")
+    add("--out", help="new JSON file for the table; without it the table is only printed")
     add("--k", type=at_least(1, int), default=32, help="ids per model in the support")
     add("--batch-seconds", type=at_least(0.01), default=600.0, help="seconds of audio scored at once")
     add("--max-seconds", type=at_least(0.01), default=30.0, help="longest clip accepted; longer is an error")
@@ -99,8 +98,8 @@ def parse_args(argv=None):
 
 def main(args):
     rank, world, device = setup_distributed()
-    if args.out and os.path.isdir(args.out):
-        raise InputError(f"--out {args.out} is a folder; give a file name")
+    if args.out and os.path.exists(args.out):
+        raise InputError(f"--out {args.out} exists; give the name of a new file, or remove it first")
     clips = [clip for clips in read_sets(args.data, args.max_seconds).values() for clip in clips]
     student, teacher = (SpeechLM.from_pretrained(folder).to(device).eval()
                         for folder in (args.student, args.teacher))

@@ -407,6 +407,22 @@ def test_truncated_file_never_passes_for_a_short_clip(tmp_path, fmt, subtype, sh
     raw = (tmp_path / "a").read_bytes()
     (tmp_path / "a").write_bytes(raw[:int(share * len(raw))])
     refused("", clip_of(tmp_path / "a", 3.0))
+    try:                                        # nor where the manifest was made after it was cut
+        duration = soundfile.info(tmp_path / "a").duration
+    except soundfile.LibsndfileError:
+        return
+    refused("", clip_of(tmp_path / "a", duration))
+
+
+@pytest.mark.parametrize("size", [0, 0xFFFF_FFFF, 0x7FFF_F024, "file", "file + 8"])
+def test_a_streamed_or_slightly_wrong_riff_size_is_no_cut(tmp_path, size):
+    """What ffmpeg and sox write to a pipe, where the length is not known, and sizes that are off by a header."""
+    soundfile.write(tmp_path / "a.wav", steps(16_000), 16_000)
+    raw = bytearray((tmp_path / "a.wav").read_bytes())
+    number = dict([("file", len(raw)), ("file + 8", len(raw) + 8)]).get(size, size)
+    raw[4:8] = number.to_bytes(4, "little")
+    (tmp_path / "a.wav").write_bytes(raw)
+    assert len(load_audio(clip_of(tmp_path / "a.wav", 1.0))) == 16_000
 
 
 @pytest.mark.parametrize("manifest_s, good", [(2.0, True), (1.9, True), (2.1, True), (1.85, False),

@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import types
 
 import numpy as np
@@ -250,6 +251,14 @@ def test_bare_audio_file_as_a_set(tmp_path, wav, run, monkeypatch):
     assert run(["a.wav"], ["hello"], "out")["a"]["value"] is None
     (clip,) = data.read_manifest("out/a.jsonl", text_field="hyp")
     assert os.path.samefile(clip.audio, wav) and (clip.text, clip.duration) == ("hello", 1.0)
+
+
+def test_transcripts_of_several_audio_files_have_their_names(tmp_path, wav, run, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(wav, "b.wav")
+    run(["a.wav"], ["hello"], None)
+    run(["a.wav", "b.wav"], ["hello"], None)
+    assert capsys.readouterr().out == "hello\na.wav\thello\nb.wav\thello\n"
 
 
 # ------------------------------------------------------------------------------------------------------------

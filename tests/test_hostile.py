@@ -186,7 +186,7 @@ def hostile_clips(folder):
         kinds[name] = line_of(name, duration or max(len(wave), 1) / 16_000, **more), fate, reason
 
     wave = noise(0.9, 1).numpy()
-    write("shortened.wav", wave, "bad", "the manifest says", keep=0.5)
+    write("shortened.wav", wave, "bad", "cut off", keep=0.5)
     write("shortened.opus", noise(1.5, 1).numpy(), "bad", "", keep=0.6, fmt="OGG", subtype="OPUS")
     write("shortened.flac", wave, "bad", "", keep=0.5, fmt="FLAC", subtype="PCM_16")
     write("zero_samples.wav", wave[:0], "bad", "no samples", duration=0.5)

@@ -436,6 +436,26 @@ def test_another_manifest_is_refused(stage, straight, tmp_path, capsys):
     assert snapshot(out) == before
 
 
+def test_a_changed_manifest_is_refused(command, straight, tmp_path, capsys):
+    """The same path with other lines in it would be another run: one line that names it, nothing changed."""
+    want, path = straight(command.name), tmp_path / "m.jsonl"
+    lines = [json.loads(line) for line in open(command.stage / "m.jsonl")]
+    path.write_text("".join(json.dumps({**line, "audio": str(command.stage / line["audio"])}) + "\n"
+                            for line in lines))
+    out = tmp_path / "run"
+    assert command.main(out, "--train", path, "--steps", 4) == 0
+    (out / "summary.json").unlink()
+    text, before = path.read_text(), snapshot(out)
+    path.write_text(text.replace(lines[3]["text"], "other"))
+    capsys.readouterr()
+    assert command.main(out, "--train", path, "--resume", "auto") == 2
+    line, = error_lines(capsys.readouterr().err)
+    assert str(path) in line and "changed" in line and snapshot(out) == before
+    path.write_text(text)
+    assert command.main(out, "--train", path, "--resume", "auto") == 0
+    assert weights_of(out) == weights_of(want)
+
+
 @pytest.mark.parametrize("value", [[], ["sometimes"]])
 def test_resume_takes_never_and_auto(command, value, tmp_path, capsys):
     """--resume without a value, or with another, is status 2 and one line."""
@@ -931,9 +951,9 @@ def test_sigterm_saves_the_step_and_ends_with_status_0(command, straight, tmp_pa
     """The step under way is finished, logged and saved, a line says how to go on, the status is 0; the same
     command with --resume auto ends as the run that nothing stopped."""
     out, log = tmp_path / "run", tmp_path / "log"
-    process = command.start(out, *LONG, log=open(log, "w"))
+    process = command.start(out, *LONG, "--workers", 1, log=open(log, "w"))
     assert wait_for(lambda: last_logged(out) >= 3, process, log), log.read_text()[-3000:]
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)              # as schedulers do: the data workers get it too
     assert process.wait(60) == 0, log.read_text()[-3000:]
     assert any("--resume auto" in line for line in log.read_text().splitlines())
     step = last_logged(out)
@@ -949,7 +969,8 @@ def test_sigterm_ends_two_ranks_in_the_same_step(stage, to, tmp_path):
     """Sent to torchrun, which passes it on, or to one rank alone: both finish the same step, save it, and end
     by themselves with status 0; the run goes on from there."""
     command, out, log = Command("opd", stage), tmp_path / "run", tmp_path / "log"
-    process = command.start(out, *LONG, nproc=2, log=open(log, "w"))
+    workers = 1 if to == "torchrun" else 0              # torchrun signals them too
+    process = command.start(out, *LONG, "--workers", workers, nproc=2, log=open(log, "w"))
     assert wait_for(lambda: last_logged(out) >= 3, process, log), log.read_text()[-3000:]
     if to == "torchrun":
         process.send_signal(signal.SIGTERM)

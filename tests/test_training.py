@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import data
 import eval as evaluation
 import opd
 import overlap
@@ -391,6 +392,9 @@ def test_overlap_of_a_model_with_itself(clips_dir, models, tmp_path):
     overlap.main(overlap.parse_args(["--student", str(models[0]), "--teacher", str(models[0]),
                                      "--data", str(clips_dir / "m.jsonl"), "--k", "8",
                                      "--out", str(tmp_path / "o.json"), "--max-new-tokens", "10"]))
+    with pytest.raises(data.InputError, match="o.json exists"):         # a manifest, perhaps
+        overlap.main(overlap.parse_args(["--student", "s", "--teacher", "t", "--data", "m.jsonl",
+                                         "--out", str(tmp_path / "o.json")]))
     table = json.load(open(tmp_path / "o.json"))["measures"]
     row = table["all"]
     assert (row["vuss"], row["overlap_ratio"], row["jaccard"], row["top1"]) == (8, 1, 1, 1)
