@@ -13,7 +13,6 @@ import argparse
 import collections
 import contextlib
 import dataclasses
-import errno
 import functools
 import hashlib
 import importlib.metadata
@@ -188,7 +187,7 @@ def manifest_index(path, text_field):
     """One ROW per clip of a manifest, memory-mapped: all processes of a machine share it. Made, with every
     line checked, when the file is first seen or has changed; kept in $XDG_CACHE_HOME/asr-opd."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "asr-opd")
-    name = hashlib.sha256(f"{os.path.realpath(path)} {text_field} {ROW}".encode()).hexdigest()[:32]
+    name = hashlib.sha256(os.fsencode(f"{os.path.realpath(path)} {text_field} {ROW}")).hexdigest()[:32]
     try:
         with open_manifest(path) as file:
             status, spans, begin, number = os.fstat(file.fileno()), [], 0, 1
@@ -308,13 +307,13 @@ def load_audio(clip):
                 raise bad("is cut off: its header or last page promises more; get it whole, or re-encode it")
             with soundfile.SoundFile(content) as file:
                 rate, n_frames = file.samplerate, file.frames
-                if n_frames > 2**40 or rate // math.gcd(rate, SAMPLE_RATE) > 5_000:
-                    raise bad(f"states {n_frames} samples at {rate} Hz: streamed or damaged; re-encode it")
                 begin = round(max(clip.begin_time, 0) * rate)
                 end = round(clip.end_time * rate) if clip.end_time >= 0 else n_frames
                 if n_frames and (begin >= n_frames or end > n_frames + round(DURATION_TOLERANCE_S * rate)):
                     raise bad(f"{clip.begin_time:g}–{clip.end_time:g} s is outside: {n_frames / rate:.2f} s")
                 end = min(end, n_frames)
+                if end - begin > (clip.duration + 60) * rate or rate > 5_000 * math.gcd(rate, SAMPLE_RATE):
+                    raise bad(f"states {n_frames} samples at {rate} Hz: streamed or damaged; re-encode it")
                 # libsndfile's seek misplaces Vorbis by a fraction of a second and spoils MP3's first frame.
                 first = 0 if file.subtype == "VORBIS" or file.subtype.startswith("MPEG") else begin
                 file.seek(first)
@@ -542,34 +541,31 @@ def barrier():
     if dist.is_initialized():
         dist.barrier()
 
-def make_folder(path):
-    try:
-        os.makedirs(path, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"output folder {path}: {error.strerror}; give one that can be written") from None
-    if not os.access(path, os.W_OK):
-        raise InputError(f"output folder {path}: not writable; give another")
-
 def find_run(args, rank):
     """Looks at --out before anything slow. → (step to go on from, its checkpoint or None); None: finished.
     InputError where it may not be touched, or where arguments beyond RESUME_FREE have changed."""
     if args.batch_size % (world := rank_and_world()[1]):
         raise InputError(f"--batch-size {args.batch_size} is not divisible by the {world} processes")
-    latest = os.path.realpath(os.path.join(args.out, "checkpoints", "latest"))
-    if not os.path.exists(latest):      # lost by a copy, or a kill came before it: the newest there is
-        latest = max(map(str, Path(args.out, "checkpoints").glob("step-*[0-9]")), default=latest)
     say = print if rank == 0 else lambda *_, **__: None
     if args.overwrite and args.resume == "auto":
         raise InputError("--overwrite and --resume auto contradict each other; give one of them")
-    link, config = os.path.join(args.out, "model"), os.path.join(args.out, "config.json")
+    out, used = Path(args.out), any(re.fullmatch(RUN_FILES, path.name) for path in Path(args.out).glob("*"))
+    links = [out / "model", out / "checkpoints" / "latest"]
     try:
-        summary = read_json(os.path.join(args.out, "summary.json"), {"steps": None})
-        config = read_json(config, None if os.path.lexists(link) else {"manifest_sha256": None})
-        ours = "manifest_sha256" in config and "steps" in summary
+        summary = read_json(out / "summary.json", {"steps": None})
+        config = read_json(out / "config.json", None if used else {"manifest_sha256": None})
+        ours = "manifest_sha256" in config and "steps" in summary and (out.is_dir() or not out.exists())
     except (OSError, TypeError, ValueError):
         ours = False
-    if not ours or os.path.lexists(link) and not os.path.islink(link):
+    if not ours or any(os.path.lexists(link) and not link.is_symlink() for link in links):
         raise InputError(f"--out {args.out} already holds a run, or files, that are not ours; choose another")
+    latest = os.path.realpath(links[1])
+    if not os.path.exists(latest):      # lost by a copy, or a kill came before it: the newest there is
+        latest = max(map(str, out.glob("checkpoints/step-*[0-9]")), default=latest)
+    values = [value if isinstance(value, list) else [value] for value in vars(args).values()]
+    for path in map(str, sum(values, [])) if args.overwrite else ():
+        if os.path.exists(path) and out.resolve() in Path(path).resolve().parents:
+            raise InputError(f"--overwrite empties --out {args.out}, where {path} lies; choose another")
     if not os.path.exists(latest) or args.overwrite:
         if args.resume == "auto":
             say(f"{args.out}: no checkpoint to go on from; starting from step 0", flush=True)
@@ -586,7 +582,7 @@ def find_run(args, rank):
             raise InputError(f"--resume auto: {path} has changed since the run began; keep it")
     if args.steps < step:
         raise InputError(f"--steps {args.steps}: {args.out} is at step {step} already")
-    if step == args.steps == summary["steps"] and os.path.exists(link):
+    if step == args.steps == summary["steps"] and links[0].exists():
         say(f"{args.out}: finished at step {step}; nothing to do", flush=True)
         return None, None
     say(f"{args.out}: goes on from step {step}", flush=True)
@@ -598,7 +594,7 @@ def start_run(args, rank, first_step):
     barrier()                                   # every rank has looked before rank 0 writes
     if rank > 0:
         return lambda metrics: None
-    make_folder(args.out)
+    os.makedirs(args.out, exist_ok=True)
     names = os.listdir(args.out)                # an earlier run's config.json goes last: it is replaced
     for path in (os.path.join(args.out, name) for name in names if re.fullmatch(RUN_FILES, name)):
         if first_step == 0 and "config.json" in names:
@@ -689,14 +685,17 @@ def git_commit():
 def run_script(main, args):
     """Runs main(args); a user's mistake becomes one line on rank 0 and exit status 2 (non-finite loss: 3)."""
     try:
+        sys.stdout.reconfigure(errors="replace")            # a terminal without → should not end a run
         main(args)
     except (InputError, RuntimeError, OSError) as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             error = AudioError("out of memory; lower --micro-seconds (eval.py, overlap.py: --batch-seconds), "
                                f"or train with --bf16 or --recompute: {one_line(error)}")
-        elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            error = AudioError(f"--out {vars(args).get('out')}: {error.strerror}; free some space, then "
-                               "the same again (training: with --resume auto)")
+        elif isinstance(error, OSError):                    # disk full, not permitted, gone, …
+            error = AudioError(f"{one_line(error)}; see to room and permissions, --out "
+                               f"{vars(args).get('out')} too, then go on (training: --resume auto)")
+        elif "by peer" in str(error):                       # gloo's words
+            error = AudioError("another process of this run has ended; its message says why")
         elif not isinstance(error, InputError):
             raise
         if int(os.environ.get("RANK", 0)) == 0 or isinstance(error, AudioError):
@@ -916,8 +915,8 @@ def import_clip(line, language, pack, tars):
         json.dumps(line, ensure_ascii=False, default=str).encode()
     except (OSError, TypeError, ValueError, soundfile.LibsndfileError) as error:   # also names not in UTF-8
         return "cannot be read", f"{line['id']!a}: {one_line(error)}"
-    if line["duration"] <= 0:
-        return "no samples", line["id"]
+    if not 0 < line["duration"] < 10**7:
+        return "no samples, or no length in its header", line["id"]
     if pack:
         if not tars or tars[-1].offset > SHARD_BYTES:
             if tars:
@@ -946,7 +945,7 @@ def import_corpus(args):
     default = os.path.splitext(args.out)[0] if args.command == "fsdd" else None # joined clips are nowhere yet
     pack = (args.pack or default) and os.path.abspath(args.pack or default).removesuffix(".tar")
     for path in (args.out, pack or args.out):
-        make_folder(os.path.dirname(os.path.abspath(path)))
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     try:
         with open(partial, "w", encoding="utf-8") as file:
             for line in CORPORA[args.command](args):

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from whisper_normalizer.english import EnglishTextNormalizer
 
 from data import (InputError, Parser, add_lines, at_least, clip_from_file, collate, gather, language_code,
-                  load_or_note, make_folder, micro_batches, rank_and_world, read_manifest, run_script,
+                  load_or_note, micro_batches, rank_and_world, read_manifest, run_script,
                   script_language, setup_distributed, write_json)
 from model import SpeechLM, check_languages
 
@@ -276,9 +276,14 @@ def main(args):
     # ---- result files: one process is enough ---------------------------------------------------------------
     if rank > 0 and not args.model:
         return
-    run, results = (os.path.exists(os.path.join(args.out or "", x)) for x in ("config.json", "summary.json"))
-    if args.out and (run or results and not args.overwrite):
-        raise InputError(f"--out {args.out} holds a run, a model, or results (--overwrite); choose another")
+    for path in args.data if args.out is not None else ():
+        if os.path.realpath(path) == os.path.realpath(os.path.join(args.out, os.path.basename(path))):
+            raise InputError(f"--out {args.out}: the result would overwrite the manifest {path}")
+    sets = read_sets(args.data, args.max_seconds)
+    for name in ("config.json", *(() if args.overwrite else ("summary.json", *(f"{x}.jsonl" for x in sets)))):
+        if args.out is not None and os.path.exists(os.path.join(args.out, name)):
+            raise InputError(f"--out {args.out} holds {name}: a run, a model, or results, which --overwrite "
+                             "replaces; choose another")
     if args.compare:
         a, b = (score(read_results(path), **style) for path in args.compare)
         c = compare(a, b, args.bootstrap)
@@ -295,20 +300,16 @@ def main(args):
             summaries[stem] = summarize(score(read_results(path), **style), **style, draws=args.bootstrap)
         print_summaries(summaries)
         if args.out is not None:
-            make_folder(args.out)
+            os.makedirs(args.out, exist_ok=True)
             write_json(os.path.join(args.out, "summary.json"), summaries)
         return
     # ---- decoding ------------------------------------------------------------------------------------------
-    sets = read_sets(args.data, args.max_seconds)
-    for path in args.data if args.out is not None else ():
-        if os.path.realpath(path) == os.path.realpath(os.path.join(args.out, os.path.basename(path))):
-            raise InputError(f"--out {args.out}: the result would overwrite the manifest {path}")
     model = SpeechLM.from_pretrained(args.model).to(device).eval()
     clips = [clip for clips in sets.values() for clip in clips]
     caps = dict(max_new_tokens=args.max_new_tokens, tokens_per_second=args.tokens_per_second)
     check_languages(clips, model)
     if args.out is not None:
-        make_folder(args.out)
+        os.makedirs(args.out, exist_ok=True)
     transcribe(model, clips[:1] * world, device, args.batch_seconds, **caps)    # warm-up, for the RTF
     summaries = evaluate(model, sets, device, args.batch_seconds, args.out, **style, draws=args.bootstrap,
                          strict=False, **caps)

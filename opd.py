@@ -250,16 +250,16 @@ def main(args):
             write_samples(
                 os.path.join(args.out, "samples.jsonl"), done, [clips[i] for i in micros[0][0]],
                 student_front_end, scored[0].rollout, teacher_front_end.texts(written), losses_at_1[0])
+        if eval_sets and args.eval_every and done % args.eval_every == 0 and done < args.steps:
+            summaries = run_eval(done)
+            if rank == 0:
+                print_summaries(summaries)
         if done % args.save_every == 0 or done == args.steps or stopping:
             save_checkpoint(args.out, done, student, optimizer, args.keep)
         if stopping and done < args.steps:
             if rank == 0:
                 tqdm.write(f"stopped by SIGTERM after step {done}; the same with --resume auto goes on")
             return
-        if eval_sets and args.eval_every and done % args.eval_every == 0 and done < args.steps:
-            summaries = run_eval(done)
-            if rank == 0:
-                print_summaries(summaries)
         clock = [time.perf_counter()]
     bar.close()
     after = run_eval(args.steps) if eval_sets else {}
@@ -269,7 +269,7 @@ def main(args):
         vuss_ends = [float(np.mean([line["vuss"] for line in part])) for part in (lines[:10], lines[-10:])]
         seconds = {phase: sum(line[f"{phase}_s"] for line in lines) for phase in PHASES}
         rows = [[stem, s["metric"], s["value"], after[stem]["value"]] for stem, s in before.items()
-                if stem in after and None not in (s["value"], after[stem]["value"])]
+                if stem in after and s["units"] == after[stem]["units"] > 0]
         if len(rows) > 1:
             rows.append(["mean", "", *(float(np.mean([row[c] for row in rows])) for c in (2, 3))])
         if rows:

@@ -13,8 +13,8 @@ import os
 import torch
 from tqdm import tqdm
 
-from data import (InputError, Parser, at_least, collate, gather, load_audio, make_folder, micro_batches,
-                  run_script, setup_distributed, write_json)
+from data import (InputError, Parser, at_least, collate, gather, load_audio, micro_batches, run_script,
+                   setup_distributed, write_json)
 from eval import print_table, read_sets
 from model import (SpeechLM, align_vocabularies, check_languages, support_kl, teacher_rollout,
                    teacher_support, union_support)
@@ -106,7 +106,7 @@ def main(args):
     alignment = align_vocabularies(student, teacher)
     check_languages(clips, student, teacher)
     if args.out:
-        make_folder(os.path.dirname(os.path.abspath(args.out)))
+        os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
     sums = collections.Counter()                        # (group, measure or "positions") → sum over rows
     batches = micro_batches(range(rank, len(clips), world), [c.duration for c in clips], args.batch_seconds)
     for indices in tqdm(batches, disable=rank > 0, desc="overlap"):

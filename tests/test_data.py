@@ -414,6 +414,18 @@ def test_truncated_file_never_passes_for_a_short_clip(tmp_path, fmt, subtype, sh
     refused("", clip_of(tmp_path / "a", duration))
 
 
+@pytest.mark.parametrize("total", [2**36 - 1, 10**9])
+def test_a_header_that_states_a_day_of_audio_takes_no_memory(tmp_path, total):
+    """FLAC's STREAMINFO with an absurd number of samples: an AudioError, before anything is allocated."""
+    soundfile.write(tmp_path / "a.flac", steps(16_000), 16_000)
+    raw = bytearray((tmp_path / "a.flac").read_bytes())
+    raw[21] = raw[21] & 0xF0 | total >> 32
+    raw[22:26] = (total & 0xFFFF_FFFF).to_bytes(4, "big")
+    (tmp_path / "a.flac").write_bytes(raw)
+    assert soundfile.info(tmp_path / "a.flac").frames == total
+    refused("streamed or damaged", clip_of(tmp_path / "a.flac", 1.0))
+
+
 @pytest.mark.parametrize("size", [0, 0xFFFF_FFFF, 0x7FFF_F024, "file", "file + 8"])
 def test_a_streamed_or_slightly_wrong_riff_size_is_no_cut(tmp_path, size):
     """What ffmpeg and sox write to a pipe, where the length is not known, and sizes that are off by a header."""

@@ -757,21 +757,24 @@ def test_model_takes_normalizer(model_folder, clips, tmp_path):
         assert (summary["units"], summary["normalizer"]) == (units, name)
 
 
-@pytest.mark.parametrize("there", ["results", "a run"])
+@pytest.mark.parametrize("there", ["results", "a file of that stem", "a run"])
 def test_an_out_folder_in_use_is_refused(there, model_folder, clips, tmp_path):
     """By --model and by --score, before anything slow, with nothing changed; --overwrite replaces results, but
     not a training run's or a model's files."""
     path, out = write_lines(tmp_path / "m.jsonl", clips[0]), tmp_path / "out"
     commands = [["--model", model_folder, "--data", path, *CAPS], ["--score", out / "m.jsonl"]]
     run(*commands[0], "--out", out)
-    if there != "results":
+    if there == "a run":
         (out / "config.json").write_text("{}")
+    if there == "a file of that stem":
+        (out / "summary.json").unlink()
+        commands.pop()
     before = {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in out.iterdir()}
     for command in (*commands, *([*command, "--overwrite"] for command in commands if there == "a run")):
         with pytest.raises(InputError, match="--out .*choose another"):
             run(*command, "--out", out)
         assert before == {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in out.iterdir()}
-    for command in commands if there == "results" else ():
+    for command in commands if there != "a run" else ():
         (out / "summary.json").write_text("{}")
         run(*command, "--out", out, "--overwrite")
         assert json.loads((out / "summary.json").read_text())["m"]["scored"] == 3

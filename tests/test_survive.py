@@ -498,6 +498,62 @@ def test_overwrite_removes_the_run_and_nothing_else(command, straight, tmp_path,
     assert_same_run(out, want)
 
 
+@pytest.mark.parametrize("name", ["samples.jsonl", "metrics.jsonl", "bad.jsonl", "eval-0", "summary.json"])
+def test_files_of_others_with_a_runs_names_are_left_alone(command, name, tmp_path, capsys):
+    """Without a config.json of ours such a file is somebody's, a manifest perhaps: one line, nothing changed."""
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / name).write_text((command.stage / "m.jsonl").read_text())
+    before = snapshot(out)
+    for more in ([], ["--resume", "auto"], ["--overwrite"]):
+        capsys.readouterr()
+        assert command.main(out, "--train", out / name, *more) == 2
+        line, = error_lines(capsys.readouterr().err)
+        assert str(out) in line and snapshot(out) == before
+
+
+@pytest.mark.parametrize("flag, path", [("--eval", "eval-4/m.jsonl"), ("--train", "eval-4/m.jsonl"),
+                                        ("start", "model")])
+def test_overwrite_is_refused_where_it_would_remove_its_own_input(command, flag, path, tmp_path, capsys):
+    """A manifest or model inside the run that --overwrite would empty: one line that names it, all stays."""
+    out = tmp_path / "run"
+    assert command.main(out, "--eval", command.stage / "m.jsonl") == 0
+    flags = ["--student", out / path] if command.name == "opd" else ["--model", out / path]
+    flags = flags if flag == "start" else [flag, out / path]
+    before = snapshot(out)
+    capsys.readouterr()
+    assert command.main(out, *flags, "--overwrite") == 2
+    line, = error_lines(capsys.readouterr().err)
+    assert str(out / path) in line and "--overwrite" in line and snapshot(out) == before
+
+
+def test_a_copy_that_followed_the_links_is_one_line(command, straight, tmp_path, capsys):
+    out = shutil.copytree(straight(command.name), tmp_path / "run", symlinks=False)
+    for leave in ("both", "latest"):
+        capsys.readouterr()
+        assert command.main(out, "--keep", 9, "--resume", "auto") == 2
+        line, = error_lines(capsys.readouterr().err)
+        assert str(out) in line
+        shutil.rmtree(out / "model", ignore_errors=True)
+
+
+def test_a_run_killed_while_it_evaluates_has_that_evaluation_after_all(command, straight, tmp_path, monkeypatch):
+    out, flags = tmp_path / "run", ["--eval", command.stage / "m.jsonl", "--eval-every", 1, "--keep", 9]
+    evaluate = command.module.evaluate
+
+    def killed(*args, **how):
+        if any(os.path.basename(str(arg)) == "eval-2" for arg in args):
+            raise KeyboardInterrupt
+        return evaluate(*args, **how)
+    monkeypatch.setattr(command.module, "evaluate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        command.main(out, *flags)
+    monkeypatch.undo()
+    assert command.main(out, *flags, "--resume", "auto") == 0
+    assert {f"eval-{n}" for n in (1, 2, 3, 4)} <= {*os.listdir(out)}
+    assert weights_of(out) == weights_of(straight(command.name))
+
+
 def test_overwrite_of_an_empty_folder_is_a_plain_start(command, straight, tmp_path):
     """--overwrite with nothing to overwrite changes nothing."""
     (tmp_path / "run").mkdir()
