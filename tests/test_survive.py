@@ -10,6 +10,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -84,9 +85,10 @@ class Command:
                 return error.code or 0
         return 0
 
-    def start(self, out, *more, nproc=0, log=None, before=(), limits=None):
+    def start(self, out, *more, nproc=0, log=None, before=(), limits=None, nodes=("--standalone",)):
         """Starts it in a session of its own, under torchrun where nproc > 0; `log` takes both streams.
-        `before`: lines of Python for each process to run first; `limits` {resource: value}."""
+        `before`: lines of Python for each process to run first; `limits` {resource: value}; `nodes`:
+        torchrun's flags of several nodes."""
         script = ROOT / f"{self.name}.py"
         if before:
             wrapper = out.parent / f"{self.name}-changed.py"
@@ -94,7 +96,7 @@ class Command:
                 f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv[0] = {str(script)!r}",
                 *before, f"runpy.run_path({str(script)!r}, run_name='__main__')"]))
             script = wrapper
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
+        torchrun = ["-m", "torch.distributed.run", *nodes, f"--nproc_per_node={nproc}"]
         launch = [sys.executable, *(torchrun if nproc else []), str(script), *self.args(out, *more)]
 
         def limit():
@@ -935,6 +937,24 @@ def test_ranks_leave_the_first_step_as_it_is(command, straight, nproc, micro_sec
     status, text = command.run(tmp_path / "run", "--micro-seconds", micro_seconds, *flags, nproc=nproc)
     assert status == 0, text[-3000:]
     assert assert_same_first_step(tmp_path / "run", want, command.name) > 10_000
+
+
+@pytest.mark.slow
+def test_two_nodes_are_two_ranks(command, tmp_path):
+    """Two torchruns that meet by --rdzv_endpoint, a process each: the run of one torchrun with two, bit for
+    bit."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    nodes = ["--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{port}", "--rdzv_id=1"]
+    logs = [open(tmp_path / f"log-{i}", "w+") for i in range(2)]
+    agents = [command.start(tmp_path / "two", "--keep", 9, nproc=1, nodes=nodes, log=log) for log in logs]
+    for agent, log in zip(agents, logs):
+        assert agent.wait(120) == 0, (log.seek(0), log.read())[1][-3000:]
+    status, text = command.run(tmp_path / "one", "--keep", 9, nproc=2)
+    assert status == 0, text[-3000:]
+    assert json.load(open(tmp_path / "two" / "config.json"))["world_size"] == 2
+    assert_same_run(tmp_path / "two", tmp_path / "one")
 
 
 def test_workers_change_no_bit(command, straight, tmp_path):
