@@ -2,7 +2,7 @@
 
     manifest line → Clip → load_audio → waveform (samples,) → collate → Batch (mel, lengths, prompt ids)
 
-A manifest is JSON Lines, one clip a line (README, "Data format"). `load_audio` is the only place that opens
+A manifest is JSON Lines, one clip a line (README, "Data format"). `load_audio` is the only place that decodes
 audio, by soundfile: files, segments, byte ranges of a tar. Features are Whisper's log-mel with 128 bins, of
 each clip alone. The order of the clips is a pure function of (seed, step): see `batch_indices`.
 
@@ -644,7 +644,7 @@ def report_bad(args, step, bad):
 
 def memory():
     gpu = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0
-    return dict(rss_gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, gpu_gb=gpu)
+    return dict(rss_gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, gpu_gb=gpu)
 
 class NonFiniteError(InputError):
     """The loss or its gradient is not finite: exit status 3."""
@@ -734,7 +734,7 @@ def training_flags(parser, name):
     add("--eval", nargs="*", default=[], metavar="m.jsonl", help="scored at the end (opd: before too)")
     add("--max-seconds", type=at_least(0.01), default=30.0, help="longer clips are left out and counted")
     add("--workers", type=at_least(0, int), default=2, help="processes a rank that read ahead; 0 = none")
-    add("--on-bad-audio", choices=["error", "skip"], default="error", help="skip: list them in bad.jsonl")
+    add("--on-bad-audio", choices=["error", "skip"], default="error", help="error: stop; skip: see bad.jsonl")
     add = parser.add_argument_group("optimization").add_argument
     add("--steps", type=at_least(1, int), default=10_000, help="optimizer updates")
     add("--batch-size", type=at_least(1, int), default=960, help="clips per update, all ranks together")

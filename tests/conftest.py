@@ -33,7 +33,7 @@ def cache_folder(tmp_path_factory):
 
 
 def pytest_collection_modifyitems(config, items):
-    for item in items:          # whole runs of faults and hostile input: a second or more each, 350 of them
+    for item in items:          # whole runs of faults and hostile input: a second or more each
         if item.path.stem in ("test_survive", "test_hostile") and {"models", "straight", "command", "stage",
                                                                    "kind"} & set(item.fixturenames):
             item.add_marker("slow")
