@@ -698,7 +698,7 @@ def run_script(main, args):
             error = AudioError("another process of this run has ended; its message says why")
         elif not isinstance(error, InputError):
             raise
-        if int(os.environ.get("RANK", 0)) == 0 or isinstance(error, AudioError):
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0 or isinstance(error, AudioError):      # once a node
             tqdm.write(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
         sys.exit(3 if isinstance(error, NonFiniteError) else 2)
     if dist.is_initialized():

@@ -282,8 +282,7 @@ def main(args):
     sets = read_sets(args.data, args.max_seconds)
     for name in ("config.json", *(() if args.overwrite else ("summary.json", *(f"{x}.jsonl" for x in sets)))):
         if args.out is not None and os.path.exists(os.path.join(args.out, name)):
-            raise InputError(f"--out {args.out} holds {name}: a run, a model, or results, which --overwrite "
-                             "replaces; choose another")
+            raise InputError(f"--out {args.out} holds {name} (results: --overwrite); choose another")
     if args.compare:
         a, b = (score(read_results(path), **style) for path in args.compare)
         c = compare(a, b, args.bootstrap)

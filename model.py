@@ -769,7 +769,8 @@ def save_checkpoint(out, step, model, optimizer, keep=2):
         return
     partial, problem, weights, found = final + ".partial", None, {}, {}
     for name, p in model.net.state_dict(keep_vars=True).items():        # a tied matrix stays one tensor
-        found[p] = found[p] if p in found else whole(p.detach()).cpu() if rank == 0 else whole(p.detach())[:0]
+        if p not in found:
+            found[p] = (whole(p.detach()).cpu() if rank == 0 else whole(p.detach())[:0].clone())
         weights[name] = found[p]
     state = training_state(model, optimizer)
     state["step"] += step
@@ -786,7 +787,7 @@ def save_checkpoint(out, step, model, optimizer, keep=2):
             steps = sorted(name for name in os.listdir(folder) if re.fullmatch(r"step-\d+", name))
             here = steps.index(os.path.basename(final)) + 1
             for name in (*steps[:max(here - keep, 0)], *steps[here:]):          # later ones: of a cut-off run
-                shutil.rmtree(os.path.join(folder, name))
+                shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
     except (Exception, CheckpointException) as error:       # disk full, quota, …, whatever a library says
         problem = next(iter(getattr(error, "failures", {0: [error]}).values()))[0]
         while problem.__context__ is not None:              # to what came first

@@ -24,8 +24,8 @@ from torch import nn
 from tqdm import tqdm
 
 from data import (Batch, Clips, Parser, StepDataset, add_lines, all_reduce_sum, at_least, barrier,
-                  catch_sigterm, collate, find_run, finish_run, load_or_note, memory, print_plan, read_json,
-                  read_lines, report_bad, run_script, setup_distributed, start_run, step_batches,
+                  catch_sigterm, collate, find_run, finish_run, gather, load_or_note, memory, print_plan,
+                  read_json, read_lines, report_bad, run_script, setup_distributed, start_run, step_batches,
                   stop_nonfinite, training_flags)
 from eval import evaluate, looping, print_summaries, print_table, read_sets
 from model import (Rollout, SpeechLM, align_vocabularies, check_languages, cosine_lr, full_kl,
@@ -123,7 +123,7 @@ def parse_args(argv=None):
 def main(args):
     # ---- distributed ---------------------------------------------------------------------------------------
     rank, world, device = setup_distributed()
-    first_step, checkpoint = find_run(args, rank)
+    first_step, checkpoint = gather(find_run(args, rank))[0]            # as rank 0 sees the file system
     if first_step is None:
         return
     stop = catch_sigterm()

@@ -21,8 +21,8 @@ import transformers
 from torch import nn
 from tqdm import tqdm
 
-from data import (Clips, InputError, Parser, StepDataset, all_reduce_sum, at_least, barrier,
-                  catch_sigterm, collate, find_run, finish_run, load_or_note, memory, one_line, print_plan,
+from data import (Clips, InputError, Parser, StepDataset, all_reduce_sum, at_least, barrier, catch_sigterm,
+                  collate, find_run, finish_run, gather, load_or_note, memory, one_line, print_plan,
                   read_json, read_lines, report_bad, run_script, script_language, setup_distributed,
                   start_run, step_batches, stop_nonfinite, training_flags)
 from eval import evaluate, print_summaries, read_sets
@@ -64,7 +64,7 @@ def ctc_loss(ctc_head, frames, frame_lens, texts):
     targets = [list((text or "").encode()) for text in texts]
     lens = torch.tensor([len(t) for t in targets])
     flat = torch.tensor([b + 1 for t in targets for b in t], dtype=torch.long, device=frames.device)
-    log_probs = ctc_head(frames).double().log_softmax(-1).transpose(0, 1)                    # (T', B, 257)
+    log_probs = ctc_head(frames).double().log_softmax(-1).transpose(0, 1)
     losses = F.ctc_loss(log_probs, flat, frame_lens.cpu(), lens, reduction="none", zero_infinity=True)
     needed = torch.tensor([len(t) + sum(a == b for a, b in zip(t, t[1:])) for t in targets])
     weights = torch.tensor([0.0 if text is None else 1 / max(len(t), 1) for text, t in zip(texts, targets)])
@@ -73,7 +73,7 @@ def ctc_loss(ctc_head, frames, frame_lens, texts):
 def main(args):
     # ---- distributed ---------------------------------------------------------------------------------------
     rank, world, device = setup_distributed()
-    first_step, checkpoint = find_run(args, rank)
+    first_step, checkpoint = gather(find_run(args, rank))[0]            # as rank 0 sees the file system
     if first_step is None:
         return
     stop = catch_sigterm()
@@ -150,8 +150,8 @@ def main(args):
                 hidden, frames, frame_lens = model(batch, targets)
                 logits = model.head(hidden).float()                                           # (N, V)
             ce = F.cross_entropy(logits, targets.ids[targets.row_mask()], reduction="sum")
-            ctc_sum, short = (ctc_loss(model.ctc_head, frames, frame_lens, texts) if args.ctc_weight
-                              else (ce.new_zeros(()), 0))
+            ctc_sum, short = (ctc_loss(model.ctc_head, frames.to(model.ctc_head.weight.dtype), frame_lens,
+                                       texts) if args.ctc_weight else (ce.new_zeros(()), 0))
             (ce / max(n_tokens, 1) + args.ctc_weight * ctc_sum / max(n_clips, 1)).backward()
             loss, ctc, n_short = loss + ce.item(), ctc + ctc_sum.item(), n_short + short
         if step < 0:                                    # the trial of the longest clips
