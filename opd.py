@@ -1,18 +1,28 @@
-"""On-policy distillation for speech recognition (arXiv 2605.28139; README, "The method").
-
-    torchrun --nproc_per_node=2 opd.py                     # without arguments: those in example/opd.args
-    python opd.py --train my.jsonl --student DIR --teacher DIR --eval test.jsonl --out runs/x
-    torchrun --nproc_per_node=8 opd.py --train m.jsonl --student DIR --teacher DIR
+"""On-policy distillation for speech recognition (arXiv 2605.28139, section 3).
 
 The student transcribes each clip by itself, the frozen teacher scores those very tokens, and the student is
 pulled toward the teacher by KL on the union of both top-k supports. No transcript is read.
-Deviations from the release, each on purpose: the mean is over the positions of the whole global batch, not
-per rank; both sides of the KL are raw logits; token ids go to the teacher as they are, never through text;
-the stop token is scored where the rollout stopped by itself; a length cap by audio; float32 master weights.
-Prints a progress bar, errors before and after, VUSS, seconds per phase and the path of the model. Defaults
-are the paper's or the release's values, where they state one; @FILE reads arguments from a file.
+
+    torchrun --nproc_per_node=2 opd.py                 # without arguments: those of example/opd.args
+    python opd.py --train my.jsonl --student DIR --teacher DIR --eval test.jsonl --out runs/x
+    torchrun --nproc_per_node=8 opd.py --train my.jsonl --student DIR --teacher DIR --out runs/x --bf16
+
+Deviations from the released code, each on purpose:
+    1. The loss is the mean over the rows of the whole global batch, not a mean of the ranks' means.
+    2. Both sides of the KL are raw logits. (The release mixes logits and log-probabilities.)
+    3. Token ids go to the teacher as they are, never through text.
+    4. The stop token is scored where the rollout stopped by itself, and there is none where the cap cut it.
+    5. A rollout's cap grows with its clip, so that one looping rollout cannot hold the batch.
+    6. An empty rollout is scored at its stop token; the release falls back to the reference text.
+    7. Weights, gradients and the optimizer are float32; only computing is bf16, with --bf16.
+    8. A clip's encoder output does not depend on its batch mates.
+
+Prints a progress bar, the error before and after, and mean VUSS. Writes OUT/model (a stock model folder),
+OUT/step-N (checkpoints), metrics.jsonl, samples.jsonl and summary.json; docs/metrics.md defines every number.
+The example takes three minutes on two CPU cores. Defaults are the paper's, for 24 GPUs.
 """
-import dataclasses
+
+import collections
 import math
 import os
 import sys
@@ -23,264 +33,422 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from data import (Batch, Clips, Parser, StepDataset, add_lines, all_reduce_sum, at_least, barrier,
-                  catch_sigterm, collate, find_run, finish_run, gather, load_or_note, memory, print_plan,
-                  read_json, read_lines, report_bad, run_script, setup_distributed, start_run, step_batches,
-                  stop_nonfinite, training_flags)
-from eval import evaluate, looping, print_summaries, print_table, read_sets
-from model import (Rollout, SpeechLM, align_vocabularies, check_languages, cosine_lr, full_kl,
-                   load_checkpoint, make_optimizer, refresh, save_checkpoint, self_check, shard,
-                   speed_options, student_scores, support_kl, teacher_rollout, teacher_support, whole)
+from data import (
+    Clips,
+    NonFiniteError,
+    StepDataset,
+    add_lines,
+    all_reduce_sum,
+    argument_parser,
+    at_least,
+    barrier,
+    begin_run,
+    collate,
+    content_of,
+    find_run,
+    language_code,
+    load_usable,
+    memory,
+    read_json,
+    read_lines,
+    report_bad,
+    run_script,
+    setup_distributed,
+    step_batches,
+    write_json,
+)
+from eval import evaluate, languages_of, looping, print_summaries, print_table, read_sets
+from model import (
+    SpeechLM,
+    align_vocabularies,
+    check_languages,
+    cosine_lr,
+    full_kl,
+    load_state,
+    local_folder,
+    make_optimizer,
+    save_checkpoint,
+    save_model,
+    self_check,
+    student_scores,
+    sum_gradients,
+    support_kl,
+    teacher_rollout,
+    teacher_support,
+)
 from overlap import set_overlap
 
-PHASES = ("data", "rollout", "teacher", "update")
 
-# ---- The method: rollout → teacher rows → union KL → gradient ----------------------------------------------
-@dataclasses.dataclass
-class Scored:
-    """A micro-batch of rollouts with what the teacher says of them, N rows."""
-    batch: Batch                    # the student's, B clips
-    rollout: Rollout
-    student_topk: torch.Tensor      # (N, K) S_t, −1 invalid
-    teacher_topk: torch.Tensor      # (N, K) T_t in student ids, −1 invalid
-    support_ids: torch.Tensor       # (N, 2K) U_t
-    support_mask: torch.Tensor      # (N, 2K) True = counted
-    teacher_scores: torch.Tensor    # (N, 2K) raw teacher logits on U_t
-    teacher_hidden: torch.Tensor    # (N, H')
-    encoded: tuple | None           # the student's encoder result with its graph, where the rollout left it
-
-@torch.no_grad()
-def score_rollout(teacher, alignment, batch, teacher_batch, rollout, k, encoded=None):
-    """`Scored`: the frozen teacher on the student's own tokens: top-k ids, union support, logits there."""
-    hidden = teacher(teacher_batch, teacher_rollout(rollout, alignment))[0]                   # (N, H')
-    student_topk = rollout.topk_ids[rollout.row_mask()]                                       # (N, K)
-    ids, mask, scores, teacher_topk = teacher_support(teacher, hidden, student_topk, alignment, k)
-    return Scored(batch, rollout, student_topk, teacher_topk, ids, mask, scores, hidden, encoded)
-
-def backward_kl(student, scored, tau, device, full=None, bf16=False):
-    """Gradient of L = Σ_t KL_t / |𝒯| (Eq. 1), 𝒯 counted over all micro-batches and ranks of the step. full =
-    (teacher, alignment): KL over all ids in place of the union (--support full). A sharded student's
-    gradients end as the global sum; a rank, or all of them, without a counted position takes part with 0. →
-    per micro-batch the KL of its rows (N,) at τ and at temperature 1, nats, and |𝒯|."""
-    counted = [len(s.support_mask) if full else int((s.support_mask.sum(dim=1) >= 2).sum()) for s in scored]
-    n_counted = int(all_reduce_sum([sum(counted)], device)[0])
-    losses, at_1 = [], []
-    for s in scored:
-        student.set_requires_gradient_sync(s is scored[-1])
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            hidden = student(s.batch, s.rollout, s.encoded)[0]                                # (N, H)
-        student_logits = student_scores(student.head.weight, hidden, s.support_ids)           # (N, 2K)
-        if full:
-            kl, _ = full_kl(student, hidden, full[0], s.teacher_hidden, full[1], tau)         # (N,)
-        else:
-            kl, _ = support_kl(student_logits, s.teacher_scores, s.support_mask, tau)         # (N,)
-        (kl.sum() / max(n_counted, 1)).backward()
-        losses.append(kl.detach())
-        at_1.append(support_kl(student_logits.detach(), s.teacher_scores, s.support_mask)[0])
-    return losses, at_1, n_counted
-
-def rollout_sums(scored, front_end):
-    """What the log needs, summed over this rank's rows and clips, in a fixed order."""
-    names = "rows vuss overlap_ratio top1 clips tokens empty capped looping silent".split()
-    sums = dict.fromkeys(names, 0.0)
-    for s in scored:
-        overlap, lens, there = (set_overlap(s.student_topk, s.teacher_topk, s.support_mask), s.rollout.lens,
-                                s.batch.seconds > 0)
-        values = (len(s.support_ids), *(overlap[name].sum() for name in names[1:4]), there.sum(), lens.sum(),
-                  ((lens == 0) & there).sum(), (~s.rollout.stopped & there).sum(),
-                  sum(map(looping, front_end.texts(s.rollout))), s.batch.silent.sum())
-        sums = {name: sums[name] + float(value) for name, value in zip(names, values)}
-    return sums
-
-def write_samples(path, step, clips, front_end, rollout, teacher_texts, kl, n=2):
-    """A few rollouts to read: reference, if any, student, teacher's own greedy text, KL per token in nats."""
-    per_clip = kl.split((rollout.lens + rollout.stopped).tolist())
-    ids = [row[:len(part)] for row, part in zip(rollout.ids.tolist(), per_clip)]
-    add_lines(path, [dict(
-        step=step, clip=clip.where, ref=clip.fields.get("text"), student=front_end.decode(ids[b]),
-        teacher=teacher_texts[b], stopped=bool(rollout.stopped[b]),
-        tokens=[front_end.tokenizer.decode([i]) for i in ids[b]],
-        kl=[round(x, 4) for x in per_clip[b].tolist()]) for b, clip in enumerate(clips[:n])])
-
-# ---- Command -----------------------------------------------------------------------------------------------
 def parse_args(argv=None):
-    parser = Parser(prog="opd.py", description=__doc__)
-    training_flags(parser, "opd")
-    add = parser.add_argument_group("models (GlmAsr, Qwen3-ASR -hf, ARK-ASR)").add_argument
+    parser = argument_parser("opd.py", __doc__)
+    add = parser.add_argument
+    # models
     add("--student", required=True, help="folder or hub name of the model to distil into; it is not changed")
     add("--teacher", required=True, help="folder or hub name of the frozen teacher")
-    add = parser.add_argument_group("objective").add_argument
-    add("--k", type=at_least(1, int), default=32, help="top-k ids per model; U_t is the union of both")
+    # data
+    add("--train", nargs="+", required=True, metavar="m.jsonl", help="manifests; text is not read")
+    add("--eval", nargs="*", default=[], metavar="m.jsonl", help="sets to score before and after")
+    add("--language", help="of clips whose line names none, where a model's prompt wants one (Qwen3-ASR)")
+    add("--max-seconds", type=at_least(0.01), default=30.0, help="longer clips are left out and counted")
+    add(
+        "--on-bad-audio",
+        choices=["error", "skip"],
+        default="error",
+        help="skip: count it, list it in bad.jsonl",
+    )
+    add("--workers", type=at_least(0, int), default=2, help="processes a rank that read ahead; 0 = none")
+    # rollout
+    add("--temperature", type=at_least(0), default=0.0, help="of the rollout's sampling; 0 = greedy")
+    add(
+        "--max-new-tokens", type=at_least(1, int), default=64, help="cap of a rollout, its stop token counted"
+    )
+    add("--tokens-per-second", type=at_least(0), default=25.0, help="a cap too: this × seconds + 16; 0 = off")
+    # objective
+    add("--k", type=at_least(1, int), default=32, help="top-k ids of each model")
     add("--support", choices=["union", "full"], default="union", help="ids that the KL is over: U_t, or all")
     add("--tau", type=at_least(1e-3), default=1.0, help="temperature of both distributions in the loss")
-    add = parser.add_argument_group("rollout").add_argument
-    add("--temperature", type=at_least(0), default=0.0, help="of the rollout's sampling; 0 = greedy")
-    add("--max-new-tokens", type=at_least(1, int), default=64, help="cap on a rollout's tokens")
-    add("--tokens-per-second", type=at_least(0), default=8.0, help="a cap: this × seconds + 16; 0 = off")
-    add("--sample-every", type=at_least(0, int), default=100, help="steps between samples; 0 = off")
+    # optimization
+    add("--steps", type=at_least(1, int), default=10_000, help="optimizer updates")
+    add("--batch-size", type=at_least(1, int), default=960, help="clips per update, all ranks together")
+    add("--micro-seconds", type=at_least(0.01), default=600.0, help="s of audio per forward pass and rank")
+    add("--lr", type=at_least(0), default=1e-4, help="peak learning rate")
+    add("--warmup-steps", type=at_least(0, int), default=1_000, help="linear warm-up, then cosine to 0")
+    add("--weight-decay", type=at_least(0), default=0.005, help="of AdamW; not on norms, biases, embeddings")
+    add("--clip", type=at_least(0), default=1.0, help="largest gradient norm; 0 = off")
+    add("--bf16", action="store_true", help="compute in bf16; what trains stays float32")
+    add("--recompute", action="store_true", help="recompute activations in backward: less memory, more time")
+    # run
+    add("--out", default="runs/opd", help="new or empty folder of the run")
+    add("--resume", action="store_true", help="go on with the run in --out, from its newest checkpoint")
+    add("--save-every", type=at_least(1, int), default=1_000, help="steps between checkpoints")
+    add("--keep", type=at_least(1, int), default=2, help="last checkpoints kept")
+    add("--eval-every", type=at_least(0, int), default=0, help="steps between further evaluations; 0 = off")
+    add(
+        "--sample-every",
+        type=at_least(0, int),
+        default=100,
+        help="steps between lines of samples.jsonl; 0 = off",
+    )
+    add("--seed", type=at_least(0, int), default=0, help="of the order of clips and of sampling")
     return parser.parse_args(argv)
 
+
 def main(args):
-    # ---- distributed ---------------------------------------------------------------------------------------
+    # ---- distributed -------------------------------------------------------------------------------------
     rank, world, device = setup_distributed()
-    first_step, checkpoint = gather(find_run(args, rank))[0]            # as rank 0 sees the file system
+    contents = {
+        "train": [content_of(path) for path in args.train],
+        "student": content_of(local_folder(args.student)),
+        "teacher": content_of(local_folder(args.teacher)),
+    }
+    first_step, checkpoint = find_run(args, "opd.py", contents)
     if first_step is None:
         return
-    stop = catch_sigterm()
-    # ---- data ----------------------------------------------------------------------------------------------
-    clips, eval_sets = Clips(args.train, None, args.max_seconds), read_sets(args.eval, args.max_seconds)
-    # ---- models --------------------------------------------------------------------------------------------
-    teacher = SpeechLM.from_pretrained(args.teacher, torch.bfloat16 if args.bf16 else torch.float32)
-    teacher.to(device).eval().requires_grad_(False)
-    student = SpeechLM.from_pretrained(os.path.join(checkpoint, "model") if checkpoint else args.student)
-    student.to(device).train()
-    alignment = align_vocabularies(student, teacher)
-    check_languages(sum(eval_sets.values(), []), student)
-    check_languages(clips.of_each_language, student, teacher)
-    # ---- self-check, on four clips: misaligned prompts, rows or masks show here ----------------------------
-    some = np.linspace(0, len(clips) - 1, min(len(clips), 1_000)).astype(int)
-    some = some[np.argsort(clips.seconds[some], kind="stable")]                     # shortest, …, longest
-    few = [clips[i] for i in some[np.arange(4) * (len(some) - 1) // 3]]
-    few = [(waveform, clip.language) for clip in few if len(waveform := load_or_note(clip, []))]
-    for role, lm in (("student", student), ("teacher", teacher)) if few else ():
-        check = self_check(lm, *map(list, zip(*few)))
-        if rank == 0:
-            print(f"self-check, {role}: nll of its own text {check['nll']:.3f} nats a token, likeliest "
-                  f"{check['agreement']:.0%}, in a batch {check['batch_difference']:.0e} off", flush=True)
-    # ---- shards, optimizer, resume, output folder ----------------------------------------------------------
-    actor = shard(student, args.bf16)           # writes the rollouts; the student itself without torchrun
-    optimizer = make_optimizer(student, args.lr, args.weight_decay)
-    if checkpoint:
-        load_checkpoint(checkpoint, student, optimizer)
-    log = start_run(args, rank, first_step)
-    if rank == 0:
-        print_plan(args, clips, world, device, student=student, teacher=teacher)
-    speed_options(student, args.compile, args.recompute)
-    speed_options(teacher, args.compile, False)
-    student_front_end, teacher_front_end = student.front_end, teacher.front_end
-    full = (teacher, alignment) if args.support == "full" else None
-    endless = alignment.student_forbidden.clone()           # for the trial of the longest clips, to the cap
-    endless[student_front_end.stop_id] = True
 
-    def make(indices, step, bad):
-        """One micro-batch: clip numbers, the student's and the teacher's Batch, uniforms (B, T)."""
-        chosen = [clips[i] for i in indices]
-        waveforms, languages = ([load_or_note(clip, bad) for clip in chosen],
-                                [clip.language for clip in chosen])
-        mels = [student_front_end.features(w) for w in waveforms]
-        same = type(student_front_end) is type(teacher_front_end)           # then both take this log-mel
-        uniforms = np.stack([np.random.default_rng((args.seed, 2, step, i)).random(args.max_new_tokens)
-                             for i in indices])
-        return (indices, collate(waveforms, student_front_end, languages, mels), collate(
-            waveforms, teacher_front_end, languages, mels if same else None), torch.from_numpy(uniforms))
+    # ---- models ------------------------------------------------------------------------------------------
+    teacher = SpeechLM.from_pretrained(args.teacher, torch.bfloat16 if args.bf16 else torch.float32)
+    teacher = teacher.to(device).eval().requires_grad_(False)
+    student = SpeechLM.from_pretrained(os.path.join(checkpoint, "model") if checkpoint else args.student)
+    student = student.to(device).train()
+    student.bf16 = args.bf16
+    if args.recompute:
+        student.recompute_activations()
+    alignment = align_vocabularies(student, teacher)
+    trained = dict(student.named_parameters())
+    optimizer = make_optimizer(trained, args.lr, args.weight_decay)
+    if checkpoint:
+        load_state(checkpoint, trained, optimizer)
+
+    # ---- data --------------------------------------------------------------------------------------------
+    language = language_code(args.language) if args.language else None
+    clips = Clips(args.train, args.max_seconds)
+    eval_sets = read_sets(args.eval, args.max_seconds)
+    check_languages(clips.languages, language, student, teacher)
+    check_languages(languages_of(eval_sets), language, student)
+
+    def make_micro_batch(step, indices, batch_clips, waveforms):
+        """One micro-batch, built by a data worker: clips, the student's and the teacher's Batch, draws (B, T)."""
+        languages = [clip.language for clip in batch_clips]
+        batch = collate(waveforms, student.front_end, languages, language)
+        teacher_batch = collate(waveforms, teacher.front_end, languages, language)
+        # Sampling is a function of (seed, step, clip): the same whatever the ranks and micro-batches.
+        draws = [np.random.default_rng((args.seed, 2, step, i)).random(args.max_new_tokens) for i in indices]
+        return batch_clips, batch, teacher_batch, torch.from_numpy(np.stack(draws))
+
+    dataset = StepDataset(clips, args, make_micro_batch)
+    if rank == 0:
+        hours = clips.seconds.sum(dtype=float) / 3600
+        left_out = f"{clips.n_long} left out as longer than {args.max_seconds:g} s"
+        epochs = args.steps * args.batch_size / len(clips)
+        print(
+            f"train: {len(clips)} clips, {hours:.2f} h, {left_out}; {args.steps} steps = {epochs:.1f} epochs"
+        )
+        for name, model in (("student", student), ("teacher", teacher)):
+            print(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
+        print(f"{world} process(es) on {device.type}", flush=True)
+
+    # ---- before ------------------------------------------------------------------------------------------
+    # Misaligned prompts, rows or masks show on four clips, from the shortest to the longest.
+    by_length = np.argsort(clips.seconds, kind="stable")
+    check_clips = [clips[i] for i in by_length[np.arange(4) * (len(clips) - 1) // 3]]
+    usable, waveforms, _ = load_usable(check_clips)
+    languages = [check_clips[b].language for b in usable]
+    for name, model in (("student", student), ("teacher", teacher)) if usable else ():
+        check = self_check(model, waveforms, languages, language)
+        if rank == 0:
+            print(
+                f"self-check, {name}: {', '.join(f'{key} {value:.3g}' for key, value in check.items())}",
+                flush=True,
+            )
 
     def run_eval(step):
+        if not eval_sets:
+            return {}
         folder = os.path.join(args.out, f"eval-{step}")
-        if step == 0 and first_step > 0:        # "before" is the first start's, if it had any
-            return read_json(os.path.join(folder, "summary.json"), {})
-        return evaluate(actor, eval_sets, device, args.micro_seconds, folder,
-                        strict=args.on_bad_audio == "error")
+        is_strict = args.on_bad_audio == "error"
+        return evaluate(
+            student,
+            eval_sets,
+            device,
+            args.micro_seconds,
+            folder,
+            default_language=language,
+            strict=is_strict,
+        )
 
-    before = run_eval(0) if eval_sets else {}
-    # ---- training loop -------------------------------------------------------------------------------------
-    dataset = StepDataset(clips.seconds, args.batch_size, args.micro_seconds, args.seed, rank, world, make)
-    batches = step_batches(dataset, first_step, args.steps, args.workers)
+    begin_run(args, "opd.py", contents, first_step)
+    before_path = os.path.join(args.out, "eval-0", "summary.json")
+    if first_step == 0:
+        before = run_eval(0)
+    else:
+        before = read_json(before_path) if os.path.exists(before_path) else {}
+
+    # ---- training loop -----------------------------------------------------------------------------------
     bar = tqdm(initial=first_step, total=args.steps, disable=rank > 0, desc="opd", mininterval=1)
-    clock = [time.perf_counter()]
-    for step, micros, bad in batches:
-        done = step + 1
-        clock.append(time.perf_counter())
-        # ---- rollout: the student writes, no gradient ------------------------------------------------------
-        rolled = []
-        for indices, batch, teacher_batch, uniforms in micros:
-            batch, teacher_batch = actor.with_languages(batch.to(device)), teacher_batch.to(device)
-            # The weights are the loss's, so one pass of the encoder serves both. Several micro-batches encode
-            # twice: all their activations would have to wait for the last one's rollout. So does a sharded
-            # student, whose encoder is whole only inside its forward pass.
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-                encoded = student.encode(batch) if len(micros) == 1 and actor is student else None
-                rollout = actor.sample(
-                    batch, args.max_new_tokens, args.temperature, args.k, args.tokens_per_second,
-                    alignment.student_forbidden if step >= 0 else endless, uniforms, encoded)
-            if None in teacher_batch.languages:         # not in the manifest: by the script of the rollout
-                teacher_batch = teacher.with_languages(teacher_batch, student_front_end.texts(rollout))
-            rolled.append((batch, teacher_batch, rollout, args.k, encoded))
-        clock.append(time.perf_counter())
-        # ---- teacher: scores of the very same tokens, no gradient ------------------------------------------
-        scored = [score_rollout(teacher, alignment, *parts) for parts in rolled]
-        clock.append(time.perf_counter())
-        # ---- loss, backward --------------------------------------------------------------------------------
-        losses, losses_at_1, n_counted = backward_kl(student, scored, args.tau, device, full, args.bf16)
-        if step < 0:                                    # the trial of the longest clips
-            optimizer.zero_grad(set_to_none=True)
-            clock = [time.perf_counter()]
-            continue
-        grad_norm = whole(nn.utils.clip_grad_norm_(student.parameters(), args.clip or float("inf"))).item()
-        sums = rollout_sums(scored, student_front_end)
-        loss, kl, n_bad, stopping, *totals = all_reduce_sum(
-            [sum(x.sum().item() for x in losses), sum(x.sum().item() for x in losses_at_1), len(bad),
-             stop.is_set(), *sums.values()], device)
-        sums = dict(zip(sums, totals))
+    started = time.perf_counter()
+    for step, micro_batches, bad in step_batches(dataset, first_step, args.steps, args.workers):
+        data_s = time.perf_counter() - started
+        sums = collections.Counter()
+        samples = None
+        for batch_clips, batch, teacher_batch, uniforms in micro_batches:
+            batch = batch.to(device)
+            teacher_batch = teacher_batch.to(device)
+            uniforms = uniforms.to(device)
+
+            # ============================== the method, one micro-batch of B clips ==============================
+            # Encode: one pass of the encoder, with gradient, serves the rollout and the loss.
+            encoded = student.encode(batch)  # (ΣA, H)
+
+            # Rollout: the student transcribes by itself, without gradient, and keeps its top-k ids S_t of every
+            # step. From here on a row is a token that it wrote, the stop token included.
+            rollout = student.sample(
+                batch,
+                args.max_new_tokens,
+                args.temperature,
+                args.k,
+                args.tokens_per_second,
+                alignment.student_forbidden,
+                uniforms,
+                encoded,
+            )
+            student_topk = rollout.topk_ids[rollout.row_mask()]  # (N, K)
+
+            # The teacher reads the same tokens, id by id, behind its own prompt.
+            texts = student.front_end.texts(rollout)
+            teacher_batch = teacher.with_script_languages(teacher_batch, texts)
+            teacher_hidden = teacher(teacher_batch, teacher_rollout(rollout, alignment))  # (N, H')
+
+            # Its top-k ids are T_t; U_t = S_t ∪ T_t, and its raw logits there.
+            support_ids, support_mask, teacher_logits, teacher_topk = teacher_support(
+                teacher, teacher_hidden, student_topk, alignment, args.k
+            )  # (N, 2K), (N, 2K), (N, 2K), (N, K)
+
+            # The student reads its own tokens again, with gradient: its raw logits on U_t.
+            student_hidden = student(batch, rollout, encoded)  # (N, H)
+            student_logits = student_scores(student.head.weight, student_hidden, support_ids)  # (N, 2K)
+
+            # KL(teacher ‖ student) of each row (Eq. 1), on U_t or on all ids.
+            if args.support == "union":
+                kl, counted = support_kl(student_logits, teacher_logits, support_mask, args.tau)  # (N,), (N,)
+            else:
+                kl, counted = full_kl(
+                    student, student_hidden, teacher, teacher_hidden, alignment, args.tau
+                )  # (N,), (N,)
+
+            # Backward of the sum. The division by |𝒯| comes once, when the rows of all ranks are known.
+            kl.sum().backward()
+            # =====================================================================================================
+
+            kl_at_1, _ = support_kl(student_logits.detach(), teacher_logits, support_mask)
+            sums.update(loss=kl.sum().item(), kl=kl_at_1.sum().item(), counted=counted.sum().item())
+            sums.update(rollout_sums(batch, rollout, texts, student_topk, teacher_topk, support_mask))
+            samples = samples or (batch_clips, teacher_batch, rollout, kl_at_1)
+
+        # ---- one gradient --------------------------------------------------------------------------------
+        # Σ over ranks of Σ over micro-batches, divided once by |𝒯|: the gradient does not depend on the cut.
+        names = (
+            "loss kl counted rows vuss overlap_ratio top1 clips tokens empty capped looping silent".split()
+        )
+        totals = all_reduce_sum([*(sums[name] for name in names), len(bad)], device)
+        *totals, n_bad = totals
+        sums = dict(zip(names, totals))
         if n_bad:
-            report_bad(args, done, bad)
-        if not math.isfinite(loss) or not math.isfinite(grad_norm):
-            stop_nonfinite(args, rank, done, clips, [(m[0], s.rollout) for m, s in zip(micros, scored)],
-                           student_front_end, f"loss {loss}, gradient norm {grad_norm}")
-        # ---- step ------------------------------------------------------------------------------------------
+            report_bad(args.out, step + 1, bad)
+        sum_gradients(trained)
+        for parameter in trained.values():
+            parameter.grad /= max(sums["counted"], 1)
+        grad_norm = nn.utils.clip_grad_norm_(trained.values(), args.clip or math.inf).item()
+        if not math.isfinite(sums["loss"]) or not math.isfinite(grad_norm):
+            path = os.path.join(args.out, f"nonfinite-{step + 1}-{rank}.jsonl")
+            add_lines(
+                path, [{"step": step + 1, "clip": clip.where} for micro in micro_batches for clip in micro[0]]
+            )
+            barrier()
+            what = f"loss {sums['loss']}, gradient norm {grad_norm}"
+            raise NonFiniteError(f"step {step + 1}: {what}: not finite; its clips are in {path}; lower --lr?")
+
+        # ---- step ----------------------------------------------------------------------------------------
+        lr = cosine_lr(step, args.steps, args.warmup_steps, args.lr)
         for group in optimizer.param_groups:
-            group["lr"] = cosine_lr(step, args.steps, args.warmup_steps, args.lr)
-        optimizer.step()
+            group["lr"] = lr
+        if sums["counted"]:  # a step without a row changes nothing
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        refresh(actor, student)
-        clock.append(time.perf_counter())
-        # ---- log, eval, save -------------------------------------------------------------------------------
-        per_row, per_clip = (1 / max(sums[name], 1) for name in ("rows", "clips"))
-        metrics = dict(step=done, loss=loss / max(n_counted, 1), kl=kl / max(n_counted, 1),
-                       **{name: sums[name] * per_row for name in ("vuss", "overlap_ratio", "top1")},
-                       positions=n_counted, mean_tokens=sums["tokens"] * per_clip,
-                       **{name: sums[name] * per_clip for name in ("empty", "capped", "looping", "silent")},
-                       skipped=int(n_bad), grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"],
-                       clips_per_s=sums["clips"] / (clock[-1] - clock[0]),
-                       **{f"{phase}_s": b - a for phase, a, b in zip(PHASES, clock, clock[1:])}, **memory())
-        log(metrics)
-        bar.update()
-        bar.set_postfix({key: f"{metrics[key]:.3g}" for key in ("loss", "kl", "vuss", "clips_per_s")}, False)
-        if rank == 0 and args.sample_every and (step % args.sample_every == 0 or done == args.steps):
-            written = teacher.sample(rolled[0][1], args.max_new_tokens, 0.0, 1, args.tokens_per_second)
-            write_samples(
-                os.path.join(args.out, "samples.jsonl"), done, [clips[i] for i in micros[0][0]],
-                student_front_end, scored[0].rollout, teacher_front_end.texts(written), losses_at_1[0])
-        if eval_sets and args.eval_every and done % args.eval_every == 0 and done < args.steps:
+
+        # ---- log -----------------------------------------------------------------------------------------
+        done = step + 1
+        step_s = time.perf_counter() - started
+        n_rows = max(sums["rows"], 1)
+        n_clips = max(sums["clips"], 1)
+        n_counted = max(sums["counted"], 1)
+        metrics = {
+            "step": done,
+            "loss": sums["loss"] / n_counted,
+            "kl": sums["kl"] / n_counted,
+            "vuss": sums["vuss"] / n_rows,
+            "overlap_ratio": sums["overlap_ratio"] / n_rows,
+            "top1": sums["top1"] / n_rows,
+            "positions": int(sums["counted"]),
+            "mean_tokens": sums["tokens"] / n_clips,
+            "empty": sums["empty"] / n_clips,
+            "capped": sums["capped"] / n_clips,
+            "looping": sums["looping"] / n_clips,
+            "silent": sums["silent"] / n_clips,
+            "skipped": int(n_bad),
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "clips_per_s": sums["clips"] / step_s,
+            "data_s": data_s,
+            "step_s": step_s,
+            **memory(),
+        }
+        if rank == 0:
+            add_lines(os.path.join(args.out, "metrics.jsonl"), [metrics])
+            bar.update()
+            shown = {key: f"{metrics[key]:.3g}" for key in ("loss", "kl", "vuss", "clips_per_s")}
+            bar.set_postfix(shown, refresh=False)
+            is_sampled = args.sample_every and (step % args.sample_every == 0 or done == args.steps)
+            if is_sampled and samples:
+                lines = sample_lines(done, student, teacher, args, *samples)
+                add_lines(os.path.join(args.out, "samples.jsonl"), lines)
+
+        # ---- eval, save ----------------------------------------------------------------------------------
+        if args.eval_every and done % args.eval_every == 0 and done < args.steps:
             summaries = run_eval(done)
             if rank == 0:
                 print_summaries(summaries)
-        if done % args.save_every == 0 or done == args.steps or stopping:
-            save_checkpoint(args.out, done, student, optimizer, args.keep)
-        if stopping and done < args.steps:
-            if rank == 0:
-                tqdm.write(f"stopped by SIGTERM after step {done}; the same with --resume auto goes on")
-            return
-        clock = [time.perf_counter()]
+        if done % args.save_every == 0 or done == args.steps:
+            save_checkpoint(args.out, done, student, trained, optimizer, args.keep)
+        started = time.perf_counter()
     bar.close()
-    after = run_eval(args.steps) if eval_sets else {}
-    # ---- summary -------------------------------------------------------------------------------------------
+
+    # ---- after -------------------------------------------------------------------------------------------
+    after = run_eval(args.steps)
+    save_model(args.out, student)
     if rank == 0:
         lines = read_lines(os.path.join(args.out, "metrics.jsonl"))
-        vuss_ends = [float(np.mean([line["vuss"] for line in part])) for part in (lines[:10], lines[-10:])]
-        seconds = {phase: sum(line[f"{phase}_s"] for line in lines) for phase in PHASES}
-        rows = [[stem, s["metric"], s["value"], after[stem]["value"]] for stem, s in before.items()
-                if stem in after and s["units"] == after[stem]["units"] > 0]
-        if len(rows) > 1:
-            rows.append(["mean", "", *(float(np.mean([row[c] for row in rows])) for c in (2, 3))])
-        if rows:
-            print_table([[*row, f"{100 * (row[3] / row[2] - 1):+.1f} %" if row[2] else None] for row in rows],
-                        ["set", "metric", "before %", "after %", "change"])
-        print(f"VUSS {vuss_ends[0]:.2f} → {vuss_ends[1]:.2f} (first and last 10 steps)   "
-              + "   ".join(f"{phase} {s:.1f} s" for phase, s in seconds.items())
-              + f"   peak {lines[-1]['rss_gb']:.2f} GB")
-        finish_run(args, lines, before=before, after=after, vuss_first=vuss_ends[0], vuss_last=vuss_ends[1],
-                   seconds=seconds, model=os.path.join(args.out, "model"))
+        print_before_and_after(before, after)
+        vuss_first = float(np.mean([line["vuss"] for line in lines[:10]]))
+        vuss_last = float(np.mean([line["vuss"] for line in lines[-10:]]))
+        seconds = sum(line["step_s"] for line in lines)
+        waited = sum(line["data_s"] for line in lines)
+        print(f"VUSS {vuss_first:.2f} → {vuss_last:.2f} (first and last 10 steps)", end="   ")
+        print(
+            f"{seconds:.0f} s of steps, {waited:.0f} s of them waiting for data   peak {lines[-1]['rss_gb']:.2f} GB"
+        )
+        skipped = sum(line["skipped"] for line in lines)
+        if skipped:
+            print(f"skipped: {skipped} clips that could not be used, listed in {args.out}/bad.jsonl")
+        print(f"model: {os.path.join(args.out, 'model')}")
+        summary = {
+            "steps": args.steps,
+            "before": before,
+            "after": after,
+            "vuss_first": vuss_first,
+            "vuss_last": vuss_last,
+            "seconds": seconds,
+            "skipped": skipped,
+            "model": os.path.join(args.out, "model"),
+        }
+        write_json(os.path.join(args.out, "summary.json"), summary)  # written last: it marks a finished run
     barrier()
+
+
+def rollout_sums(batch, rollout, texts, student_topk, teacher_topk, support_mask):
+    """What the log needs of a micro-batch, summed over its rows and clips."""
+    overlap = set_overlap(student_topk, teacher_topk, support_mask)
+    return {
+        "rows": len(support_mask),
+        "vuss": overlap["vuss"].sum().item(),
+        "overlap_ratio": overlap["overlap_ratio"].sum().item(),
+        "top1": overlap["top1"].sum().item(),
+        "clips": len(texts),
+        "tokens": rollout.lens.sum().item(),
+        "empty": (rollout.lens == 0).sum().item(),
+        "capped": (~rollout.stopped).sum().item(),
+        "looping": sum(looping(text) for text in texts),
+        "silent": batch.silent.sum().item(),
+    }
+
+
+def sample_lines(step, student, teacher, args, clips, teacher_batch, rollout, kl, n=2):
+    """A few rollouts to read: reference, if any, the student's and the teacher's text, KL per token in nats."""
+    written = teacher.sample(
+        teacher_batch, args.max_new_tokens, k=1, tokens_per_second=args.tokens_per_second
+    )
+    teacher_texts = teacher.front_end.texts(written)
+    kl_per_clip = kl.split((rollout.lens + rollout.stopped).tolist())
+    lines = []
+    for b, clip in enumerate(clips[:n]):
+        ids = rollout.ids[b, : len(kl_per_clip[b])].tolist()
+        line = {
+            "step": step,
+            "clip": clip.where,
+            "ref": clip.fields.get("text"),
+            "student": student.front_end.decode(ids),
+            "teacher": teacher_texts[b],
+            "stopped": bool(rollout.stopped[b]),
+            "tokens": [student.front_end.tokenizer.decode([i]) for i in ids],
+            "kl": [round(value, 4) for value in kl_per_clip[b].tolist()],
+        }
+        lines.append(line)
+    return lines
+
+
+def print_before_and_after(before, after):
+    """The table of errors; of sets that were scored both times on the same references."""
+    rows = []
+    for stem, summary in before.items():
+        if stem in after and summary["units"] == after[stem]["units"] > 0:
+            rows.append([stem, summary["metric"], summary["value"], after[stem]["value"]])
+    if len(rows) > 1:
+        means = [float(np.mean([row[column] for row in rows])) for column in (2, 3)]
+        rows.append(["mean", "", *means])
+    for row in rows:
+        row.append(f"{100 * (row[3] / row[2] - 1):+.1f} %" if row[2] else None)
+    if rows:
+        print_table(rows, ["set", "metric", "before %", "after %", "change"])
+
 
 if __name__ == "__main__":
     example = os.path.join(os.path.dirname(os.path.abspath(__file__)), "example", "opd.args")

@@ -1,203 +1,375 @@
 r"""Supervised fine-tuning: cross-entropy on transcripts (the paper's Base and TD stages).
 
-    torchrun --nproc_per_node=2 sft.py --train train.jsonl --config example/base/config.json \
-        --tokenizer example/base --out runs/base
-    python sft.py --train td.jsonl --text-field hyp --model runs/base/model --out runs/td
+    torchrun --nproc_per_node=2 sft.py --train train.jsonl --model DIR --out runs/base
+    python sft.py --train runs/td/train.jsonl --text-field hyp --model runs/base/model --out runs/td-sft
 
-The loss is the mean over the transcript tokens and the stop token of the whole global batch, counted over all
-micro-batches and ranks. From random weights a CTC loss on the encoder's 50 Hz output (UTF-8 bytes, its head
-is not exported) makes the model listen: without it the LM learns the text's statistics first. Not in the
-paper: CTC, SpecAugment. Prints a progress bar and the error on --eval sets; writes OUT/model, metrics.jsonl,
-config.json, summary.json. Defaults are the paper's; the example's: example/make.py.
+The loss is the mean over the transcript tokens and stop tokens of the whole global batch. TD ("teacher data")
+is the same on transcripts that the teacher wrote: a result file of eval.py is a manifest, its key is "hyp". A
+transcript that the cap cut ("stopped": false) has no stop token to learn, and is counted.
+
+Not in the paper:
+    1. --ctc-weight adds a CTC loss on the encoder's 50 Hz output, over UTF-8 bytes. It makes a model with random
+       weights listen; without it the LM learns the statistics of the text first. Its head is not exported.
+    2. SpecAugment (--time-masks, --freq-masks).
+
+Prints a progress bar and the error on --eval sets. Writes OUT/model (a stock model folder), OUT/step-N
+(checkpoints), metrics.jsonl and summary.json; docs/metrics.md defines every number. A model with random weights
+comes from `python -m prepare.student`. Defaults are the paper's; the example's are in example/make.py.
 """
+
+import collections
 import math
 import os
 import time
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import torchaudio
-import transformers
 from torch import nn
 from tqdm import tqdm
 
-from data import (Clips, InputError, Parser, StepDataset, all_reduce_sum, at_least, barrier, catch_sigterm,
-                  collate, find_run, finish_run, gather, load_or_note, memory, one_line, print_plan,
-                  read_json, read_lines, report_bad, run_script, script_language, setup_distributed,
-                  start_run, step_batches, stop_nonfinite, training_flags)
-from eval import evaluate, print_summaries, read_sets
-from model import (SpeechLM, check_languages, cosine_lr, load_checkpoint, make_optimizer, refresh,
-                   save_checkpoint, shard, speed_options, whole)
+from data import (
+    Clips,
+    InputError,
+    NonFiniteError,
+    StepDataset,
+    add_lines,
+    all_reduce_sum,
+    argument_parser,
+    at_least,
+    barrier,
+    begin_run,
+    collate,
+    content_of,
+    find_run,
+    language_code,
+    memory,
+    read_lines,
+    report_bad,
+    run_script,
+    script_language,
+    setup_distributed,
+    step_batches,
+    write_json,
+)
+from eval import evaluate, languages_of, looping, print_summaries, read_sets
+from model import (
+    Qwen3ASR,
+    SpeechLM,
+    check_languages,
+    cosine_lr,
+    load_state,
+    local_folder,
+    make_optimizer,
+    save_checkpoint,
+    save_model,
+    sum_gradients,
+)
+
 
 def parse_args(argv=None):
-    parser = Parser(prog="sft.py", description=__doc__)
-    training_flags(parser, "sft")
-    add = parser.add_argument_group("objective").add_argument
-    add("--text-field", default="text", help='key to learn; "hyp" in a result file of eval.py')
-    add("--ctc-weight", type=at_least(0), default=0.0, help="weight of CTC on the encoder; 0 = off")
-    add = parser.add_argument_group("model, in one of three ways (folders or hub names)").add_argument
-    add("--model", help="start from this model: GlmAsr, Qwen3-ASR (-hf) or ARK-ASR")
-    add("--encoder", help="GlmAsr or ARK-ASR model whose audio encoder a new student takes over (with --lm)")
-    add("--lm", help="qwen2 or qwen3 causal LM of that student; the adapter between them is new")
-    add("--config", help="config.json of a GlmAsr model: random weights of these sizes (with --tokenizer)")
-    add("--tokenizer", help="tokenizer folder; the prompt's control tokens are added where it lacks them")
-    add = parser.add_argument_group("augmentation (SpecAugment)").add_argument
+    parser = argument_parser("sft.py", __doc__)
+    add = parser.add_argument
+    # model
+    add("--model", required=True, help="folder or hub name of the model to start from; it is not changed")
+    # data
+    add(
+        "--train",
+        nargs="+",
+        required=True,
+        metavar="m.jsonl",
+        help="manifests with a transcript on every line",
+    )
+    add("--text-field", default="text", help='key of the transcript; "hyp" in a result file of eval.py')
+    add(
+        "--drop-looping",
+        action="store_true",
+        help="leave out transcripts that repeat themselves, and count them",
+    )
+    add("--eval", nargs="*", default=[], metavar="m.jsonl", help="sets to score at the end")
+    add("--language", help="of clips whose line names none, where the model's prompt wants one (Qwen3-ASR)")
+    add("--max-seconds", type=at_least(0.01), default=30.0, help="longer clips are left out and counted")
+    add(
+        "--on-bad-audio",
+        choices=["error", "skip"],
+        default="error",
+        help="skip: count it, list it in bad.jsonl",
+    )
+    add("--workers", type=at_least(0, int), default=2, help="processes a rank that read ahead; 0 = none")
+    # objective
+    add("--ctc-weight", type=at_least(0), default=0.0, help="weight of the CTC loss on the encoder; 0 = off")
+    # augmentation (SpecAugment)
     add("--time-masks", type=at_least(0, int), default=0, help="masks along time per clip; 0 = off")
-    add("--time-width", type=at_least(1, int), default=40, help="longest, in mel frames of 10 ms")
+    add("--time-width", type=at_least(1, int), default=40, help="longest time mask, in mel frames of 10 ms")
     add("--freq-masks", type=at_least(0, int), default=0, help="masks along frequency per clip; 0 = off")
     add("--freq-width", type=at_least(1, int), default=27, help="widest frequency mask, of 128 mel bins")
+    # optimization
+    add("--steps", type=at_least(1, int), default=10_000, help="optimizer updates")
+    add("--batch-size", type=at_least(1, int), default=960, help="clips per update, all ranks together")
+    add("--micro-seconds", type=at_least(0.01), default=600.0, help="s of audio per forward pass and rank")
+    add("--lr", type=at_least(0), default=1e-4, help="peak learning rate")
+    add("--warmup-steps", type=at_least(0, int), default=1_000, help="linear warm-up, then cosine to 0")
+    add("--weight-decay", type=at_least(0), default=0.005, help="of AdamW; not on norms, biases, embeddings")
+    add("--clip", type=at_least(0), default=1.0, help="largest gradient norm; 0 = off")
+    add("--bf16", action="store_true", help="compute in bf16; what trains stays float32")
+    add("--recompute", action="store_true", help="recompute activations in backward: less memory, more time")
+    # run
+    add("--out", default="runs/sft", help="new or empty folder of the run")
+    add("--resume", action="store_true", help="go on with the run in --out, from its newest checkpoint")
+    add("--save-every", type=at_least(1, int), default=1_000, help="steps between checkpoints")
+    add("--keep", type=at_least(1, int), default=2, help="last checkpoints kept")
+    add("--eval-every", type=at_least(0, int), default=0, help="steps between further evaluations; 0 = off")
+    add(
+        "--seed", type=at_least(0, int), default=0, help="of the order of clips, of masks and of the CTC head"
+    )
     return parser.parse_args(argv)
 
-def augment(mel, args, step, clip):
-    """SpecAugment of one mel (128, F), a pure function of (seed, step, clip); 0 is near the mean."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(hash((args.seed, step, clip)))
-        for axis, masks, width in ((1, args.time_masks, min(args.time_width, mel.shape[1] // 4)),
-                                   (0, args.freq_masks, args.freq_width)):
-            for _ in range(masks):
-                mel = torchaudio.functional.mask_along_axis(mel[None], width, 0.0, axis + 1)[0]
-    return mel
-
-def ctc_loss(ctc_head, frames, frame_lens, texts):
-    """Sum over clips of CTC / bytes of its UTF-8 text, frames (B, T', D), lens (B,), and clips too short for
-    it. Byte b is class b + 1, 0 is blank; 257 classes fit every language and need no vocabulary."""
-    targets = [list((text or "").encode()) for text in texts]
-    lens = torch.tensor([len(t) for t in targets])
-    flat = torch.tensor([b + 1 for t in targets for b in t], dtype=torch.long, device=frames.device)
-    log_probs = ctc_head(frames).double().log_softmax(-1).transpose(0, 1)
-    losses = F.ctc_loss(log_probs, flat, frame_lens.cpu(), lens, reduction="none", zero_infinity=True)
-    needed = torch.tensor([len(t) + sum(a == b for a, b in zip(t, t[1:])) for t in targets])
-    weights = torch.tensor([0.0 if text is None else 1 / max(len(t), 1) for text, t in zip(texts, targets)])
-    return (losses * weights.to(losses.device)).sum(), int((needed > frame_lens.cpu()).sum())
 
 def main(args):
-    # ---- distributed ---------------------------------------------------------------------------------------
+    # ---- distributed -------------------------------------------------------------------------------------
     rank, world, device = setup_distributed()
-    first_step, checkpoint = gather(find_run(args, rank))[0]            # as rank 0 sees the file system
+    contents = {
+        "train": [content_of(path) for path in args.train],
+        "model": content_of(local_folder(args.model)),
+    }
+    first_step, checkpoint = find_run(args, "sft.py", contents)
     if first_step is None:
         return
-    stop = catch_sigterm()
-    # ---- data ----------------------------------------------------------------------------------------------
-    clips = Clips(args.train, args.text_field, args.max_seconds)
-    eval_sets = read_sets(args.eval, args.max_seconds)
-    # ---- model ---------------------------------------------------------------------------------------------
-    torch.manual_seed(args.seed)                    # the same initial weights on every rank
-    given = [name for name in ("model", "encoder", "lm", "config", "tokenizer") if getattr(args, name)]
-    if given not in (["model"], ["encoder", "lm"], ["config", "tokenizer"]):
-        raise InputError(f"give --model, or --encoder and --lm, or --config and --tokenizer; found {given}")
-    if args.model or checkpoint:
-        model = SpeechLM.from_pretrained(os.path.join(checkpoint, "model") if checkpoint else args.model)
-    elif args.lm:
-        model = SpeechLM.from_parts(args.encoder, args.lm)
-    else:
-        try:
-            config = read_json(args.config)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(args.tokenizer, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise InputError(f"--config {args.config}, --tokenizer: {one_line(error)}") from None
-        model = SpeechLM.from_config(config, tokenizer)
-    if args.ctc_weight and model.is_qwen3_asr:
-        raise InputError("--ctc-weight: only for GlmAsr encoders; leave it out for Qwen3-ASR")
-    check_languages(sum(eval_sets.values(), clips.of_each_language), model)
-    if args.ctc_weight:                             # trained with the model, not a part of what is exported
-        model.ctc_head = nn.Linear(model.net.config.audio_config.hidden_size, 257)
-    model.to(device).train()
-    # ---- shards, optimizer, resume, output folder ----------------------------------------------------------
-    actor = shard(model, args.bf16)                 # for evaluation; the model itself without torchrun
-    optimizer = make_optimizer(model, args.lr, args.weight_decay)
-    if checkpoint:
-        load_checkpoint(checkpoint, model, optimizer)
-    log = start_run(args, rank, first_step)
-    if rank == 0:
-        print_plan(args, clips, world, device, model=model)
-    speed_options(model, args.compile, args.recompute)
-    front_end, limit = model.front_end, model.net.config.text_config.max_position_embeddings // 2
 
-    def make(indices, step, bad):
-        """One micro-batch: clip numbers, Batch, the transcripts as a Rollout, their texts."""
-        chosen = [clips[i] for i in indices]
-        too_long = [len(front_end.encode_text(clip.text)) > limit for clip in chosen]
-        waveforms = [load_or_note(clip, bad, long and f"its transcript has over {limit} tokens, half of the "
-                                  "LM's positions; cut it") for clip, long in zip(chosen, too_long)]
-        texts = [clip.text if len(w) else None for clip, w in zip(chosen, waveforms)]
-        mels = [augment(front_end.features(w), args, step, i) for i, w in zip(indices, waveforms)]
-        languages = [clip.language or script_language(clip.text) or "en" for clip in chosen]
-        return indices, collate(waveforms, front_end, languages, mels), front_end.transcripts(texts), texts
+    # ---- model -------------------------------------------------------------------------------------------
+    model = SpeechLM.from_pretrained(os.path.join(checkpoint, "model") if checkpoint else args.model)
+    model = model.to(device).train()
+    model.bf16 = args.bf16
+    if args.recompute:
+        model.recompute_activations()
+    trained = dict(model.named_parameters())
+    ctc_head = None
+    if args.ctc_weight:
+        if isinstance(model, Qwen3ASR):
+            raise InputError("--ctc-weight: not for Qwen3-ASR, whose encoder has no frames of a fixed rate")
+        torch.manual_seed(args.seed)  # the same initial weights on every rank
+        ctc_head = nn.Linear(model.config.audio_config.hidden_size, 257).to(device)
+        trained["ctc_head.weight"] = ctc_head.weight
+        trained["ctc_head.bias"] = ctc_head.bias
+    optimizer = make_optimizer(trained, args.lr, args.weight_decay)
+    if checkpoint:
+        load_state(checkpoint, trained, optimizer)
+
+    # ---- data --------------------------------------------------------------------------------------------
+    language = language_code(args.language) if args.language else None
+    n_cut = 0
+
+    def is_cut(clip):
+        """Did the cap cut this transcript? A model's transcript says so; a reference is complete."""
+        return args.text_field != "text" and clip.fields.get("stopped") is False
+
+    def is_wanted(clip):
+        nonlocal n_cut
+        n_cut += is_cut(clip)
+        return not (args.drop_looping and looping(clip.text))
+
+    clips = Clips(args.train, args.max_seconds, args.text_field, is_wanted)
+    eval_sets = read_sets(args.eval, args.max_seconds)
+    check_languages(clips.languages, language, model)
+    check_languages(languages_of(eval_sets), language, model)
+    front_end = model.front_end
+
+    def make_micro_batch(step, indices, batch_clips, waveforms):
+        """One micro-batch, built by a data worker: clips, Batch, the transcripts as a Rollout."""
+        languages = [clip.language or script_language(clip.text) for clip in batch_clips]
+        batch = collate(waveforms, front_end, languages, language)
+        for b, i in enumerate(indices):
+            frames = slice(int(batch.mel_lens[b]))
+            batch.mel[b, :, frames] = spec_augment(batch.mel[b, :, frames], args, step, i)
+        texts = [clip.text for clip in batch_clips]
+        targets = front_end.transcripts(texts, [not is_cut(clip) for clip in batch_clips])
+        return batch_clips, batch, targets
+
+    dataset = StepDataset(clips, args, make_micro_batch)
+    if rank == 0:
+        hours = clips.seconds.sum(dtype=float) / 3600
+        epochs = args.steps * args.batch_size / len(clips)
+        print(f"train: {len(clips)} clips, {hours:.2f} h; {args.steps} steps = {epochs:.1f} epochs")
+        print(
+            f"left out: {clips.n_long} longer than {args.max_seconds:g} s, {clips.n_failed} not decoded",
+            end=", ",
+        )
+        print(f"{clips.n_unwanted} looping; without a stop token, as the cap cut them: {n_cut}")
+        print(f"model: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters", end=", ")
+        print(f"{world} process(es) on {device.type}", flush=True)
+
+    # ---- before ------------------------------------------------------------------------------------------
+    begin_run(args, "sft.py", contents, first_step)
 
     def run_eval(step):
-        summaries = evaluate(actor, eval_sets, device, args.micro_seconds,
-                             os.path.join(args.out, f"eval-{step}"), strict=args.on_bad_audio == "error")
+        if not eval_sets:
+            return {}
+        folder = os.path.join(args.out, f"eval-{step}")
+        is_strict = args.on_bad_audio == "error"
+        summaries = evaluate(
+            model, eval_sets, device, args.micro_seconds, folder, default_language=language, strict=is_strict
+        )
         if rank == 0:
             print_summaries(summaries)
         return summaries
 
-    # ---- training loop -------------------------------------------------------------------------------------
-    dataset = StepDataset(clips.seconds, args.batch_size, args.micro_seconds, args.seed, rank, world, make)
-    batches, summaries = step_batches(dataset, first_step, args.steps, args.workers), None
+    # ---- training loop -----------------------------------------------------------------------------------
     bar = tqdm(initial=first_step, total=args.steps, disable=rank > 0, desc="sft", mininterval=2)
-    start = time.perf_counter()
-    for step, micros, bad in batches:
-        done, data_s = step + 1, time.perf_counter() - start
-        counts = [(t.row_mask().sum(), (b.seconds > 0).sum(), b.silent.sum()) for _, b, t, _ in micros]
-        n_tokens, n_clips, n_silent = all_reduce_sum([int(sum(column)) for column in zip(*counts)], device)
-        # ---- loss, backward --------------------------------------------------------------------------------
-        # Σ cross-entropy over tokens / tokens of the global batch, plus the weighted CTC loss per clip
-        loss = ctc = n_short = 0
-        for i, (_, batch, targets, texts) in enumerate(micros):
-            batch, targets = batch.to(device), targets.to(device)
-            model.set_requires_gradient_sync(i == len(micros) - 1)
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-                hidden, frames, frame_lens = model(batch, targets)
-                logits = model.head(hidden).float()                                           # (N, V)
-            ce = F.cross_entropy(logits, targets.ids[targets.row_mask()], reduction="sum")
-            ctc_sum, short = (ctc_loss(model.ctc_head, frames.to(model.ctc_head.weight.dtype), frame_lens,
-                                       texts) if args.ctc_weight else (ce.new_zeros(()), 0))
-            (ce / max(n_tokens, 1) + args.ctc_weight * ctc_sum / max(n_clips, 1)).backward()
-            loss, ctc, n_short = loss + ce.item(), ctc + ctc_sum.item(), n_short + short
-        if step < 0:                                    # the trial of the longest clips
-            optimizer.zero_grad(set_to_none=True)
-            start = time.perf_counter()
-            continue
-        norm = whole(nn.utils.clip_grad_norm_(model.parameters(), args.clip or float("inf"))).item()
-        loss, ctc, n_short, n_bad, stopping = all_reduce_sum(
-            [loss, ctc, n_short, len(bad), stop.is_set()], device)
-        if n_bad:
-            report_bad(args, done, bad)
-        if not math.isfinite(loss + ctc) or not math.isfinite(norm):
-            stop_nonfinite(args, rank, done, clips, [(indices, targets) for indices, _, targets, _ in micros],
-                           front_end, f"loss {loss}, CTC {ctc}, gradient norm {norm}")
-        # ---- step ------------------------------------------------------------------------------------------
+    started = time.perf_counter()
+    for step, micro_batches, bad in step_batches(dataset, first_step, args.steps, args.workers):
+        data_s = time.perf_counter() - started
+        counts = collections.Counter(bad=len(bad))
+        for batch_clips, batch, targets in micro_batches:
+            counts.update(tokens=int(targets.row_mask().sum()), clips=len(batch_clips))
+            counts.update(cut=int((~targets.stopped).sum()), silent=int(batch.silent.sum()))
+        names = ["tokens", "clips", "cut", "silent", "bad"]
+        totals = all_reduce_sum([counts[name] for name in names], device)
+        counts = dict(zip(names, totals))
+        if counts["bad"]:
+            report_bad(args.out, step + 1, bad)
+
+        sums = collections.Counter()
+        for batch_clips, batch, targets in micro_batches:
+            batch = batch.to(device)
+            targets = targets.to(device)
+
+            # ============================ the loss, one micro-batch of B clips ============================
+            # Encode, and read the transcript behind the prompt: a hidden row for each token to predict.
+            frames = model.encode_frames(batch) if ctc_head else None  # (B, T', D)
+            encoded = model.adapt(frames, batch) if ctc_head else model.encode(batch)  # (ΣA, H)
+            hidden = model(batch, targets, encoded)  # (N, H)
+
+            # Cross-entropy of the transcript tokens and the stop tokens.
+            target_ids = targets.ids[targets.row_mask()]  # (N,)
+            cross_entropy = F.cross_entropy(model.head(hidden).float(), target_ids, reduction="sum")
+
+            # CTC of the transcript's bytes on the encoder's frames.
+            ctc, n_too_short = torch.zeros((), device=device), 0
+            if ctc_head:
+                texts = [None if is_cut(clip) else clip.text for clip in batch_clips]
+                ctc, n_too_short = ctc_loss(ctc_head, frames, batch.mel_lens // 2, texts)
+
+            # The counts of the global batch are known, so the ranks' gradients only have to be summed.
+            loss = cross_entropy / max(counts["tokens"], 1) + args.ctc_weight * ctc / max(counts["clips"], 1)
+            loss.backward()
+            # ==============================================================================================
+
+            sums.update(cross_entropy=cross_entropy.item(), ctc=ctc.item(), too_short=n_too_short)
+
+        # ---- one gradient --------------------------------------------------------------------------------
+        names = ["cross_entropy", "ctc", "too_short"]
+        totals = all_reduce_sum([sums[name] for name in names], device)
+        sums = dict(zip(names, totals))
+        sum_gradients(trained)
+        grad_norm = nn.utils.clip_grad_norm_(trained.values(), args.clip or math.inf).item()
+        if not math.isfinite(sums["cross_entropy"] + sums["ctc"]) or not math.isfinite(grad_norm):
+            path = os.path.join(args.out, f"nonfinite-{step + 1}-{rank}.jsonl")
+            add_lines(
+                path, [{"step": step + 1, "clip": clip.where} for micro in micro_batches for clip in micro[0]]
+            )
+            barrier()
+            what = f"cross-entropy {sums['cross_entropy']}, CTC {sums['ctc']}, gradient norm {grad_norm}"
+            raise NonFiniteError(f"step {step + 1}: {what}: not finite; its clips are in {path}; lower --lr?")
+
+        # ---- step ----------------------------------------------------------------------------------------
+        lr = cosine_lr(step, args.steps, args.warmup_steps, args.lr)
         for group in optimizer.param_groups:
-            group["lr"] = cosine_lr(step, args.steps, args.warmup_steps, args.lr)
-        optimizer.step()
+            group["lr"] = lr
+        if counts["tokens"]:  # a step without a row changes nothing
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        # ---- log, eval, save -------------------------------------------------------------------------------
-        seconds = time.perf_counter() - start
-        metrics = dict(step=done, loss=loss / max(n_tokens, 1), **(dict(
-            ctc=ctc / max(n_clips, 1), ctc_too_short=n_short) if args.ctc_weight else {}),
-            grad_norm=norm, lr=optimizer.param_groups[0]["lr"], tokens=n_tokens, skipped=int(n_bad),
-            silent=n_silent / max(n_clips, 1), clips_per_s=n_clips / seconds, step_s=seconds, data_s=data_s,
-            update_s=seconds - data_s, **memory())
-        bar.update()
-        bar.set_postfix({name: f"{metrics[name]:.3g}" for name in ("loss", "clips_per_s")}, False)
-        if eval_sets and (done == args.steps or args.eval_every and done % args.eval_every == 0):
-            refresh(actor, model)
-            summaries = run_eval(done)
-            metrics.update({f"{stem}/{s['metric']}": s["value"] for stem, s in summaries.items()})
-        log(metrics)
-        if done % args.save_every == 0 or done == args.steps or stopping:
-            save_checkpoint(args.out, done, model, optimizer, args.keep)
-        if stopping and done < args.steps:
-            if rank == 0:
-                tqdm.write(f"stopped by SIGTERM after step {done}; the same with --resume auto goes on")
-            return
-        start = time.perf_counter()
+
+        # ---- log -----------------------------------------------------------------------------------------
+        done = step + 1
+        step_s = time.perf_counter() - started
+        n_clips = max(counts["clips"], 1)
+        metrics = {
+            "step": done,
+            "loss": sums["cross_entropy"] / max(counts["tokens"], 1),
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "tokens": int(counts["tokens"]),
+            "cut": counts["cut"] / n_clips,
+            "silent": counts["silent"] / n_clips,
+            "skipped": int(counts["bad"]),
+            "clips_per_s": counts["clips"] / step_s,
+            "data_s": data_s,
+            "step_s": step_s,
+            **memory(),
+        }
+        if ctc_head:
+            metrics["ctc"] = sums["ctc"] / n_clips
+            metrics["ctc_too_short"] = int(sums["too_short"])
+
+        # ---- eval, save ----------------------------------------------------------------------------------
+        if args.eval_every and done % args.eval_every == 0 and done < args.steps:
+            for stem, summary in run_eval(done).items():
+                metrics[f"{stem}/{summary['metric']}"] = summary["value"]
+        if rank == 0:
+            add_lines(os.path.join(args.out, "metrics.jsonl"), [metrics])
+            bar.update()
+            bar.set_postfix({key: f"{metrics[key]:.3g}" for key in ("loss", "clips_per_s")}, refresh=False)
+        if done % args.save_every == 0 or done == args.steps:
+            save_checkpoint(args.out, done, model, trained, optimizer, args.keep)
+        started = time.perf_counter()
     bar.close()
-    if eval_sets and summaries is None:             # resumed after its last step
-        summaries = run_eval(args.steps)
+
+    # ---- after -------------------------------------------------------------------------------------------
+    summaries = run_eval(args.steps)
+    save_model(args.out, model)
     if rank == 0:
-        finish_run(args, read_lines(os.path.join(args.out, "metrics.jsonl")), eval=summaries or {})
+        lines = read_lines(os.path.join(args.out, "metrics.jsonl"))
+        skipped = sum(line["skipped"] for line in lines)
+        if skipped:
+            print(f"skipped: {skipped} clips that could not be used, listed in {args.out}/bad.jsonl")
+        print(f"model: {os.path.join(args.out, 'model')}")
+        summary = {"steps": args.steps, "eval": summaries, "skipped": skipped}
+        write_json(os.path.join(args.out, "summary.json"), summary)  # written last: it marks a finished run
     barrier()
+
+
+def spec_augment(mel, args, step, clip):
+    """SpecAugment of one mel (128, F), a function of (seed, step, clip). Masks are 0, near the mean of a mel."""
+    draws = np.random.default_rng((args.seed, 3, step, clip))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(draws.integers(2**63)))
+        mel = mel[None]  # (1, 128, F), as torchaudio wants it
+        for _ in range(args.time_masks):
+            width = min(args.time_width, mel.shape[2] // 4)
+            mel = torchaudio.functional.mask_along_axis(mel, width, 0.0, axis=2)
+        for _ in range(args.freq_masks):
+            mel = torchaudio.functional.mask_along_axis(mel, args.freq_width, 0.0, axis=1)
+    return mel[0]
+
+
+def ctc_loss(ctc_head, frames, frame_lens, texts):
+    """→ Σ over clips of CTC per byte of their UTF-8 text, and the number of clips too short for their text.
+
+    frames (B, T', D), frame_lens (B,), texts: B strings, None = no loss. Byte b is class b + 1 and 0 the blank:
+    257 classes fit every language and need no vocabulary.
+    """
+    targets = [list((text or "").encode()) for text in texts]
+    target_lens = torch.tensor([len(target) for target in targets])
+    flat_targets = torch.tensor([byte + 1 for target in targets for byte in target], dtype=torch.long)
+    log_probs = ctc_head(frames.float()).double().log_softmax(dim=2).transpose(0, 1)  # (T', B, 257)
+    losses = F.ctc_loss(
+        log_probs,
+        flat_targets.to(frames.device),
+        frame_lens.cpu(),
+        target_lens,
+        reduction="none",
+        zero_infinity=True,
+    )  # (B,)
+    n_too_short = 0
+    for target, n_frames in zip(targets, frame_lens.tolist()):
+        n_repeats = sum(
+            byte == following for byte, following in zip(target, target[1:])
+        )  # want a blank between
+        n_too_short += len(target) + n_repeats > n_frames
+    weights = [0.0 if text is None else 1 / max(len(target), 1) for text, target in zip(texts, targets)]
+    return (losses * torch.tensor(weights, device=losses.device)).sum(), n_too_short
+
 
 if __name__ == "__main__":
     run_script(main, parse_args())

@@ -471,10 +471,14 @@ def make_models(args):
     running = {}
     for name, (sizes, manifests, flags) in MODELS.items():
         (args.work / f"{name}.json").write_text(json.dumps(sizes))
+        start = args.work / f"{name}-start"
+        shutil.rmtree(start, ignore_errors=True)
         shutil.rmtree(args.work / name, ignore_errors=True)
+        command = [sys.executable, "-m", "prepare.student", "--config", args.work / f"{name}.json",
+                   "--tokenizer", args.work / "tokenizer", "--seed", args.seed, "--out", start]
+        subprocess.run(list(map(str, command)), cwd=HERE.parent, check=True)
         command = [sys.executable, "sft.py", "--train", *(m.format(work=args.work) for m in manifests),
-                   *flags.split(), "--config", args.work / f"{name}.json",
-                   "--tokenizer", args.work / "tokenizer", "--out", args.work / name,
+                   *flags.split(), "--model", start, "--out", args.work / name,
                    "--eval", "example/dev.jsonl", "--lr", "3e-3", "--workers", "0",
                    "--save-every", "500", "--seed", args.seed, "--time-masks", "1", "--time-width", "20",
                    "--freq-masks", "1", "--freq-width", "20"]

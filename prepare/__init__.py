@@ -1,0 +1,1 @@
+"""Scripts that run once and write a manifest or a model folder: `python -m prepare.NAME --help`."""
