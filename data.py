@@ -2,11 +2,12 @@
 
     manifest line → Clip → load_audio → waveform (samples,) → log_mel (128, F) → collate → Batch
 
-A manifest is JSON Lines, one clip a line (docs/data.md). `load_audio` is the only function that decodes audio.
-Features are computed on each clip alone, so a clip's features do not depend on its batch. Which clips a step
-sees is a pure function of (seed, step): `BatchOrder`.
+A manifest is JSON Lines, one clip a line (docs/data.md). `load_audio` is the only function that decodes
+audio. Features are computed on each clip alone, so a clip's features do not depend on its batch. Which
+clips a step sees is a pure function of (seed, step): `BatchOrder`.
 
-The second half holds the few lines that processes share: start, sums over ranks, output folders, errors.
+Behind it come the few lines that processes share (start, sums over ranks, output folders, flags and errors),
+and last what may be skipped: the table of languages, and sound files that libsndfile reads short.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import os
 import re
 import resource
 import shlex
+import struct
 import subprocess
 import sys
 import unicodedata
@@ -53,98 +55,6 @@ class AudioError(InputError):
 
 class NonFiniteError(InputError):
     """The loss or its gradient is not finite: exit status 3."""
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Languages
-# ----------------------------------------------------------------------------------------------------------
-
-# Qwen3-ASR's thirty languages, by code, as its prompt names them.
-LANGUAGES = {
-    "ar": "Arabic",
-    "yue": "Cantonese",
-    "zh": "Chinese",
-    "cs": "Czech",
-    "da": "Danish",
-    "nl": "Dutch",
-    "en": "English",
-    "fil": "Filipino",
-    "fi": "Finnish",
-    "fr": "French",
-    "de": "German",
-    "el": "Greek",
-    "hi": "Hindi",
-    "hu": "Hungarian",
-    "id": "Indonesian",
-    "it": "Italian",
-    "ja": "Japanese",
-    "ko": "Korean",
-    "mk": "Macedonian",
-    "ms": "Malay",
-    "fa": "Persian",
-    "pl": "Polish",
-    "pt": "Portuguese",
-    "ro": "Romanian",
-    "ru": "Russian",
-    "es": "Spanish",
-    "sv": "Swedish",
-    "th": "Thai",
-    "tr": "Turkish",
-    "vi": "Vietnamese",
-}
-ISO_639_1 = (
-    "aa ab ae af ak am an ar as av ay az ba be bg bh bi bm bn bo br bs ca ce ch co cr cs cu cv cy da de dv dz ee "
-    "el en eo es et eu fa ff fi fj fo fr fy ga gd gl gn gu gv ha he hi ho hr ht hu hy hz ia id ie ig ii ik io is "
-    "it iu ja jv ka kg ki kj kk kl km kn ko kr ks ku kv kw ky la lb lg li ln lo lt lu lv mg mh mi mk ml mn mr ms "
-    "mt my na nb nd ne ng nl nn no nr nv ny oc oj om or os pa pi pl ps pt qu rm rn ro ru rw sa sc sd se sg si sk "
-    "sl sm sn so sq sr ss st su sv sw ta te tg th ti tk tl tn to tr ts tt tw ty ug uk ur uz ve vi vo wa wo xh yi "
-    "yo za zh zu"
-)
-# Three-letter codes of the thirty (both kinds of ISO 639-2 where they differ), and the kin of Mandarin.
-THREE_LETTERS = (
-    "ara:ar zho:zh chi:zh ces:cs cze:cs dan:da nld:nl dut:nl eng:en fil:fil tgl:fil fin:fi fra:fr fre:fr deu:de "
-    "ger:de ell:el gre:el hin:hi hun:hu ind:id ita:it jpn:ja kor:ko mkd:mk mac:mk msa:ms may:ms fas:fa per:fa "
-    "pol:pl por:pt ron:ro rum:ro rus:ru spa:es swe:sv tha:th tur:tr vie:vi cmn:zh wuu:zh nan:zh hak:zh yue:yue"
-)
-LANGUAGE_CODES = {code: code for code in ISO_639_1.split()}
-LANGUAGE_CODES.update(pair.split(":") for pair in THREE_LETTERS.split())
-LANGUAGE_CODES.update((name.lower(), code) for code, name in LANGUAGES.items())
-LANGUAGE_CODES.update({"mandarin": "zh", "tl": "fil"})
-
-
-def language_code(name):
-    """The code of a manifest's `language`: "Chinese", "zh-CN", "cmn" → "zh"; "zh-HK", "zh-yue" → "yue".
-
-    Understood are two-letter codes of ISO 639-1, the three-letter codes and English names of `LANGUAGES`, and
-    cmn, wuu, nan, hak, each with a region or script tag. Raises InputError for anything else: a Chinese set
-    labelled "cn" must not be scored by word in silence.
-    """
-    first, *tags = re.split("[-_]", name.strip().lower())
-    code = LANGUAGE_CODES.get(first)
-    if code is None or not all(re.fullmatch("[a-z0-9]{2,8}", tag) for tag in tags):
-        raise InputError(f"language {name!r} is not known; give a code of ISO 639 such as en, zh or yue")
-    if code == "zh" and ("hk" in tags or "yue" in tags):
-        return "yue"
-    return code
-
-
-def script_language(text):
-    """The language that the script of a text decides, or None.
-
-    Kana means Japanese, else Hangul Korean, else Han Chinese; Thai and Greek letters decide where most letters
-    are theirs. Latin, Cyrillic, Arabic and Devanagari letters are shared by many languages and decide nothing.
-    Control tokens such as <|im_end|> do not count.
-    """
-    text = unicodedata.normalize("NFKC", re.sub(r"<[^<>\s]{1,40}>", "", text))
-    scripts = [unicodedata.name(c, "?").split()[0] for c in text if c.isalpha()]
-    if "HIRAGANA" in scripts or "KATAKANA" in scripts:
-        return "ja"
-    if "HANGUL" in scripts:
-        return "ko"
-    if "CJK" in scripts:
-        return "zh"
-    most = max(scripts, key=scripts.count, default=None)
-    return {"THAI": "th", "GREEK": "el"}.get(most)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -185,7 +95,8 @@ def parse_line(raw, where, folder, text_field="text"):
     """
     try:
         fields = json.loads(raw.decode("utf-8"))
-        json.dumps(fields, ensure_ascii=False).encode()  # half a surrogate pair could not be written again
+        if b"\\u" in raw:  # half a surrogate pair could not be written again
+            json.dumps(fields, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
         raise InputError(f"{where}: not UTF-8 (byte {error.start}); save the manifest as UTF-8") from None
     except (ValueError, RecursionError) as error:
@@ -262,8 +173,9 @@ def read_manifest(path, text_field="text"):
 class Clips:
     """The clips of several manifests as a sequence: clips[i] reads its line again, so memory stays small.
 
-    One pass at the start checks every line. Left out and counted are clips over `max_seconds` (n_long), result
-    lines of eval.py whose clip could not be decoded (n_failed), and what is_wanted(clip) refuses (n_unwanted).
+    One pass at the start checks every line. Left out and counted are clips over `max_seconds` (n_long),
+    result lines of eval.py whose clip could not be decoded (n_failed), and what is_wanted(clip) refuses
+    (n_unwanted).
 
     seconds: (n,) float32, durations. languages: {code, or None where a line names none: first clip with it}.
     Raises InputError where a line has no `text_field` (None: no transcript is needed or read).
@@ -276,12 +188,10 @@ class Clips:
         self.n_long = 0
         self.n_failed = 0
         self.n_unwanted = 0
-        files, offsets, numbers, seconds = (
-            array.array("H"),
-            array.array("q"),
-            array.array("L"),
-            array.array("f"),
-        )
+        files = array.array("H")
+        offsets = array.array("q")
+        numbers = array.array("L")
+        seconds = array.array("f")
         for file, path in enumerate(paths):
             folder = os.path.dirname(os.path.abspath(path))
             for offset, number, raw in manifest_lines(path):
@@ -327,80 +237,18 @@ class Clips:
 # Audio
 # ----------------------------------------------------------------------------------------------------------
 
-
-@functools.lru_cache(16)
-def resampler(rate_hz):
-    return torchaudio.transforms.Resample(rate_hz, SAMPLE_RATE)
-
-
-def is_cut_off(raw):
-    """Does a container promise more than it holds? libsndfile shortens such WAV and Ogg files in silence."""
-    if raw[:4] == b"RIFF":
-        size = int.from_bytes(raw[4:8], "little")  # ffffffff: unknown, as streaming writers leave it
-        return len(raw) + 64 < size < 0x7FFF_0000
-    if raw[:4] == b"OggS":
-        page = raw[
-            raw.rfind(b"OggS") :
-        ]  # the last one: flags in byte 5 (4 = end), its pieces' sizes from 27 on
-        if len(page) < 28 or not page[5] & 4:
-            return True
-        n_pieces = page[26]
-        return len(page) < 27 + n_pieces + sum(page[27 : 27 + n_pieces])
-    return False
-
-
-def open_audio(clip):
-    """A readable file with the clip's bytes: the whole file, or its range of a container such as a tar."""
-    if os.path.exists(clip.audio) and not os.path.isfile(clip.audio):  # a pipe would be waited for
-        raise InputError("is a directory, or no plain file")
-    if clip.end_time >= 0 and clip.offset is None:
-        return open(clip.audio, "rb")  # a segment of a long recording: sought, not read as a whole
-    with open(clip.audio, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        offset = clip.offset or 0
-        nbytes = size if clip.nbytes is None else clip.nbytes
-        if offset + nbytes > size:
-            raise InputError(
-                f"ends before byte {offset + nbytes}; the shard is shorter than the manifest says"
-            )
-        file.seek(offset)
-        raw = file.read(nbytes)
-    if is_cut_off(raw):
-        raise InputError("is cut off: its header or last page promises more; get it whole, or re-encode it")
-    return io.BytesIO(raw)
-
-
-def decode(clip, file):
-    """(samples, channels) float32 of the clip's time range, and its sample rate in Hz."""
-    with soundfile.SoundFile(file) as audio:
-        rate = audio.samplerate
-        n_frames = audio.frames
-        begin = round(max(clip.begin_time, 0) * rate)
-        end = round(clip.end_time * rate) if clip.end_time >= 0 else n_frames
-        if n_frames and (begin >= n_frames or end > n_frames + round(DURATION_TOLERANCE_S * rate)):
-            outside = f"{clip.begin_time:g}–{clip.end_time:g} s is outside"
-            raise InputError(f"{outside}: the recording has {n_frames / rate:.2f} s")
-        end = min(end, n_frames)
-        if end - begin > (clip.duration + 60) * rate or rate > 5_000 * math.gcd(rate, SAMPLE_RATE):
-            raise InputError(f"states {n_frames} samples at {rate} Hz: streamed or damaged; re-encode it")
-        # libsndfile's seek misplaces Vorbis by a fraction of a second and spoils MP3's first frame.
-        first = 0 if audio.subtype == "VORBIS" or audio.subtype.startswith("MPEG") else begin
-        audio.seek(first)
-        channels = audio.read(end - first, dtype="float32", always_2d=True)[begin - first :]
-    if len(channels) == 0:
-        raise InputError("holds no samples; re-encode it or remove the line")
-    if len(channels) < end - begin:
-        raise InputError(f"is damaged: {len(channels)} of {end - begin} samples could be decoded")
-    return channels, rate
+# libsndfile decodes. It reads what it takes for the whole file: the first of several streams, no more than a
+# header counts, and of MP3 without a count what it guesses from the first frame. What is missing or left over
+# it passes by in silence. `complete_audio` finds such files, and gives MP3 the right count.
 
 
 def load_audio(clip):
     """The waveform of a clip: (samples,) float32 at 16 kHz, channels averaged.
 
-    Raises AudioError, with line and remedy, for what cannot be used. libsndfile shortens damaged files in
-    silence, so the decoded length is compared with the manifest's `duration`.
+    Raises AudioError, with line and remedy, for what cannot be used. The decoded length is compared with the
+    manifest's `duration`.
     """
-    try:
+    with audio_errors(f"{clip.where}: {clip.audio}"):
         with open_audio(clip) as file:
             channels, rate = decode(clip, file)
         if not np.isfinite(channels).all():
@@ -412,26 +260,107 @@ def load_audio(clip):
         if abs(decoded_s - clip.duration) > DURATION_TOLERANCE_S + 0.01 * clip.duration:
             lengths = f"{decoded_s:.2f} s decoded, the manifest says {clip.duration:.2f} s"
             raise InputError(f"{lengths}; is it truncated?")
-    except soundfile.LibsndfileError as error:
-        reason = f"libsndfile cannot read it ({error.error_string}); convert it to wav or flac"
-        raise AudioError(f"{clip.where}: {clip.audio}: {reason}") from None
-    except OSError as error:
-        reason = f"{error.strerror or error}; relative paths start at the manifest's folder"
-        raise AudioError(f"{clip.where}: {clip.audio}: {reason}") from None
-    except InputError as error:
-        raise AudioError(f"{clip.where}: {clip.audio}: {error}") from None
     waveform = torch.from_numpy(np.ascontiguousarray(waveform))
     return waveform if rate == SAMPLE_RATE else resampler(rate)(waveform)
 
 
+@contextlib.contextmanager
+def audio_errors(place):
+    """Turns the errors of reading audio into AudioErrors that name their place."""
+    try:
+        yield
+    except soundfile.LibsndfileError as error:
+        reason = f"libsndfile cannot read it ({error.error_string}); convert it to wav or flac"
+        raise AudioError(f"{place}: {reason}") from None
+    except OSError as error:
+        reason = f"{error.strerror or error}; relative paths start at the manifest's folder"
+        raise AudioError(f"{place}: {reason}") from None
+    except InputError as error:
+        raise AudioError(f"{place}: {error}") from None
+
+
+def open_audio(clip):
+    """A readable file with the clip's audio: the whole file, or its range of a container such as a tar."""
+    if os.path.exists(clip.audio) and not os.path.isfile(clip.audio):  # a pipe would be waited for
+        raise InputError("is a directory, or no plain file")
+    # By descriptor, because soundfile would take the format from a file's name.
+    file = open(os.open(clip.audio, os.O_RDONLY), "rb")
+    if clip.end_time >= 0 and clip.offset is None and not file.read(3).startswith((b"ID3", b"\xff")):
+        return file  # a segment of a long recording: sought, not read as a whole
+    with file:
+        size = os.fstat(file.fileno()).st_size
+        offset = clip.offset or 0
+        nbytes = size if clip.nbytes is None else clip.nbytes
+        if offset + nbytes > size:
+            raise InputError(
+                f"ends before byte {offset + nbytes}; the shard is shorter than the manifest says"
+            )
+        file.seek(offset)
+        return io.BytesIO(complete_audio(file.read(nbytes)))
+
+
+def decode(clip, file):
+    """(samples, channels) float32 of the clip's time range, and its sample rate in Hz."""
+    file.seek(0)
+    with soundfile.SoundFile(file) as audio:
+        rate = audio.samplerate
+        n_frames = audio.frames
+        begin = round(max(clip.begin_time, 0) * rate)
+        end = round(clip.end_time * rate) if clip.end_time >= 0 else n_frames
+        if n_frames and (begin >= n_frames or end > n_frames + round(DURATION_TOLERANCE_S * rate)):
+            outside = f"{clip.begin_time:g}–{clip.end_time:g} s is outside"
+            raise InputError(f"{outside}: the recording (its first stream) has {n_frames / rate:.2f} s")
+        end = min(end, n_frames)
+        if end - begin > (clip.duration + 60) * rate or rate > 5_000 * math.gcd(rate, SAMPLE_RATE):
+            raise InputError(f"states {n_frames} samples at {rate} Hz: streamed or damaged; re-encode it")
+        # Some codecs cannot seek (GSM 6.10). libsndfile's seek misplaces Vorbis by a fraction of a second and
+        # spoils the first frame of MP3.
+        seeks_exactly = audio.seekable() and audio.subtype != "VORBIS" and audio.format != "MP3"
+        first = begin if seeks_exactly else 0
+        if first > 0:
+            audio.seek(first)
+        channels = audio.read(end - first, dtype="float32", always_2d=True)[begin - first :]
+        if audio.format == "FLAC" and clip.end_time < 0 and re.search(rb"\xff[\xf8\xf9]", file.read()):
+            raise InputError("holds more frames than its header counts: streamed or damaged; re-encode it")
+    if len(channels) == 0:
+        raise InputError("holds no samples; re-encode it or remove the line")
+    if len(channels) < end - begin:
+        damage = f"is damaged: {len(channels)} of {end - begin} samples could be decoded"
+        raise InputError(f"{damage}; get it anew, or re-encode it")
+    return channels, rate
+
+
+@functools.lru_cache(16)
+def resampler(rate_hz):
+    return torchaudio.transforms.Resample(rate_hz, SAMPLE_RATE)
+
+
+def audio_duration(source):
+    """Seconds of a sound file, given by its path or as its bytes. Raises AudioError.
+
+    Nothing is decoded. The length is the header's, and of MP3 that of all its frames.
+    """
+    is_path = isinstance(source, str | os.PathLike)
+    with audio_errors(source if is_path else "audio"):
+        raw = source
+        if is_path:
+            with open(source, "rb") as file:
+                raw = file.read()
+        with soundfile.SoundFile(io.BytesIO(complete_audio(raw))) as audio:
+            duration = audio.frames / audio.samplerate
+        if duration > 1e6:
+            raise InputError(f"states {duration:g} s: streamed or damaged; re-encode it")
+    return duration
+
+
 def clip_from_file(path):
-    """A `Clip` of a bare audio file, its duration from the header. Raises InputError."""
+    """A `Clip` of a bare audio file. Raises InputError."""
     if not os.path.exists(path):
         raise InputError(f"{path}: no such file")
     try:
-        duration = soundfile.info(path).duration
-    except (OSError, TypeError, soundfile.LibsndfileError) as error:  # TypeError: soundfile, of a *.raw
-        raise InputError(f"{path}: neither a .jsonl manifest nor readable audio ({error})") from None
+        duration = audio_duration(path)
+    except InputError as error:
+        raise InputError(f"{error} (expected a .jsonl manifest or a sound file)") from None
     fields = {"audio": path, "duration": duration}
     return Clip(os.path.abspath(path), max(duration, 1e-3), path, fields)
 
@@ -550,7 +479,7 @@ def pad_left(prompts, pad_id):
 
 
 class BatchOrder:
-    """order(step) → clip numbers (batch_size,) of the global batch of `step` (from 0), a pure function of seed.
+    """order(step) → clip numbers (batch_size,) of the global batch of `step`, a pure function of the seed.
 
     Each epoch is a fresh permutation, one after the other in an endless stream. The stream is cut into pools
     of `pool_batches` batches; a pool is sorted by duration, so that a batch holds clips of like length, cut
@@ -616,8 +545,8 @@ def micro_batches(indices, seconds, micro_seconds):
 class StepDataset(torch.utils.data.Dataset):
     """Item `step`: (this rank's micro-batches of that step, its bad clips), made in a data worker.
 
-    make(step, indices, clips, waveforms) builds one micro-batch. A clip that cannot be used is left out of its
-    micro-batch and listed as {clip, audio, reason}; with on_bad_audio "error" it ends the run instead.
+    make(step, indices, clips, waveforms) builds one micro-batch. A clip that cannot be used is left out of
+    its micro-batch and listed as {clip, audio, reason}; with on_bad_audio "error" it ends the run instead.
     """
 
     def __init__(self, clips, args, make):
@@ -661,7 +590,7 @@ def load_usable(clips):
 
 
 def step_batches(dataset, first_step, last_step, workers):
-    """Yields (step, micro-batches, bad clips) for [first_step, last_step), read ahead by `workers` processes."""
+    """Yields (step, micro-batches, bad clips) of [first_step, last_step); `workers` processes read ahead."""
     loader = torch.utils.data.DataLoader(
         dataset,
         batch_size=None,
@@ -739,7 +668,7 @@ MAY_CHANGE = (
 
 def content_of(path):
     """What a manifest (SHA-256) or a model folder (config, names and sizes of weights) holds, as a string."""
-    if not os.path.exists(path):
+    if not os.path.isfile(path) and not os.path.isdir(path):
         raise InputError(f"{path}: no such file or folder")
     if os.path.isfile(path):
         with open(path, "rb") as file:
@@ -765,9 +694,9 @@ def complete_steps(out):
 def find_run(args, script, contents):
     """Looks at args.out before anything slow: → (steps done, folder of that checkpoint or None).
 
-    contents: {flag: what its paths hold (`content_of`)}. A new run wants a new or empty folder. --resume goes on
-    from the newest complete checkpoint, or from 0 where there is none. (None, None): the run is finished. Rank 0
-    looks, and every rank gets its answer, or its InputError.
+    contents: {flag: what its paths hold (`content_of`)}. A new run wants a new or empty folder. --resume
+    goes on from the newest complete checkpoint, or from 0 where there is none. (None, None): the run is
+    finished. Rank 0 looks, and every rank gets its answer, or its InputError.
     """
     answer = [None]
     if rank_and_world()[0] == 0:
@@ -811,7 +740,7 @@ def look_at_out(args, script, contents):
 
 
 def begin_run(args, script, contents, first_step):
-    """Writes config.json, and cuts metrics.jsonl and its kin back to `first_step`, so that no step is there twice."""
+    """Writes config.json, and cuts metrics.jsonl and its kin back to `first_step`: no step is there twice."""
     barrier()
     if rank_and_world()[0] > 0:
         return
@@ -853,6 +782,18 @@ def report_bad(out, step, bad):
         add_lines(os.path.join(out, "bad.jsonl"), lines)
 
 
+def stop_not_finite(out, step, what, clips, texts):
+    """Saves this rank's clips and transcripts of the step and stops with status 3; no weight is touched."""
+    rank, _ = rank_and_world()
+    path = os.path.join(out, f"nonfinite-{step}-{rank}.jsonl")
+    lines = []
+    for clip, text in zip(clips, texts):
+        lines.append({"step": step, "clip": clip.where, "audio": clip.audio, "text": text})
+    add_lines(path, lines, mode="w")
+    barrier()
+    raise NonFiniteError(f"step {step}: {what}: not finite; its clips are in {path}; lower --lr?")
+
+
 def read_json(path):
     with open(path, encoding="utf-8") as file:
         return json.load(file)
@@ -882,7 +823,12 @@ def add_lines(path, lines, mode="a"):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults in --help, and the script's docstring as it is written."""
+    """Defaults in --help, where there is one, and the script's docstring as it is written."""
+
+    def _get_help_string(self, action):
+        if action.default in (None, False, []):
+            return action.help
+        return super()._get_help_string(action)
 
 
 def argument_parser(script, docstring):
@@ -919,9 +865,249 @@ def run_script(main, args):
     """
     try:
         main(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `… | head -1` has read enough: what is left goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except InputError as error:
         if int(os.environ.get("RANK", 0)) == 0 or isinstance(error, AudioError):
             tqdm.write(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
         sys.exit(3 if isinstance(error, NonFiniteError) else 2)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Languages
+# ----------------------------------------------------------------------------------------------------------
+
+# Qwen3-ASR's thirty languages, by code, as its prompt names them.
+LANGUAGES = {
+    "ar": "Arabic",
+    "yue": "Cantonese",
+    "zh": "Chinese",
+    "cs": "Czech",
+    "da": "Danish",
+    "nl": "Dutch",
+    "en": "English",
+    "fil": "Filipino",
+    "fi": "Finnish",
+    "fr": "French",
+    "de": "German",
+    "el": "Greek",
+    "hi": "Hindi",
+    "hu": "Hungarian",
+    "id": "Indonesian",
+    "it": "Italian",
+    "ja": "Japanese",
+    "ko": "Korean",
+    "mk": "Macedonian",
+    "ms": "Malay",
+    "fa": "Persian",
+    "pl": "Polish",
+    "pt": "Portuguese",
+    "ro": "Romanian",
+    "ru": "Russian",
+    "es": "Spanish",
+    "sv": "Swedish",
+    "th": "Thai",
+    "tr": "Turkish",
+    "vi": "Vietnamese",
+}
+ISO_639_1 = (
+    "aa ab ae af ak am an ar as av ay az ba be bg bh bi bm bn bo br bs ca ce ch co cr cs cu cv cy da de "
+    "dv dz ee el en eo es et eu fa ff fi fj fo fr fy ga gd gl gn gu gv ha he hi ho hr ht hu hy hz ia id "
+    "ie ig ii ik io is it iu ja jv ka kg ki kj kk kl km kn ko kr ks ku kv kw ky la lb lg li ln lo lt lu "
+    "lv mg mh mi mk ml mn mr ms mt my na nb nd ne ng nl nn no nr nv ny oc oj om or os pa pi pl ps pt qu "
+    "rm rn ro ru rw sa sc sd se sg si sk sl sm sn so sq sr ss st su sv sw ta te tg th ti tk tl tn to tr "
+    "ts tt tw ty ug uk ur uz ve vi vo wa wo xh yi yo za zh zu"
+)
+# Three-letter codes of the thirty (both kinds of ISO 639-2 where they differ), and the kin of Mandarin.
+THREE_LETTERS = (
+    "ara:ar zho:zh chi:zh ces:cs cze:cs dan:da nld:nl dut:nl eng:en fil:fil tgl:fil fin:fi fra:fr fre:fr "
+    "deu:de ger:de ell:el gre:el hin:hi hun:hu ind:id ita:it jpn:ja kor:ko mkd:mk mac:mk msa:ms may:ms "
+    "fas:fa per:fa pol:pl por:pt ron:ro rum:ro rus:ru spa:es swe:sv tha:th tur:tr vie:vi cmn:zh wuu:zh "
+    "nan:zh hak:zh yue:yue"
+)
+LANGUAGE_CODES = {code: code for code in ISO_639_1.split()}
+LANGUAGE_CODES.update(pair.split(":") for pair in THREE_LETTERS.split())
+LANGUAGE_CODES.update((name.lower(), code) for code, name in LANGUAGES.items())
+LANGUAGE_CODES.update({"mandarin": "zh", "tl": "fil"})
+
+
+def language_code(name):
+    """The code of a manifest's `language`: "Chinese", "zh-CN", "cmn" → "zh"; "zh-HK", "zh-yue" → "yue".
+
+    Understood are two-letter codes of ISO 639-1, the three-letter codes and English names of `LANGUAGES`, and
+    cmn, wuu, nan, hak, each with a region or script tag. Raises InputError for anything else: a Chinese set
+    labelled "cn" must not be scored by word in silence.
+    """
+    first, *tags = re.split("[-_]", name.strip().lower())
+    code = LANGUAGE_CODES.get(first)
+    if code is None or not all(re.fullmatch("[a-z0-9]{2,8}", tag) for tag in tags):
+        raise InputError(f"language {name!r} is not known; give a code of ISO 639 such as en, zh or yue")
+    if code == "zh" and ("hk" in tags or "yue" in tags):
+        return "yue"
+    return code
+
+
+def script_language(text):
+    """The language that the script of a text decides, or None.
+
+    Kana means Japanese, else Hangul Korean, else Han Chinese; Thai and Greek letters decide where most
+    letters are theirs. Latin, Cyrillic, Arabic and Devanagari letters are shared by many languages and
+    decide nothing. Control tokens such as <|im_end|> do not count.
+    """
+    text = unicodedata.normalize("NFKC", re.sub(r"<[^<>\s]{1,40}>", "", text))
+    scripts = [unicodedata.name(c, "?").split()[0] for c in text if c.isalpha()]
+    if "HIRAGANA" in scripts or "KATAKANA" in scripts:
+        return "ja"
+    if "HANGUL" in scripts:
+        return "ko"
+    if "CJK" in scripts:
+        return "zh"
+    most = max(dict.fromkeys(scripts), key=scripts.count, default=None)
+    return {"THAI": "th", "GREEK": "el"}.get(most)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Sound files that libsndfile reads short (skip on first reading)
+# ----------------------------------------------------------------------------------------------------------
+
+
+def complete_audio(raw):
+    """The bytes of a sound file from which libsndfile reads all of its audio.
+
+    A tag in front is taken off, and MP3 gets a count of its frames. Raises InputError for a file that is cut
+    off, and for one that holds more than libsndfile would read.
+    """
+    while raw.startswith(b"ID3") and len(raw) >= 10:
+        raw = raw[id3_bytes(raw) :].lstrip(b"\0")
+    if mp3_frame_bytes(raw[:4]):
+        return counted_mp3(raw)
+    n_streams = 1
+    if raw.startswith((b"RIFF", b"FORM")):
+        check_end(raw, chunks_end(raw), n_missing=64)  # some writers count the header too
+    elif raw.startswith(b"fLaC"):
+        n_streams = len(re.findall(rb"fLaC[\0\x80]\0\0\x22", raw))
+    elif raw.startswith(b"OggS"):
+        raw = raw[: ogg_end(raw)]  # libsndfile stumbles over a tag behind it
+        flags = b"".join(re.findall(rb"OggS\0([\0-\7])", raw))
+        n_streams = len(re.findall(b"\x02+", flags))  # 2: a stream begins; several at once are multiplexed
+    if n_streams > 1:
+        raise InputError(
+            f"holds {n_streams} streams in a row, of which only the first is read; re-encode it as one"
+        )
+    return raw
+
+
+def id3_bytes(raw):
+    """The size of the ID3v2 tag with which `raw` begins."""
+    size = raw[6] << 21 | raw[7] << 14 | raw[8] << 7 | raw[9]
+    has_footer = raw[5] & 0x10
+    return size + (20 if has_footer else 10)
+
+
+def check_end(raw, end, n_missing=0):
+    """Raises InputError where a file does not end at `end`, as its headers say, but for tags and padding.
+
+    n_missing: how many bytes may be missing.
+    """
+    if end > len(raw) + n_missing:
+        raise InputError(
+            f"is cut off: {end} bytes by its headers, {len(raw)} there; get it whole, or re-encode it"
+        )
+    rest = raw[end:].strip(b"\0")
+    if len(rest) > 64 + len(raw) // 100 and not rest.startswith((b"TAG", b"APETAGEX")):
+        raise InputError(
+            f"holds {len(raw) - end} bytes more than its headers count: streamed or damaged; re-encode it"
+        )
+
+
+def ogg_end(raw):
+    """Where the last page of an Ogg file ends. Raises InputError where that is not the end of a stream."""
+    begin = raw.rfind(b"OggS")
+    page = raw[begin:]  # flags in byte 5 (4: a stream ends), the sizes of its pieces from byte 27 on
+    sizes = page[27 : 27 + page[26]] if len(page) > 26 else b""
+    n_bytes = 27 + len(sizes) + sum(sizes)
+    if len(page) < max(n_bytes, 28) or not page[5] & 4:
+        raise InputError("is cut off: its last page is not the end; get it whole, or re-encode it")
+    return begin + n_bytes
+
+
+def chunks_end(raw):
+    """Where the chunks of a WAV (RIFF) or AIFF (FORM) file end, by their sizes."""
+    order = "little" if raw.startswith(b"RIFF") else "big"
+    pattern = re.compile(rb"\0*(?!APETAGEX|TAG)([ -~]{4})(.{4})", re.DOTALL)  # padding, name, size
+    end = 12
+    has_samples = False
+    chunk = pattern.match(raw, end)
+    while chunk:
+        size = int.from_bytes(chunk[2], order)
+        if size >= 0x7E00_0000:  # unknown, as streaming writers leave it: libsndfile reads to the end
+            return len(raw)
+        has_samples |= chunk[1] in (b"data", b"SSND")
+        end = chunk.end() + size
+        chunk = pattern.match(raw, end)
+    return end if has_samples else len(raw)
+
+
+# MPEG audio layer III, by the version in the header's bits (3: MPEG-1, 2: MPEG-2, 0: MPEG-2.5).
+MP3_RATES_HZ = {3: (44_100, 48_000, 32_000), 2: (22_050, 24_000, 16_000), 0: (11_025, 12_000, 8_000)}
+MP3_KBIT_S = (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)
+MP3_KBIT_S_LOW = (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)  # MPEG-2 and 2.5
+
+
+def mp3_frame_bytes(header):
+    """The size of the layer III frame that begins with this header of four bytes; 0 where none does."""
+    if len(header) < 4 or header[0] != 0xFF or header[1] & 0xE6 != 0xE2:
+        return 0
+    version = header[1] >> 3 & 3
+    rate_index = header[2] >> 2 & 3
+    bit_rate_index = header[2] >> 4
+    if version == 1 or rate_index == 3 or bit_rate_index in (0, 15):
+        return 0
+    kbit_s = (MP3_KBIT_S if version == 3 else MP3_KBIT_S_LOW)[bit_rate_index]
+    n_samples = 1152 if version == 3 else 576
+    padding = header[2] >> 1 & 1
+    return n_samples * kbit_s * 125 // MP3_RATES_HZ[version][rate_index] + padding
+
+
+def counted_mp3(raw):
+    """An MP3 file with a first frame ("Info") that counts the others; as it is where it has a right one.
+
+    Without one libsndfile guesses the length from the size of the first frame, far off where the bit rate
+    varies, and reads no further than that. Every frame is found by the sizes in the headers before it.
+    """
+    frames = []
+    end = 0
+    while end < len(raw):
+        size = mp3_frame_bytes(raw[end : end + 4])
+        if size:
+            frames.append(raw[end : end + size])
+        elif raw.startswith(b"ID3", end) and end + 10 <= len(raw):  # tags between files that were joined
+            size = id3_bytes(raw[end : end + 10])
+        elif raw.startswith(b"TAG", end):
+            size = 128
+        else:
+            break
+        end += size
+    check_end(raw, end)
+
+    first = frames[0]
+    tag = max(first[:48].find(b"Xing"), first[:48].find(b"Info"))
+    if tag >= 0:
+        frames = frames[1:]
+        flags, n_frames, n_bytes = struct.unpack(">3I", first[tag + 4 : tag + 16].ljust(12, b"\0"))
+        if flags & 3 == 3 and n_bytes > len(raw) and n_frames > len(frames):
+            raise InputError(
+                f"is cut off: it counts {n_frames} frames, {len(frames)} are there; get it whole"
+            )
+        if flags & 1 and n_frames == len(frames):
+            return b"".join([first, *frames])
+
+    version = first[1] >> 3 & 3
+    is_mono = first[3] >> 6 == 3
+    header = bytes([0xFF, first[1] | 1, first[2] & 0x0C | 0x80, first[3]])
+    side_info = bytes(17 if is_mono else 32) if version == 3 else bytes(9 if is_mono else 17)
+    info = header + side_info + b"Info" + struct.pack(">2I", 1, len(frames))
+    return b"".join([info.ljust(mp3_frame_bytes(header), b"\0"), *frames])

@@ -111,8 +111,7 @@ def main(args):
 
 def decode_and_score(args, rank, world, device):
     """--model: decodes and scores --data on all ranks."""
-
-    # ---- data and model ----
+    # ---- data and model --------------------------------------------------------------------------------
     sets = read_sets(args.data, args.max_seconds)
     default_language = language_code(args.language) if args.language else None
     model = SpeechLM.from_pretrained(args.model).to(device).eval()
@@ -123,11 +122,12 @@ def decode_and_score(args, rank, world, device):
         "tokens_per_second": args.tokens_per_second,
     }
 
-    # ---- warm-up, so that the real-time factor does not count what happens once ----
+    # ---- warm-up ---------------------------------------------------------------------------------------
+    # What happens once, such as loading kernels, does not count in the real-time factor.
     first_clip = next(iter(sets.values()))[0]
     transcribe(model, [first_clip] * world, device, args.batch_seconds, "warm-up", **decoding)
 
-    # ---- decode and score ----
+    # ---- decode and score ------------------------------------------------------------------------------
     summaries = evaluate(
         model,
         sets,
@@ -141,14 +141,15 @@ def decode_and_score(args, rank, world, device):
         **decoding,
     )
 
-    # ---- report ----
+    # ---- report ----------------------------------------------------------------------------------------
     if rank > 0:
         return  # also where a clip failed: torchrun would stop rank 0 before it has printed
     n_scored = sum(summary["scored"] for summary in summaries.values())
     n_failed = sum(summary["failed"] for summary in summaries.values())
     if args.out or n_scored:
         print_summaries(summaries)
-        print(f"{world} process(es) on {device.type}" + (f"; results in {args.out}" if args.out else ""))
+        where = f"; results in {args.out}" if args.out else ""
+        print(f"{world} process(es) on {device.type}{where}", flush=True)
     if n_failed:
         print(f"eval.py: {n_failed} clip(s) not decoded", file=sys.stderr)
         sys.exit(1)
@@ -573,9 +574,11 @@ def read_results(path):
 def compare(results_a, results_b, draws=10_000, seed=0):
     """Paired bootstrap of two systems over the same clips, in whatever order their lines are.
 
-    → metric, n, a and b (%), difference = b − a (points), low and high of its 95 % interval, and p, two-sided:
-    twice the smaller share of draws with a difference ≤ 0 or ≥ 0, (count + 1) / (draws + 1), at most 1. Interval and p are None where `reason` says why. Raises InputError where the files do not hold the same
-    clips with the same texts, each once and decoded.
+    → metric; n clips; a and b (%); difference = b − a (points); low and high of its 95 % interval; p,
+    two-sided: twice the smaller share of draws with a difference ≤ 0 or ≥ 0, as (count + 1) / (draws + 1),
+    at most 1; and the reason where interval and p are None.
+
+    Raises InputError where the files do not hold the same clips with the same texts, each once and decoded.
     """
     by_key_a = {result["key"]: result for result in results_a}
     by_key_b = {result["key"]: result for result in results_b}
@@ -683,10 +686,4 @@ def cell_text(cell):
 
 
 if __name__ == "__main__":
-    try:
-        run_script(main, parse_args())
-        sys.stdout.flush()
-    except (
-        BrokenPipeError
-    ):  # `| head -1` has read enough: what is left goes nowhere, so that Python ends quietly
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    run_script(main, parse_args())

@@ -16,7 +16,6 @@ and self-check, optimizer and checkpoints. The last section, the fast decoder, m
 """
 
 import dataclasses
-import functools
 import glob
 import json
 import math
@@ -30,6 +29,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -110,8 +110,8 @@ class EncoderLayer(nn.Module):
 class Encoder(nn.Module):
     """Whisper's encoder with rotary instead of absolute positions: mel (B, 128, F) → frames (B, T', D).
 
-    A clip's frames do not depend on its batch mates. The mel is exactly 0 beyond a clip's own frames, which is
-    what the convolutions pad with, and frames beyond frame_lens (B,) are masked as keys.
+    A clip's frames do not depend on its batch mates. The mel is exactly 0 beyond a clip's own frames, which
+    is what the convolutions pad with, and frames beyond frame_lens (B,) are masked as keys.
     """
 
     def __init__(self, config):
@@ -162,7 +162,7 @@ def rotary_table(positions, size, theta, dtype):
 
 
 def rotate(x, cos, sin):
-    """Turns the first dimensions of x (B, heads, T', d), as many as the table has: dimension i with i + r / 2."""
+    """Turns the first r dimensions of x (B, heads, T', d), as many as the table has: i with i + r / 2."""
     size = cos.shape[1]
     turned = x[..., :size]
     first, second = turned.chunk(2, dim=-1)
@@ -202,9 +202,9 @@ CHAT_TEMPLATE = (
 class Rollout:
     """Transcripts of B clips, as token ids.
 
-    Row (b, t) is scored for t < lens[b], and at t = lens[b] where the rollout stopped by itself: the stop token
-    is part of the transcript, and a transcript that the cap cut has none. Masks come from the lengths, never
-    from `ids == pad`: the pad id may be a text's own end.
+    Row (b, t) is scored for t < lens[b], and at t = lens[b] where the rollout stopped by itself: the stop
+    token is part of the transcript, and a transcript that the cap cut has none. Masks come from the
+    lengths, never from `ids == pad`: the pad id may be a text's own end.
     """
 
     ids: torch.Tensor  # (B, T) int64; the stop token at [b, lens[b]] where stopped, padding behind
@@ -265,7 +265,7 @@ class FrontEnd:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def encode_text(self, text):
-        """Token ids of a text. A control token written out in it ("<|im_end|>") stays text: cut behind its "<"."""
+        """Token ids of a text. A control token written out in it stays text: it is cut behind its "<"."""
         ids = []
         begin = 0
         for match in self.added_tokens.finditer(text):
@@ -285,7 +285,7 @@ class FrontEnd:
         return [self.decode(ids[:n]) for ids, n in zip(rollout.ids.tolist(), lens)]
 
     def transcripts(self, texts, stopped=None):
-        """The `Rollout` of given texts, for teacher forcing; stopped: B bools, False = without a stop token."""
+        """The `Rollout` of given texts, for teacher forcing; stopped: B bools, False = no stop token."""
         rows = [self.encode_text(text) for text in texts]
         T = max(len(row) for row in rows) + 1
         ids = torch.full((len(rows), T), self.pad_id)
@@ -326,7 +326,7 @@ class Qwen3ASRFrontEnd(FrontEnd):
 
 
 def forbidden_ids(tokenizer, vocab_size, stop_id):
-    """(V,) bool, True = never in a transcript: special and added `<…>` tokens but the stop, rows without a token."""
+    """(V,) bool, True = never in a transcript: special and added `<…>` tokens but the stop, unused rows."""
     forbidden = torch.ones(vocab_size, dtype=torch.bool)
     for i in tokenizer.get_vocab().values():
         forbidden[i] = False
@@ -427,7 +427,7 @@ class SpeechLM(nn.Module):
 
     @staticmethod
     def from_pretrained(name, dtype=torch.float32):
-        """A model from a folder or the hub, by config.json a `SpeechLM` or a `Qwen3ASR`, its weights in `dtype`.
+        """A model from a folder or the hub: by config.json a `SpeechLM` or a `Qwen3ASR`, weights in `dtype`.
 
         Raises InputError that says what is missing, or which command converts the folder.
         """
@@ -436,7 +436,7 @@ class SpeechLM(nn.Module):
         model_class = {"glmasr": SpeechLM, "qwen3_asr": Qwen3ASR}[kind]
         try:
             model = model_class.load(folder, dtype)
-        except (OSError, ValueError, safetensors.SafetensorError) as error:
+        except (OSError, ValueError, StrictDataclassError, safetensors.SafetensorError) as error:
             reason = " ".join(str(error).split())[:300]
             raise InputError(f"{name} is no model folder: {reason}") from error
         for key, parameter in model.named_parameters():
@@ -464,7 +464,7 @@ class SpeechLM(nn.Module):
         return model
 
     def save_pretrained(self, folder):
-        """Writes a folder that stock transformers loads: weights, config, tokenizer, processor, generation."""
+        """Writes a folder that stock transformers loads: weights, configs, tokenizer, processor."""
         os.makedirs(folder, exist_ok=True)
         weights = self.state_dict()
         if self.config.tie_word_embeddings:
@@ -521,7 +521,7 @@ class SpeechLM(nn.Module):
             return self.adapter(merged[is_audio])
 
     def embed_prompt(self, batch, encoded):
-        """Prompt embeddings (B, S, H), the rows of the placeholders replaced by the audio embeddings (ΣA, H)."""
+        """Prompt embeddings (B, S, H), the placeholders' rows replaced by the audio embeddings (ΣA, H)."""
         embeds = self.lm.embed_tokens(batch.prompt_ids)
         is_audio = (batch.prompt_ids == self.front_end.audio_id) & batch.prompt_mask  # (B, S)
         return embeds.masked_scatter(is_audio[:, :, None], encoded.to(embeds.dtype))
@@ -539,7 +539,7 @@ class SpeechLM(nn.Module):
         with self.autocast():
             transcript = self.lm.embed_tokens(rollout.ids[:, : T - 1])
             embeds = torch.cat([self.embed_prompt(batch, encoded), transcript], dim=1)  # (B, S + T − 1, H)
-            # Padding to the right of a transcript needs no mask: attention is causal and its rows are not read.
+            # Padding right of a transcript needs no mask: attention is causal, its rows are not read.
             mask = F.pad(batch.prompt_mask, (0, T - 1), value=True)
             output = self.lm(
                 inputs_embeds=embeds,
@@ -570,10 +570,10 @@ class SpeechLM(nn.Module):
         """Writes a transcript of each clip. → `Rollout` with the top-k ids of every step, after forbidding.
 
         Greedy at temperature 0, else drawn from softmax(logits / temperature). A clip's cap, its stop token
-        counted, is min(max_new_tokens, ⌊seconds · tokens_per_second⌋ + 16), so that one looping row cannot hold
-        the batch (tokens_per_second 0: max_new_tokens alone; not in the paper).
-        forbidden: (V,) bool, the model's own by default. uniforms: (B, ≥ max_new_tokens) draws in [0, 1) that
-        make sampling a function of them. encoded: audio embeddings, where `encode` has been called already.
+        counted, is min(max_new_tokens, ⌊seconds · tokens_per_second⌋ + 16), so that one looping row cannot
+        hold the batch (tokens_per_second 0: max_new_tokens alone; not in the paper). forbidden: (V,) bool,
+        the model's own by default. uniforms: (B, ≥ max_new_tokens) draws in [0, 1) that make sampling a
+        function of them. encoded: audio embeddings, where `encode` has been called already.
         """
         was_training = self.training
         self.eval()
@@ -623,9 +623,9 @@ class SpeechLM(nn.Module):
 def write_tokens(model, hidden, cache, mask, caps, forbidden, k, temperature, uniforms):
     """The sampling loop: one token after another, by the library's LM and its cache.
 
-    hidden (B, H): the last prompt column's; mask (B, S): the prompt's. → ids (B, T), top-k ids (B, T, K) with −1
-    where fewer than k ids are allowed. Rows go on behind their stop token until all are through; the caller
-    drops that.
+    hidden (B, H): the last prompt column's; mask (B, S): the prompt's. → ids (B, T), top-k ids (B, T, K)
+    with −1 where fewer than k ids are allowed. Rows go on behind their stop token until all are through;
+    the caller drops that.
     """
     ids = []
     topk_ids = []
@@ -652,14 +652,15 @@ def write_tokens(model, hidden, cache, mask, caps, forbidden, k, temperature, un
 
 
 def pick_tokens(logits, temperature, uniforms):
-    """The next token of each row (B,): the likeliest, or at a temperature where the uniform draw (B, 1) falls."""
+    """The next tokens (B,): the likeliest, or at a temperature those where the draws (B, 1) fall."""
     if temperature == 0:
         return logits.argmax(dim=1)
     cumulative = (logits.double() / temperature).softmax(dim=1).cumsum(dim=1)
     # The last allowed id ends the table at exactly 1: a draw of 0.999… picks no forbidden id behind it.
     cumulative = cumulative / cumulative[:, -1:]
     token = torch.searchsorted(cumulative, uniforms.double(), right=True)[:, 0]
-    return token.clamp(max=logits.shape[1] - 1)
+    # Logits that are NaN have no table, and the search runs past its end. The loss will stop the run.
+    return torch.where(token < logits.shape[1], token, logits.argmax(dim=1))
 
 
 def top_ids(logits, k):
@@ -728,7 +729,7 @@ class Qwen3ASR(SpeechLM):
             return self.audio_features(batch.mel.to(self.head.weight.dtype), mel_mask).pooler_output
 
     def with_script_languages(self, batch, texts):
-        """The batch with, in the prompts of clips without a language, that of their text's script if it decides.
+        """The batch whose prompts name, for clips without a language, that of their text's script.
 
         texts: B strings, such as the student's rollouts. Other prompts stay as they are.
         """
@@ -771,7 +772,7 @@ def local_folder(name):
 
 
 def model_kind(name, folder):
-    """ "glmasr" or "qwen3_asr", by config.json; InputError for other kinds, with the command that converts."""
+    """The kind in config.json, glmasr or qwen3_asr. InputError for others, with the command that converts."""
     try:
         with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
             config = dict(json.load(file))
@@ -842,13 +843,14 @@ def support_kl(student_logits, teacher_logits, support_mask, temperature=1.0):
     """
     both = torch.promote_types(student_logits.dtype, teacher_logits.dtype)
     dtype = torch.promote_types(both, torch.float32)
+    counted = support_mask.sum(dim=1) >= 2
+    inside = support_mask & counted[:, None]  # nothing of a row that is not counted, be it NaN
     floor = torch.tensor(-1e9, dtype=dtype, device=support_mask.device)  # finite: 0 · (−∞) would be NaN
-    student_scores = torch.where(support_mask, student_logits.to(dtype) / temperature, floor)
-    teacher_scores = torch.where(support_mask, teacher_logits.detach().to(dtype) / temperature, floor)
+    student_scores = torch.where(inside, student_logits.to(dtype) / temperature, floor)
+    teacher_scores = torch.where(inside, teacher_logits.detach().to(dtype) / temperature, floor)
     log_q = student_scores.log_softmax(dim=1)
     log_p = teacher_scores.log_softmax(dim=1)
     kl = temperature**2 * (log_p.exp() * (log_p - log_q)).sum(dim=1)
-    counted = support_mask.sum(dim=1) >= 2
     return torch.where(counted, kl, 0.0), counted
 
 
@@ -856,9 +858,9 @@ def support_kl(student_logits, teacher_logits, support_mask, temperature=1.0):
 def teacher_support(teacher, hidden, student_topk, alignment, k, chunk=1024):
     """What the teacher says at each row: T_t, the union with S_t, and its scores there.
 
-    hidden (N, H') the teacher's rows, student_topk (N, K) → support_ids, support_mask (N, 2K), the teacher's raw
-    logits on the support (N, 2K) float32, its own top-k (N, K). All ids are the student's, −1 invalid.
-    `chunk` rows at a time go through the head, so that no (N, V') tensor is kept.
+    hidden (N, H') the teacher's rows, student_topk (N, K) → support_ids, support_mask (N, 2K), the
+    teacher's raw logits on the support (N, 2K) float32, its own top-k (N, K). All ids are the student's, −1
+    invalid. `chunk` rows at a time go through the head, so that no (N, V') tensor is kept.
     """
     supports, masks, scores, topks = [], [], [], []
     for rows, student_ids in zip(hidden.split(chunk), student_topk.split(chunk)):
@@ -956,7 +958,7 @@ class Alignment:
 
 
 def align_vocabularies(student, teacher):
-    """The `Alignment` of two models. InputError where over 1 % of the student's text tokens have no counterpart."""
+    """The `Alignment` of two models. InputError where over 1 % of the student's tokens lack a counterpart."""
     student_forbidden = student.forbidden.tolist()
     teacher_forbidden = teacher.forbidden.tolist()
     teacher_vocabulary = teacher.front_end.tokenizer.get_vocab()
@@ -992,8 +994,8 @@ def teacher_rollout(rollout, alignment):
     """The same transcripts in the teacher's ids. Ids in, ids out: nothing goes through text."""
     ids = alignment.to_teacher[rollout.ids]
     assert (ids[rollout.row_mask()] >= 0).all(), (
-        "a transcript token has no counterpart in the teacher's vocabulary; forbid it (student_forbidden), or leave "
-        "the clip out"
+        "a transcript token has no counterpart in the teacher's vocabulary: forbid it (student_forbidden), "
+        "or leave the clip out"
     )
     return Rollout(ids.clamp(min=0), rollout.lens, rollout.stopped)  # padding becomes id 0 and is never read
 
@@ -1004,8 +1006,8 @@ def self_check(model, waveforms, languages, default_language=None):
 
     → {nll: nats a token; agreement: share of tokens that are the likeliest of their row; batch_difference:
     largest difference of a logit between clips in a batch and one by one, over the largest logit;
-    endoftext: mean probability of the pad token where the model stops (Qwen3-ASR ends on two ids, we allow one)}.
-    InputError where rows are shifted or batches leak: a greedy token's likelihood is at least 1 / V.
+    endoftext: mean probability of the pad token where the model stops (Qwen3-ASR ends on two ids, we allow
+    one)}. InputError where rows are shifted or batches leak: a greedy token's likelihood is at least 1 / V.
     """
     was_training = model.training
     model.eval()
@@ -1104,9 +1106,9 @@ def check_replicas(trained):
 def save_checkpoint(out, step, model, trained, optimizer, keep):
     """Writes out/step-N: `model`, a stock folder in float32, and state.safetensors, what else resuming needs.
 
-    The state holds the step, the updates made, AdamW's moments by parameter name, and every trained tensor that
-    the folder does not hold. All ranks call it; rank 0 writes. Complete or not at all: written beside and
-    renamed. The last `keep` checkpoints stay.
+    The state holds the step, the updates made, AdamW's moments by parameter name, and every trained tensor
+    that the folder does not hold. All ranks call it; rank 0 writes. Complete or not at all: written beside
+    and renamed. The last `keep` checkpoints stay.
     """
     check_replicas(trained)
     if rank_and_world()[0] == 0:
@@ -1135,7 +1137,7 @@ def save_checkpoint(out, step, model, trained, optimizer, keep):
 
 
 def load_state(folder, trained, optimizer):
-    """Restores what `save_checkpoint` wrote beside the model folder. Raises InputError where it does not fit."""
+    """Restores what `save_checkpoint` wrote beside the model folder. InputError where it does not fit."""
     state = load_file(os.path.join(folder, "state.safetensors"))
     updates = float(state["updates"])
     for name, parameter in trained.items():
@@ -1167,24 +1169,28 @@ def save_model(out, model):
 # ----------------------------------------------------------------------------------------------------------
 # The fast decoder: equal to `write_tokens`, only faster. Skip it on first reading.
 # ----------------------------------------------------------------------------------------------------------
-# It copies the LM's weights into fused matrices and keeps keys and values in fixed storage, so that a step is a
-# few large operations, and on a GPU one CUDA graph. A copy would pass over whatever sits on a layer (LoRA, a
-# hook, another class): `has_plain_projections` is asked first.
+# It copies the LM's weights into fused matrices and keeps keys and values in fixed storage, so that a step
+# is a few large operations, and on a GPU one CUDA graph. A copy would pass over whatever sits on a layer
+# (LoRA, a hook, another class): `has_plain_projections` is asked first.
 
 
 def has_plain_projections(model):
-    """May weights be copied? Only of plain linear layers without hooks, in layers with full attention."""
+    """May weights be copied? Only of stock modules with plain linear layers, full attention, and no hook."""
     kinds = getattr(model.lm.config, "layer_types", None) or []
     if any(kind != "full_attention" for kind in kinds):
         return False
-    modules = [model.head, model.lm.embed_tokens]
+    for module in (model.head, *model.lm.modules()):
+        is_stock = type(module).__module__.startswith(("torch.nn.", "transformers."))
+        if not is_stock or "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
+            return False
+    with_bias = [model.lm.embed_tokens]  # or without
+    without_bias = [model.head]
     for layer in model.lm.layers:
         attention, mlp = layer.self_attn, layer.mlp
-        modules += [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
-        modules += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-    is_plain = [type(module) in (nn.Linear, nn.Embedding) for module in modules]
-    has_hooks = [bool(module._forward_hooks or module._forward_pre_hooks) for module in model.lm.modules()]
-    return all(is_plain) and not any(has_hooks)
+        with_bias += [attention.q_proj, attention.k_proj, attention.v_proj]
+        without_bias += [attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    are_plain = [type(module) in (nn.Linear, nn.Embedding) for module in with_bias + without_bias]
+    return all(are_plain) and all(module.bias is None for module in without_bias)
 
 
 TOKENS_AT_ONCE = 4  # asking whether all rows are through waits for the device, so only every few tokens

@@ -35,7 +35,6 @@ from tqdm import tqdm
 
 from data import (
     Clips,
-    NonFiniteError,
     StepDataset,
     add_lines,
     all_reduce_sum,
@@ -55,6 +54,7 @@ from data import (
     run_script,
     setup_distributed,
     step_batches,
+    stop_not_finite,
     write_json,
 )
 from eval import evaluate, languages_of, looping, print_summaries, print_table, read_sets
@@ -77,6 +77,11 @@ from model import (
     teacher_support,
 )
 from overlap import set_overlap
+
+# What a step sums over its micro-batches and ranks: in nats, rows, and clips (docs/metrics.md).
+SUMS = ["loss", "kl", "counted"]
+SUMS += ["rows", "vuss", "overlap_ratio", "top1"]
+SUMS += ["clips", "tokens", "empty", "capped", "looping", "silent"]
 
 
 def parse_args(argv=None):
@@ -154,7 +159,7 @@ def main(args):
     if args.recompute:
         student.recompute_activations()
     alignment = align_vocabularies(student, teacher)
-    trained = dict(student.named_parameters())
+    trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
     optimizer = make_optimizer(trained, args.lr, args.weight_decay)
     if checkpoint:
         load_state(checkpoint, trained, optimizer)
@@ -167,7 +172,7 @@ def main(args):
     check_languages(languages_of(eval_sets), language, student)
 
     def make_micro_batch(step, indices, batch_clips, waveforms):
-        """One micro-batch, built by a data worker: clips, the student's and the teacher's Batch, draws (B, T)."""
+        """One micro-batch, made by a data worker: clips, student's and teacher's Batch, draws (B, T)."""
         languages = [clip.language for clip in batch_clips]
         batch = collate(waveforms, student.front_end, languages, language)
         teacher_batch = collate(waveforms, teacher.front_end, languages, language)
@@ -230,30 +235,32 @@ def main(args):
         data_s = time.perf_counter() - started
         sums = collections.Counter()
         samples = None
+        step_clips, step_texts = [], []
         for batch_clips, batch, teacher_batch, uniforms in micro_batches:
             batch = batch.to(device)
             teacher_batch = teacher_batch.to(device)
             uniforms = uniforms.to(device)
 
-            # ============================== the method, one micro-batch of B clips ==============================
+            # ============================ the method, one micro-batch of B clips ============================
             # Encode: one pass of the encoder, with gradient, serves the rollout and the loss.
             encoded = student.encode(batch)  # (ΣA, H)
 
-            # Rollout: the student transcribes by itself, without gradient, and keeps its top-k ids S_t of every
-            # step. From here on a row is a token that it wrote, the stop token included.
+            # Rollout: the student transcribes by itself, without gradient, and keeps its top-k ids S_t of
+            # every step. From here on a row is a token that it wrote, the stop token included.
             rollout = student.sample(
                 batch,
                 args.max_new_tokens,
-                args.temperature,
-                args.k,
-                args.tokens_per_second,
-                alignment.student_forbidden,
-                uniforms,
-                encoded,
+                temperature=args.temperature,
+                k=args.k,
+                tokens_per_second=args.tokens_per_second,
+                forbidden=alignment.student_forbidden,
+                uniforms=uniforms,
+                encoded=encoded,
             )
             student_topk = rollout.topk_ids[rollout.row_mask()]  # (N, K)
 
-            # The teacher reads the same tokens, id by id, behind its own prompt.
+            # The teacher reads the same tokens, id by id, behind its own prompt. (Where the manifest names no
+            # language, the prompt takes the one that the script of the rollout decides.)
             texts = student.front_end.texts(rollout)
             teacher_batch = teacher.with_script_languages(teacher_batch, texts)
             teacher_hidden = teacher(teacher_batch, teacher_rollout(rollout, alignment))  # (N, H')
@@ -277,21 +284,20 @@ def main(args):
 
             # Backward of the sum. The division by |𝒯| comes once, when the rows of all ranks are known.
             kl.sum().backward()
-            # =====================================================================================================
+            # ================================================================================================
 
             kl_at_1, _ = support_kl(student_logits.detach(), teacher_logits, support_mask)
             sums.update(loss=kl.sum().item(), kl=kl_at_1.sum().item(), counted=counted.sum().item())
             sums.update(rollout_sums(batch, rollout, texts, student_topk, teacher_topk, support_mask))
+            step_clips += batch_clips
+            step_texts += texts
             samples = samples or (batch_clips, teacher_batch, rollout, kl_at_1)
 
         # ---- one gradient --------------------------------------------------------------------------------
         # Σ over ranks of Σ over micro-batches, divided once by |𝒯|: the gradient does not depend on the cut.
-        names = (
-            "loss kl counted rows vuss overlap_ratio top1 clips tokens empty capped looping silent".split()
-        )
-        totals = all_reduce_sum([*(sums[name] for name in names), len(bad)], device)
-        *totals, n_bad = totals
-        sums = dict(zip(names, totals))
+        totals = all_reduce_sum([*(sums[name] for name in SUMS), len(bad)], device)
+        sums = dict(zip(SUMS, totals))
+        n_bad = int(totals[-1])
         if n_bad:
             report_bad(args.out, step + 1, bad)
         sum_gradients(trained)
@@ -299,13 +305,8 @@ def main(args):
             parameter.grad /= max(sums["counted"], 1)
         grad_norm = nn.utils.clip_grad_norm_(trained.values(), args.clip or math.inf).item()
         if not math.isfinite(sums["loss"]) or not math.isfinite(grad_norm):
-            path = os.path.join(args.out, f"nonfinite-{step + 1}-{rank}.jsonl")
-            add_lines(
-                path, [{"step": step + 1, "clip": clip.where} for micro in micro_batches for clip in micro[0]]
-            )
-            barrier()
             what = f"loss {sums['loss']}, gradient norm {grad_norm}"
-            raise NonFiniteError(f"step {step + 1}: {what}: not finite; its clips are in {path}; lower --lr?")
+            stop_not_finite(args.out, step + 1, what, step_clips, step_texts)
 
         # ---- step ----------------------------------------------------------------------------------------
         lr = cosine_lr(step, args.steps, args.warmup_steps, args.lr)
@@ -334,7 +335,7 @@ def main(args):
             "capped": sums["capped"] / n_clips,
             "looping": sums["looping"] / n_clips,
             "silent": sums["silent"] / n_clips,
-            "skipped": int(n_bad),
+            "skipped": n_bad,
             "grad_norm": grad_norm,
             "lr": lr,
             "clips_per_s": sums["clips"] / step_s,
@@ -372,10 +373,8 @@ def main(args):
         vuss_last = float(np.mean([line["vuss"] for line in lines[-10:]]))
         seconds = sum(line["step_s"] for line in lines)
         waited = sum(line["data_s"] for line in lines)
-        print(f"VUSS {vuss_first:.2f} → {vuss_last:.2f} (first and last 10 steps)", end="   ")
-        print(
-            f"{seconds:.0f} s of steps, {waited:.0f} s of them waiting for data   peak {lines[-1]['rss_gb']:.2f} GB"
-        )
+        print(f"VUSS {vuss_first:.2f} → {vuss_last:.2f} (first and last 10 steps)")
+        print(f"{seconds:.0f} s of steps, {waited:.0f} s of them for data; peak {lines[-1]['rss_gb']:.2f} GB")
         skipped = sum(line["skipped"] for line in lines)
         if skipped:
             print(f"skipped: {skipped} clips that could not be used, listed in {args.out}/bad.jsonl")
@@ -412,7 +411,7 @@ def rollout_sums(batch, rollout, texts, student_topk, teacher_topk, support_mask
 
 
 def sample_lines(step, student, teacher, args, clips, teacher_batch, rollout, kl, n=2):
-    """A few rollouts to read: reference, if any, the student's and the teacher's text, KL per token in nats."""
+    """A few rollouts to read: reference, student's and teacher's text, KL per token in nats."""
     written = teacher.sample(
         teacher_batch, args.max_new_tokens, k=1, tokens_per_second=args.tokens_per_second
     )

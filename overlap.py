@@ -3,18 +3,17 @@
     python overlap.py --student example/base --teacher example/teacher --data example/dev.jsonl --out o.json
     torchrun --nproc_per_node=8 overlap.py --student S --teacher T --data test.jsonl --out o.json
 
-The student transcribes each clip by itself, and the teacher scores those very tokens. At each row (a position of
-a transcript) p = teacher, q = student, both over the ids that both models may write; S and T are the student's
-and the teacher's top-k ids, U = S ∪ T (the paper's union support), I = S ∩ T.
+The student transcribes each clip by itself, and the teacher scores those very tokens. At each row (a position
+of a transcript) p = teacher, q = student, both over the ids that both models may write; S and T are the top-k
+ids of student and teacher, U = S ∪ T (the paper's union support), I = S ∩ T.
 
-Prints a table with a row for all positions, each language and each quarter of the transcript; --out stores it as
-JSON. Values are sums over rows divided by counts, over all ranks. The paper has VUSS; the other measures are not
-in it. It takes about as long as decoding the clips with both models.
+Prints a table with a row for all positions, each language and each quarter of the transcript; --out stores it
+as JSON. Values are sums over rows divided by counts, over all ranks. Only VUSS is in the paper.
+It takes about as long as decoding the clips with both models.
 """
 
 import collections
 import os
-import sys
 
 import torch
 from tqdm import tqdm
@@ -87,9 +86,7 @@ def parse_args(argv=None):
 
 
 def main(args):
-    # ------------------------------------------------------------------------------------------------------
-    # Processes, models, data
-    # ------------------------------------------------------------------------------------------------------
+    # ---- models and data -------------------------------------------------------------------------------
     rank, world, device = setup_distributed()
     if args.out and os.path.exists(args.out):
         raise InputError(f"--out {args.out} exists; give the name of a new file, or remove it first")
@@ -105,9 +102,7 @@ def main(args):
     if args.out:
         os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
 
-    # ------------------------------------------------------------------------------------------------------
-    # One pass over this rank's clips
-    # ------------------------------------------------------------------------------------------------------
+    # ---- one pass over this rank's clips ---------------------------------------------------------------
     sums = collections.Counter()  # (group, measure or "positions") → sum over rows
     durations = [clip.duration for clip in clips]
     batches = micro_batches(range(rank, len(clips), world), durations, args.batch_seconds)
@@ -122,9 +117,7 @@ def main(args):
             row_groups.append(("all", f"language {language}", f"quarter {quarter + 1}"))
         add_rows(sums, values, row_groups)
 
-    # ------------------------------------------------------------------------------------------------------
-    # Means over all ranks
-    # ------------------------------------------------------------------------------------------------------
+    # ---- means over all ranks --------------------------------------------------------------------------
     total = collections.Counter()
     for share in gather(sums):
         total.update(share)  # adds, negative values too
@@ -148,7 +141,7 @@ def main(args):
 
 
 def add_rows(sums, values, row_groups):
-    """Adds per-row values {name: (N,)} to `sums`, for each group that a row belongs to (N tuples of names)."""
+    """Adds per-row values {name: (N,)} to `sums`. row_groups: the groups of each row, N tuples."""
     groups = set().union(*row_groups)
     for group in sorted(groups):
         member = torch.tensor([group in own for own in row_groups], device=values["vuss"].device)  # (N,)
@@ -177,7 +170,7 @@ def means(sums):
 def measure(student, teacher, alignment, clips, default_language, args, device, chunk=1024):
     """All measures of a batch of clips, `chunk` rows at a time.
 
-    → {measure: (N,) float64}, and lists of N: each row's place in `clips`, its quarter of the transcript (0–3).
+    → {measure: (N,) float64}, and two lists of N: each row's place in `clips`, and its quarter (0–3).
     """
     waveforms = [load_audio(clip) for clip in clips]
     languages = [clip.language for clip in clips]
@@ -233,7 +226,7 @@ def set_overlap(student_topk, teacher_topk, support_mask):
 
     student_topk, teacher_topk: (N, K) student ids, −1 invalid, best first; support_mask: (N, 2K) the union's.
     → dict of (N,) float64: vuss = |U|, n_student = |S|, n_teacher = |T|, overlap_ratio = |I| / K,
-    jaccard = |I| / |U|, top1 = both put the same id first. Where no id is invalid, vuss = K (2 − overlap_ratio).
+    jaccard = |I| / |U|, top1 = both put the same id first. Without invalid ids vuss = K (2 − overlap_ratio).
     """
     K = student_topk.shape[1]
     n_student = (student_topk >= 0).sum(dim=1).double()
@@ -255,9 +248,11 @@ def probability_overlap(student_logits, teacher_logits, student_topk, teacher_to
     """Measures on the probabilities at each row, p = teacher, q = student.
 
     Logits (N, V) in one id space, −inf where forbidden; top-k ids (N, K), −1 invalid. → dict of (N,) float64:
-    mass_student = Σ_I q, mass_teacher = Σ_I p; advantage = Σ_I q̄ (log p̄ − log q̄) / |I|, p̄ and q̄ renormalised
-    on I (≤ 0); entropy_gap = |H(p) − H(q)|; kl_union and kl_full = KL(p ‖ q) on U, both renormalised there, and on
-    all ids; in nats.
+
+    - mass_student = Σ_I q, mass_teacher = Σ_I p;
+    - advantage = Σ_I q̄ (log p̄ − log q̄) / |I|, with p̄ and q̄ renormalised on I, at most 0;
+    - entropy_gap = |H(p) − H(q)|, nats;
+    - kl_union, kl_full = KL(p ‖ q) on U, both renormalised there, and on all ids, nats.
     """
     log_p = teacher_logits.double().log_softmax(dim=1)  # (N, V)
     log_q = student_logits.double().log_softmax(dim=1)
@@ -300,10 +295,4 @@ def expectation(weights, values):
 
 
 if __name__ == "__main__":
-    try:
-        run_script(main, parse_args())
-        sys.stdout.flush()
-    except (
-        BrokenPipeError
-    ):  # `| head -1` has read enough: what is left goes nowhere, so that Python ends quietly
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    run_script(main, parse_args())

@@ -8,13 +8,15 @@ is the same on transcripts that the teacher wrote: a result file of eval.py is a
 transcript that the cap cut ("stopped": false) has no stop token to learn, and is counted.
 
 Not in the paper:
-    1. --ctc-weight adds a CTC loss on the encoder's 50 Hz output, over UTF-8 bytes. It makes a model with random
-       weights listen; without it the LM learns the statistics of the text first. Its head is not exported.
+    1. --ctc-weight adds a CTC loss on the encoder's 50 Hz output, over UTF-8 bytes. It makes a model with
+       random weights listen; without it the LM learns the statistics of the text first. Its head is not
+       exported.
     2. SpecAugment (--time-masks, --freq-masks).
 
 Prints a progress bar and the error on --eval sets. Writes OUT/model (a stock model folder), OUT/step-N
-(checkpoints), metrics.jsonl and summary.json; docs/metrics.md defines every number. A model with random weights
-comes from `python -m prepare.student`. Defaults are the paper's; the example's are in example/make.py.
+(checkpoints), metrics.jsonl and summary.json; docs/metrics.md defines every number. A model with random
+weights comes from `python -m prepare.student`. Defaults are the paper's; the example's are in
+example/make.py.
 """
 
 import collections
@@ -32,7 +34,6 @@ from tqdm import tqdm
 from data import (
     Clips,
     InputError,
-    NonFiniteError,
     StepDataset,
     add_lines,
     all_reduce_sum,
@@ -51,6 +52,7 @@ from data import (
     script_language,
     setup_distributed,
     step_batches,
+    stop_not_finite,
     write_json,
 )
 from eval import evaluate, languages_of, looping, print_summaries, read_sets
@@ -143,7 +145,7 @@ def main(args):
     model.bf16 = args.bf16
     if args.recompute:
         model.recompute_activations()
-    trained = dict(model.named_parameters())
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     ctc_head = None
     if args.ctc_weight:
         if isinstance(model, Qwen3ASR):
@@ -166,8 +168,10 @@ def main(args):
 
     def is_wanted(clip):
         nonlocal n_cut
+        if args.drop_looping and looping(clip.text):
+            return False
         n_cut += is_cut(clip)
-        return not (args.drop_looping and looping(clip.text))
+        return True
 
     clips = Clips(args.train, args.max_seconds, args.text_field, is_wanted)
     eval_sets = read_sets(args.eval, args.max_seconds)
@@ -264,13 +268,9 @@ def main(args):
         sum_gradients(trained)
         grad_norm = nn.utils.clip_grad_norm_(trained.values(), args.clip or math.inf).item()
         if not math.isfinite(sums["cross_entropy"] + sums["ctc"]) or not math.isfinite(grad_norm):
-            path = os.path.join(args.out, f"nonfinite-{step + 1}-{rank}.jsonl")
-            add_lines(
-                path, [{"step": step + 1, "clip": clip.where} for micro in micro_batches for clip in micro[0]]
-            )
-            barrier()
             what = f"cross-entropy {sums['cross_entropy']}, CTC {sums['ctc']}, gradient norm {grad_norm}"
-            raise NonFiniteError(f"step {step + 1}: {what}: not finite; its clips are in {path}; lower --lr?")
+            step_clips = [clip for micro_batch in micro_batches for clip in micro_batch[0]]
+            stop_not_finite(args.out, step + 1, what, step_clips, [clip.text for clip in step_clips])
 
         # ---- step ----------------------------------------------------------------------------------------
         lr = cosine_lr(step, args.steps, args.warmup_steps, args.lr)
@@ -330,7 +330,7 @@ def main(args):
 
 
 def spec_augment(mel, args, step, clip):
-    """SpecAugment of one mel (128, F), a function of (seed, step, clip). Masks are 0, near the mean of a mel."""
+    """SpecAugment of one mel (128, F), a function of (seed, step, clip). Masks are 0, near a mel's mean."""
     draws = np.random.default_rng((args.seed, 3, step, clip))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(draws.integers(2**63)))
@@ -346,8 +346,8 @@ def spec_augment(mel, args, step, clip):
 def ctc_loss(ctc_head, frames, frame_lens, texts):
     """→ Σ over clips of CTC per byte of their UTF-8 text, and the number of clips too short for their text.
 
-    frames (B, T', D), frame_lens (B,), texts: B strings, None = no loss. Byte b is class b + 1 and 0 the blank:
-    257 classes fit every language and need no vocabulary.
+    frames (B, T', D), frame_lens (B,), texts: B strings, None = no loss. Byte b is class b + 1 and 0 the
+    blank: 257 classes fit every language and need no vocabulary.
     """
     targets = [list((text or "").encode()) for text in texts]
     target_lens = torch.tensor([len(target) for target in targets])

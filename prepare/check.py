@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 from data import (
     N_FFT,
-    SAMPLE_RATE,
     AudioError,
     InputError,
     argument_parser,
@@ -41,49 +40,52 @@ def check(path, max_seconds):
     n_defects = 0
     n_clips = 0
     n_texts = 0
-    n_samples = 0
+    seconds = 0.0
     languages = collections.Counter()
-    first_lines = {}  # clip key: where it was seen first
-
-    def report(defect):
-        nonlocal n_defects
-        n_defects += 1
-        tqdm.write(defect)
+    first_lines = {}  # clip key: the line with it
 
     for _, number, raw in tqdm(manifest_lines(path), desc=path, unit=" clips", disable=None):
         try:
             clip = parse_line(raw, f"{path}:{number}", folder)
+            defects = clip_defects(clip, max_seconds, first_lines)
+            first_lines.setdefault(clip.key, clip.where)
+            n_clips += 1
+            n_texts += clip.text is not None
+            seconds += clip.duration
+            languages[clip.language or "(none)"] += 1
         except InputError as error:
-            report(str(error))
-            continue
-        n_clips += 1
-        n_texts += clip.text is not None
-        languages[clip.language or "(none)"] += 1
-
-        where = f"{clip.where}: {clip.audio}"
-        first = first_lines.setdefault(clip.key, clip.where)
-        if first != clip.where:
-            report(f"{where}: the same clip as {first}")
-        if clip.duration > max_seconds:
-            report(f"{where}: {clip.duration:.1f} s is over --max-seconds {max_seconds:g}")
-        try:
-            waveform = load_audio(clip)
-        except AudioError as error:
-            report(str(error))
-            continue
-        n_samples += len(waveform)
-        if len(waveform) < N_FFT:
-            report(f"{where}: {len(waveform)} samples, less than a window of 25 ms")
-        if clip.text != "" and not waveform.any():  # silence with an empty text is a fair clip
-            report(f"{where}: every sample is zero")
+            defects = [str(error)]
+        for defect in defects:
+            tqdm.write(defect)
+        n_defects += len(defects)
 
     if n_clips == 0 and n_defects == 0:
-        report(f"{path}: holds no clip")
-    hours = n_samples / SAMPLE_RATE / 3600
+        print(f"{path}: holds no clip")
+        n_defects = 1
+    totals = f"{n_clips} clips, {seconds / 3600:.3f} hours, {n_texts} with text"
     counts = ", ".join(f"{language} {n}" for language, n in languages.most_common())
-    totals = f"{n_clips} clips, {hours:.3f} hours, {n_texts} with text"
     print(f"{path}: {totals}, languages: {counts or 'none'}; {n_defects} defects")
     return n_defects
+
+
+def clip_defects(clip, max_seconds, first_lines):
+    """What is wrong with a clip: a list of messages."""
+    where = f"{clip.where}: {clip.audio}"
+    defects = []
+    if clip.key in first_lines:
+        defects.append(f"{where}: the same clip as {first_lines[clip.key]}")
+    if clip.duration > max_seconds:
+        defects.append(f"{where}: {clip.duration:.1f} s is over --max-seconds {max_seconds:g}")
+    try:
+        waveform = load_audio(clip)
+    except AudioError as error:
+        defects.append(str(error))
+        return defects
+    if len(waveform) < N_FFT:
+        defects.append(f"{where}: {len(waveform)} samples, less than a window of 25 ms")
+    if clip.text != "" and not waveform.any():  # silence with an empty text is a fair clip
+        defects.append(f"{where}: every sample is zero")
+    return defects
 
 
 def main(args):

@@ -31,12 +31,16 @@ def parse_args(argv=None):
     parser.add_argument("--max-digits", type=at_least(1, int), default=6, help="digits of the longest string")
     parser.add_argument("--speakers", nargs="+", default=[], metavar="NAME", help="only these; else all")
     parser.add_argument("--seed", type=at_least(0, int), default=0, help="seed of the strings")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.pack is None:
+        args.pack = os.path.splitext(args.out)[0]
+    return args
 
 
 def clips(args):
     root = folder_or_itself(Path(args.root), "recordings")
     takes = {}  # speaker: [(digit, waveform)]
+    names = set()  # of all speakers of these splits
     for path in sorted(root.glob("[0-9]_*_*.wav")):
         match = re.fullmatch(r"(\d)_([^_]+)_(\d+)", path.stem)
         if match is None:
@@ -44,12 +48,15 @@ def clips(args):
             continue
         digit, speaker, take = match.groups()
         split = "test" if int(take) < 5 else "train"
-        if split not in args.split or args.speakers and speaker not in args.speakers:
+        if split not in args.split:
+            continue
+        names.add(speaker)
+        if args.speakers and speaker not in args.speakers:
             continue
         try:
             waveform = load_audio(clip_from_file(str(path))).numpy()
         except InputError as error:
-            yield LeftOut("cannot be read", str(error))
+            yield LeftOut("cannot be used", str(error))
             continue
         if not waveform.any():
             yield LeftOut("every sample is zero", str(path))
@@ -59,7 +66,7 @@ def clips(args):
 
     for speaker in args.speakers:
         if speaker not in takes:
-            raise InputError(f"--speakers {speaker}: {root} has {', '.join(sorted(takes)) or 'none'}")
+            raise InputError(f"--speakers {speaker}: {root} has {', '.join(sorted(names)) or 'none'}")
     speakers = args.speakers or sorted(takes)
     rng = np.random.default_rng(args.seed)
     for n in range(args.count if speakers else 0):
@@ -88,7 +95,6 @@ def digit_string(takes, max_digits, rng):
 
 
 def main(args):
-    args.pack = args.pack or os.path.splitext(args.out)[0]
     write_manifest(args, clips(args), LAYOUT)
 
 

@@ -35,9 +35,8 @@ def clips(args):
         recording = clip_id
         channel = None
         if segments is not None:
-            recording, begin, end, channel = parse_segment(
-                segments[clip_id], f"{args.root}/segments: {clip_id}"
-            )
+            where = f"{args.root}/segments: {clip_id}"
+            recording, begin, end, channel = parse_segment(segments[clip_id], where)
             line.update({"recording": recording, "begin_time": begin, "end_time": end})
         if texts is not None:
             line["text"] = texts.get(clip_id)
@@ -65,13 +64,14 @@ def lines_if_there(root, name):
 
 def parse_segment(segment, where):
     """(recording, begin, end, channel or None) of "recording begin end [channel]"."""
-    recording, *numbers = segment.split()
+    words = segment.split()
     try:
-        begin, end = [float(number) for number in numbers[:2]]
-    except ValueError:
+        begin = float(words[1])
+        end = float(words[2])
+    except (IndexError, ValueError):
         raise InputError(f"{where}: expected recording, begin and end in s, found {segment!r}") from None
-    channel = numbers[2] if len(numbers) > 2 else None
-    return recording, begin, end, channel
+    channel = words[3] if len(words) > 3 else None
+    return words[0], begin, end, channel
 
 
 @functools.cache

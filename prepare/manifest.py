@@ -19,7 +19,7 @@ import typing
 
 import soundfile
 
-from data import SAMPLE_RATE, InputError, argument_parser, load_audio, parse_line
+from data import SAMPLE_RATE, InputError, argument_parser, audio_duration, load_audio, parse_line
 
 SHARD_BYTES = 10**9  # a shard ends with the first clip beyond this
 LONGEST_S = 10**7  # a header that states more was left unfinished by a streaming writer
@@ -82,7 +82,7 @@ def write_manifest(args, clips, layout):
         if n_clips == 0:
             raise InputError("; ".join([f"{args.root}: no usable clip; looked for {layout}", *left_out]))
 
-    packed = f", {len(shards.paths)} shard(s)" if shards else ""
+    packed = f", {len(shards.paths)} shard(s)" if shards is not None else ""
     print(f"{args.out}: {n_clips} clips, {seconds / 3600:.3f} hours, {n_untexted} without text{packed}")
     for line in left_out:
         print(f"  {line}")
@@ -133,15 +133,11 @@ def manifest_line(clip, shards):
 
 
 def duration_s(line, content):
-    """Seconds of a clip: of a segment by its times, else by the header of its file. Nothing is decoded."""
+    """Seconds of a clip: of a segment by its times, else of its file. Nothing is decoded."""
     begin_s = max(line.get("begin_time", 0), 0)
     end_s = line.get("end_time", -1)
     if end_s < 0:
-        try:
-            end_s = soundfile.info(io.BytesIO(content) if content else line["audio"]).duration
-        except (OSError, soundfile.LibsndfileError, UnicodeEncodeError, TypeError) as error:
-            # UnicodeEncodeError: a name that is not UTF-8. TypeError: a *.raw, which has no header.
-            raise InputError(f"{line['id']}: {error}") from None
+        end_s = audio_duration(content or line["audio"])
     return round(end_s - begin_s, 4)
 
 
@@ -228,9 +224,8 @@ def chosen_splits(folder, wanted):
     splits = sorted(path.name for path in folder.glob("*") if path.is_dir())
     for split in wanted:
         if split not in splits:
-            raise InputError(
-                f"--split {split}: no such folder in {folder}; it has {', '.join(splits) or 'none'}"
-            )
+            names = ", ".join(splits) or "none"
+            raise InputError(f"--split {split}: no such folder in {folder}; it has {names}")
     return sorted(set(wanted)) or splits
 
 

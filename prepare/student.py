@@ -59,9 +59,7 @@ def from_parts(encoder_name, lm_name):
     The rows of added tokens are drawn with the mean and the spread of the other rows, per dimension.
     """
     if model_kind(encoder_name, local_folder(encoder_name)) != "glmasr":
-        raise InputError(
-            f"--encoder {encoder_name}: Qwen3-ASR's encoder has another shape; take a GlmAsr model"
-        )
+        raise InputError(f"--encoder {encoder_name}: its encoder is Qwen3-ASR's; take a GlmAsr model")
     # Stock's own class, because zai-org/GLM-ASR-Nano-2512 has a Llama LM, and older names, which it renames.
     donor = load_stock(transformers.GlmAsrForConditionalGeneration, encoder_name)
     lm = load_stock(transformers.AutoModelForCausalLM, lm_name)
@@ -72,8 +70,9 @@ def from_parts(encoder_name, lm_name):
     n_tokens = len(tokenizer)
     if n_tokens > lm.config.vocab_size:
         lm.resize_token_embeddings(n_tokens, mean_resizing=False)  # drawn below
+
     tied = lm.config.tie_word_embeddings
-    matrices = [lm.model.embed_tokens.weight]  # (V, H)
+    matrices = [lm.get_input_embeddings().weight]  # (V, H)
     if not tied:
         matrices.append(lm.lm_head.weight)
     for matrix in matrices:

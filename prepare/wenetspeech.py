@@ -61,7 +61,8 @@ def recordings(path):
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; is ROOT the folder of this corpus?") from None
     except ijson.JSONError as error:
-        raise InputError(f"{path}: cut off, or not JSON ({error})") from None
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path}: cut off, or not JSON ({reason})") from None
 
 
 def main(args):

@@ -3,8 +3,6 @@
 import importlib.metadata
 import json
 import os
-import random
-import re
 import zlib
 
 import numpy as np
@@ -30,49 +28,37 @@ EN = [
     (" \t\r\n", ""),
     ("—?!", ""),
     ("twenty five percent", "25%"),
-    ("25 percent", "25%"),
     ("25 per cent", "25%"),
-    ("25%", "25%"),
     ("２５％", "25%"),
     ("two hundred and one", "201"),
     ("three point one four", "3.14"),
     ("two and a half", "2.5"),
-    ("nineteen eighty four", "1984"),
     ("one oh one", "101"),
-    ("double seven", "77"),
     ("minus five degrees", "-5 degrees"),
-    ("the twenty first", "the 21st"),
     ("the 1960s", "the 1960s"),
     ("1 dog, one cat", "one dog one cat"),
     ("1,000 people", "1000 people"),
     ("3.5 miles.", "3.5 miles"),
     ("ten thousand dollars", "$10000"),
     ("It cost $20 million.", "it cost $20000000"),
-    ("three dollars and fifty cents", "$3.50"),
     ("$3.50", "$3.50"),
     ("＄20 or £5", "$20 or £5"),
-    ("50 cents", "¢50"),
     ("$0.50", "¢50"),
     ("I can't, won't, don't", "i can not will not do not"),
     ("it's we'll they're I've I'm he'd", "it is we will they are i have i am he would"),
     ("she'd been", "she had been"),
-    ("let's, y'all, ain't", "let us you all aint"),
-    ("gonna wanna gotta", "going to want to got to"),
     ("I don 't", "i do not"),
     ("I don’t, don‘t, donʼt, donʻt, don`t, don´t, don′t", "i " + "do not " * 6 + "do not"),
     ("it’s John`s", "it is john is"),
     ("“‘Yes,’ she said”", "yes she said"),
     ("the dogs' house", "the dogs house"),
     ("Mr. and Mrs. Smith met Dr. Jones", "mister and missus smith met doctor jones"),
-    ("St. John", "saint john"),
     ("colour organise centre grey", "color organize center gray"),
     ("well-known AT&T", "well known at t"),
     ("um, uh, hmm, mm, mhm", ""),
-    ("um yes uh no", "yes no"),
     ("[noise] hello (laughs) <unk>", "hello"),
     ("café naïve Łódź straße", "cafe naive lodz strasse"),
     ("U.S. army", "u s army"),
-    ("Wait… what?", "wait what"),
     ("Wait…", "wait"),
     ("Wait...", "wait"),
     ("…", ""),
@@ -91,16 +77,13 @@ ZH = [
     ("「你好」『世界』", "你 好 世 界"),
     ("ＡＢｃ１２３", "a b c 1 2 3"),
     ("我有50％的股份", "我 有 5 0 的 股 份"),
-    ("我有50%的股份", "我 有 5 0 的 股 份"),
     ("百分之五十", "百 分 之 五 十"),  # numbers stay as they are written
     ("二〇二四年①", "二 〇 二 四 年 1"),
     ("￥100", "1 0 0"),
     ("25℃", "2 5 c"),
     ("A股涨了3.5%", "a 股 涨 了 3 5"),
     ("Wi-Fi 密码是 abc", "w i f i 密 码 是 a b c"),
-    ("K T V", "k t v"),
     ("去哪儿玩儿一会儿", "去 哪 儿 玩 儿 一 会 儿"),
-    ("臺灣大學", "臺 灣 大 學"),
     ("阿·Q", "阿 q"),
     ("你\u200b好\u200d吗\ufeff", "你 好 吗"),
     ("\u202a你好\u202c\u2060", "你 好"),
@@ -108,7 +91,6 @@ ZH = [
     ("好" + FAMILY + "的" + THUMB, "好 的"),
     ("按" + KEYCAP, "按 5"),
     (ENGLAND + "赢了🇨🇳", "赢 了"),
-    ("好\ufe0f", "好"),
     ("𠮷野家", "𠮷 野 家"),  # beyond U+FFFF, one unit
     ("\uf90a\u2f00", "金 一"),  # compatibility ideograph, radical
     ("<unk>嗯", "u n k 嗯"),  # Whisper's brackets and fillers are en's only
@@ -120,7 +102,6 @@ OTHERS = [
     ("ja", "東京、日本。「はい」〜", "東 京 日 本 は い"),
     ("ja", "ラーメン 人々", "ラ ー メ ン 人 々"),
     ("ja", "ｶﾞｲﾄﾞ・か\u3099", "ガ イ ド が"),  # half-width and decomposed voiced kana
-    ("ja", "２０２４年", "2 0 2 4 年"),
     ("ko", "안녕하세요, 세계!", "안 녕 하 세 요 세 계"),
     ("ko", "\u1112\u1161\u11ab\u1100\u1173\u11af", "한 글"),  # decomposed syllables
     ("th", "ภาษา ไทย", "ภ า ษ า ไ ท ย"),
@@ -131,7 +112,6 @@ OTHERS = [
     ("de", "GROẞ E-Mail 3,5 %", "groß e mail 3 5"),
     ("de", "ich ❤\ufe0f dich " + FAMILY + " " + KEYCAP, "ich dich 5"),
     ("de", "Donau\u00addampf \ufeffok", "donaudampf ok"),
-    ("de", "ＯＫ ﬁn", "ok fin"),
     ("de", "um zwanzig Uhr (laut) hmm", "um zwanzig uhr laut hmm"),
     ("ru", "Привет, Мир! Ёлка.", "привет мир ёлка"),
     ("ru", "и\u0306 №5", "й no5"),
@@ -153,14 +133,12 @@ PAPER = [
     ("en", "I don’t donʼt don´t", "i dont dont dont"),
     ("tr", "İzmir'in ISISI", "izmirin ısısı"),
     ("en", "twenty-five percent, 25%", "twentyfive percent 25"),
-    ("en", "Mr. Smith's colour", "mr smiths colour"),
     ("en", "$3.50 1,000", "350 1000"),
     ("en", "um, [noise] yes", "um noise yes"),
     ("en", "A & B — C", "a b c"),
     ("en", "wait…what", "waitwhat"),
     ("en", "hel\u200blo " + THUMB + " " + KEYCAP, "hello 5"),
     ("en", "ＯＫ", "ｏｋ"),  # no NFKC
-    ("en", "?!", ""),
     ("fr", "L'eau d'ÉTÉ", "leau dété"),
     ("fr", "e\u0301te\u0301", "e\u0301te\u0301"),
     ("zh", "你好，世界！ OK", "你 好 世 界 o k"),
@@ -172,7 +150,6 @@ SIMPLIFIED = [
     ("zh", "default", "臺灣大學", "台 湾 大 学"),
     ("zh", "default", "頭髮、發現，後來", "头 发 发 现 后 来"),
     ("zh", "default", "乾燥的乾坤", "干 燥 的 乾 坤"),  # by phrase: 乾 stays in 乾坤
-    ("zh", "default", "乾 坤", "乾 坤"),  # blanks between characters mean nothing
     ("zh", "default", "軟體 ＯＫ", "软 体 o k"),  # characters, not the mainland's words
     ("zh", "default", "这是简体，什么么？", "这 是 简 体 什 么 么"),
     ("zh", "default", "看著名著，看着名著", "看 着 名 着 看 着 名 着"),  # 著 and 着 are one
@@ -199,46 +176,15 @@ def test_normalize(language, style, simplify, text, units):
     assert evaluation.normalize(text, language, style, simplify) == units.split(" ") * bool(units)
 
 
-@pytest.mark.parametrize(
-    "language, options, name",
-    [
-        ("en", {}, ENGLISH),
-        ("zh", {}, "zh/1"),
-        ("km", {}, "zh/1"),
-        ("de", {}, "words/2"),
-        (None, {}, "words/2"),
-        ("en", {"style": "paper"}, "paper/2"),
-        ("zh", {"style": "paper"}, "paper/2"),
-        ("zh", {"simplify": True}, "zh/1+t2s/2"),
-        ("yue", {"style": "paper", "simplify": True}, "paper/2+t2s/2"),
-        ("ja", {"simplify": True}, "zh/1"),
-    ],
-)
-def test_normalizer_name(language, options, name):
-    assert evaluation.normalizer_name(language, **options) == name
-
-
-@pytest.mark.parametrize(
-    "fields, language",
-    [
-        ({"text": "hello"}, None),
-        ({"text": "OK 好"}, "zh"),
-        ({"text": "㐀", "language": None}, "zh"),
-        ({"text": "ภาษา"}, "th"),
-        ({"text": "<|im_end|>ภา"}, "th"),  # control tokens have no script
-        ({"text": "好", "language": "en"}, "en"),
-        ({"text": "a", "language": "zh-CN"}, "zh"),
-        ({"text": "a", "language": "zh-HK"}, "yue"),
-        ({"text": "a", "language": "cmn"}, "zh"),
-        ({"text": "你好", "language": "cn"}, InputError),
-    ],
-)
-def test_language_of(fields, language):
-    if language is InputError:
-        with pytest.raises(InputError, match=fields["language"]):
-            evaluation.language_of(fields)
-    else:
-        assert evaluation.language_of(fields) == language
+def test_language_of():
+    """What the line says, else what the script decides; control tokens have no script."""
+    language_of = evaluation.language_of
+    texts = {"hello": None, "㐀": "zh", "<|im_end|>ภา": "th"}
+    assert {text: language_of({"text": text, "language": None}) for text in texts} == texts
+    spellings = {"en": "en", "zh-CN": "zh", "zh-HK": "yue", "Chinese": "zh"}
+    assert {name: language_of({"text": "好", "language": name}) for name in spellings} == spellings
+    with pytest.raises(InputError, match="language 'cn' is not known"):
+        language_of({"text": "你好", "language": "cn"})
 
 
 @pytest.mark.skipif(
@@ -268,20 +214,16 @@ def test_recorded_texts_in_other_forms_are_no_errors():
         ("en", "The cat, sat!", "the  CAT sat.", 0, 0, 0, 3),  # both sides are normalised
         ("en", "big cat sat on the mat today", "so big bat sat on mat today", 1, 1, 1, 7),
         ("en", "the cat sat", "", 0, 3, 0, 3),
-        ("en", "the cat sat", "?!", 0, 3, 0, 3),
         ("en", "", "hello there you", 0, 0, 3, 0),
         ("en", "um", "hello there", 0, 0, 2, 0),  # empty after normalisation
         ("en", "don't go", "don`t go", 0, 0, 0, 3),
         ("tr", "İzmir ISPARTA", "izmir ısparta", 0, 0, 0, 2),
-        ("tr", "ISPARTA", "isparta", 1, 0, 0, 1),
-        ("zh", "今天天气很好", "今天气很好吗", 0, 1, 1, 6),
         ("zh", "今天，天气很好。", "今天 天汽 很好", 1, 0, 0, 6),
         ("zh", "。", "好的" + FAMILY, 0, 0, 2, 0),
         ("zh", "❤\ufe0f", "", 0, 0, 0, 0),
         ("ja", "カナ", "かな", 2, 0, 0, 2),
         ("ko", "한국어 문장", "한국 문장", 0, 1, 0, 5),
         ("bo", "བོད་སྐད།", "བོད་སྐ", 0, 1, 0, 6),
-        ("de", "guten Tag", "gutenTag", 1, 1, 0, 2),  # words, not characters
         (None, "guten Tag", "Guten Tag!", 0, 0, 0, 2),
     ],
 )
@@ -293,32 +235,6 @@ def test_count_errors_by_hand(language, reference, hypothesis, substitutions, de
         "deletions": deletions,
         "insertions": insertions,
     }
-
-
-def edit_distance(reference, hypothesis):
-    row = list(range(len(hypothesis) + 1))
-    for i, r in enumerate(reference, 1):
-        above = row
-        row = [i]
-        for j, h in enumerate(hypothesis, 1):
-            row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (r != h)))
-    return row[-1]
-
-
-def test_count_errors_equals_an_edit_distance():
-    draw = random.Random(3)
-    kinds = set()
-    for _ in range(300):
-        language, joint = draw.choice([("de", " "), ("zh", "")])
-        reference = [draw.choice("abc") for _ in range(draw.randrange(9))]
-        hypothesis = [draw.choice("abc") for _ in range(draw.randrange(9))]
-        counts = evaluation.count_errors(joint.join(reference), joint.join(hypothesis), language)
-        assert counts["errors"] == edit_distance(reference, hypothesis)
-        assert counts["errors"] == counts["substitutions"] + counts["deletions"] + counts["insertions"]
-        assert counts["units"] == len(reference)
-        assert counts["insertions"] - counts["deletions"] == len(hypothesis) - len(reference)
-        kinds |= {key for key in counts if counts[key]}
-    assert kinds == {"errors", "units", "substitutions", "deletions", "insertions"}
 
 
 def test_looping():
@@ -385,26 +301,19 @@ def test_summary_is_errors_over_units_not_a_mean_of_rates():
 
 
 @pytest.mark.parametrize(
-    "lines, metric",
-    [
-        ([("en", "a"), ("de", "a")], "WER"),
-        ([("zh", "a"), ("yue", "a"), ("ja", "a"), ("ko", "a"), ("th", "a")], "CER"),
-        ([("lo", "a"), ("my", "a"), ("km", "a"), ("bo", "a")], "CER"),
-        ([("en", "a"), ("zh", "a")], "MER"),
-        ([(None, "你好")], "CER"),
-        ([(None, "hello")], "WER"),
-        ([], "WER"),
-    ],
+    "languages, metric",
+    [("en de", "WER"), ("zh yue ja ko th lo my km bo", "CER"), ("en zh", "MER"), ("", "WER")],
 )
-def test_metric_name_follows_the_languages(lines, metric):
-    assert evaluation.summarize([scored_line(*line) for line in lines], draws=0)["metric"] == metric
+def test_metric_name_follows_the_languages(languages, metric):
+    lines = [scored_line(language) for language in languages.split()]
+    assert evaluation.summarize(lines, draws=0)["metric"] == metric
 
 
 def test_lines_without_a_language_are_counted_and_said(capsys):
     """Whisper's English normaliser is for English only: it drops accents."""
     lines = [scored_line(None, "é"), scored_line(None, "b"), scored_line(None, "好"), scored_line("fr", "é")]
     summary = evaluation.summarize(lines, draws=0)
-    assert (summary["no_language"], summary["normalizer"]) == (2, "words/2, zh/1")
+    assert [summary[key] for key in ("no_language", "normalizer", "metric")] == [2, "words/2, zh/1", "MER"]
     evaluation.print_summaries({"test": summary})
     said = "test: 2 line(s) with neither a language nor a script that decides one, scored as plain words"
     assert capsys.readouterr().out.splitlines()[-1] == said
@@ -450,13 +359,6 @@ def test_bootstrap_leaves_out_draws_without_units():
     assert outcomes == {(None, None), (100.0, 100.0)}
 
 
-def test_bootstrap_is_a_function_of_the_seed():
-    errors = np.random.default_rng(1).integers(0, 20, 50).tolist()
-    interval = evaluation.bootstrap(errors, [30] * 50, 200)
-    assert interval == evaluation.bootstrap(errors, [30] * 50, 200, seed=0)
-    assert interval != evaluation.bootstrap(errors, [30] * 50, 200, seed=1)
-
-
 # ----------------------------------------------------------------------------------------------------------
 # --compare
 # ----------------------------------------------------------------------------------------------------------
@@ -499,12 +401,6 @@ def compared(tmp_path):
     return compared
 
 
-def test_compare_same_results(compared):
-    c = compared([0, 3, 1, 5], [0, 3, 1, 5])
-    figures = {"a": 22.5, "b": 22.5, "difference": 0, "low": 0, "high": 0, "p": 1}
-    assert c == {"metric": "WER", "n": 4, **figures, "reason": None}
-
-
 def test_compare_is_paired(compared):
     """B has one error in ten fewer on every clip, however the clips differ: every draw says −10."""
     errors = [1, 9, 2, 8, 1, 7, 10, 3]
@@ -541,6 +437,12 @@ def test_compare_exact_p(compared):
     assert compared([5, 5, 5], [5, 5, 0], 30_000)["p"] == pytest.approx(2 * (2 / 3) ** 3, abs=0.03)
 
 
+def test_compare_leaves_out_draws_without_units(compared):
+    """Of two clips one has no word: three draws in four say −50 points, the fourth has no rate."""
+    c = compared([5, 0], [0, 0], 400, units=[10, 0])
+    assert [c[key] for key in ("difference", "low", "high")] == [-50, -50, -50] and c["p"] < 0.01
+
+
 def test_one_clip_has_neither_interval_nor_p(compared, tmp_path, capsys):
     c = compared([5], [3])
     assert (c["n"], c["difference"], c["low"], c["high"], c["p"]) == (1, -20, None, None, None)
@@ -550,23 +452,16 @@ def test_one_clip_has_neither_interval_nor_p(compared, tmp_path, capsys):
     assert out[2] == "neither interval nor p: they need two clips or more"
 
 
-def test_p_under_the_null(compared):
-    """Where A and B are two draws of one thing p < 0.05 comes about one time in twenty."""
-    rng = np.random.default_rng(2)
-    small = 0
-    for _ in range(200):
-        a, b = rng.binomial(10, 0.3, (2, 25)).tolist()
-        small += compared(a, b, 400)["p"] < 0.05
-    assert 3 <= small <= 25
-
-
 def test_compare_pairs_by_clip_in_any_order_and_folder(tmp_path):
-    """One audio file holds two segments, one tar two byte ranges; the files lie in different folders."""
+    """One audio file holds two segments, one tar two byte ranges; the files lie in different folders.
+
+    A begin_time of −1 or null is the whole file's; a language may be spelled in two ways.
+    """
     clips = [
         {"audio": "0.wav"},
         {"audio": "0.wav", "begin_time": 0.0, "end_time": 2.0},
         {"audio": "0.wav", "begin_time": 2.0, "end_time": 4.0},
-        {"audio": "deep/1.wav"},
+        {"audio": "deep/1.wav", "begin_time": None, "end_time": -1},
         {"audio": "0.tar", "offset": 512, "nbytes": 99},
         {"audio": "0.tar", "offset": 2048, "nbytes": 99},
     ]
@@ -575,22 +470,14 @@ def test_compare_pairs_by_clip_in_any_order_and_folder(tmp_path):
         relative = f"../{clip['audio']}"
         a.append(result_line(0, errors_a, **{**clip, "audio": f"../{relative}"}))
         path = relative if i % 2 else str(tmp_path / clip["audio"])
-        b.append(result_line(0, errors_b, **{**clip, "audio": path}))
+        b.append(result_line(0, errors_b, language="de-AT", **{**clip, "audio": path}))
+    b[3] |= {"begin_time": -1, "end_time": None}
     first = evaluation.read_results(write_lines(tmp_path / "runs" / "a" / "r.jsonl", a))
     second = evaluation.read_results(write_lines(tmp_path / "b" / "r.jsonl", b))
     reverse = evaluation.read_results(write_lines(tmp_path / "c" / "r.jsonl", b[::-1]))
     c = evaluation.compare(first, second, 500)
     assert c == evaluation.compare(first, reverse, 500)
     assert (c["n"], c["a"], c["b"]) == pytest.approx((6, 100 * 19 / 60, 100 * 15 / 60))
-
-
-def test_compare_knows_a_whole_file_by_any_name(tmp_path):
-    """begin_time −1, null or absent: the whole file. A language may be spelled in two ways."""
-    whole = [result_line(0, 1, begin_time=-1, end_time=-1), result_line(1, begin_time=None, language="de-AT")]
-    a = write_lines(tmp_path / "a.jsonl", whole)
-    b = write_lines(tmp_path / "b.jsonl", [result_line(1, 2), result_line(0, 3)])
-    c = evaluation.compare(evaluation.read_results(a), evaluation.read_results(b), 50)
-    assert (c["n"], c["difference"]) == (2, pytest.approx(20))
 
 
 def test_compare_prints_both_values_and_the_verdict(tmp_path, capsys):
@@ -606,14 +493,12 @@ def test_compare_prints_both_values_and_the_verdict(tmp_path, capsys):
 
 def test_compare_recounts_with_the_normalizer_asked_for(tmp_path, capsys):
     """A writes don't as do not: no error by default, two errors of two units in the paper's style."""
-    paths = []
     for name, hyp in (("a", "I do not"), ("b", "i dont")):
-        lines = [result_line(i, text="I don't", hyp=hyp, language="en", errors=1) for i in range(2)]
-        paths.append(write_lines(tmp_path / f"{name}.jsonl", lines))
-    run("--compare", *paths, "--bootstrap", 9)
-    assert re.search(r" 0\.00 .* 66\.67 ", capsys.readouterr().out)
-    run("--compare", *paths, "--bootstrap", 9, "--normalizer", "paper")
-    assert re.search(r" 100\.00 .* 0\.00 ", capsys.readouterr().out)
+        line = result_line(0, text="I don't", hyp=hyp, language="en", errors=1)
+        write_lines(tmp_path / f"{name}.jsonl", [line])
+    for normalizer, rates in (("default", ["0.00", "66.67"]), ("paper", ["100.00", "0.00"])):
+        run("--compare", tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--normalizer", normalizer)
+        assert capsys.readouterr().out.splitlines()[1].split()[2:4] == rates
 
 
 UNPAIRED = {
@@ -623,7 +508,7 @@ UNPAIRED = {
     "other text": ([0, 77], [0, result_line(77, text="anna bert")], r"77\.wav has another text"),
     "other language": ([77], [result_line(77, language="en")], r"77\.wav has another text or language"),
     "failed in A": ([0, failed_line(77)], [0, 77], r"77\.wav was not decoded"),
-    "failed in B": ([0, 77], [0, failed_line(77)], r"77\.wav"),
+    "failed in B": ([0, 77], [0, result_line(77, error="is damaged")], r"77\.wav was not decoded"),
     "no hyp": ([77], [{"audio": "77.wav", "duration": 36.0}], r"b\.jsonl:1: neither"),
     "other bytes": (
         [0, result_line(77, offset=0, nbytes=10)],
@@ -663,7 +548,7 @@ def test_score_recounts_and_sums_up(tmp_path, capsys):
         result_line(2, text="", hyp="bert carl"),
         result_line(3, text=None, hyp="", duration=72.0),
         result_line(4, text="anna bert", hyp=""),
-        failed_line(5) | {"duration": 3600.0, "hyp": None},
+        result_line(5, duration=3600.0, error="is damaged"),  # failed, whatever hyp says
         result_line(6, text="好的", hyp="好", language="zh"),
         result_line(7, text="Don't", hyp="do not", language="en"),
     ]
@@ -673,40 +558,23 @@ def test_score_recounts_and_sums_up(tmp_path, capsys):
     assert os.listdir(tmp_path / "out") == ["summary.json"] and open(path, "rb").read() == before
     # errors: 2 deletions, 59 insertions, 2 on silence, 2 deletions, 1 deletion, none
     low, high = evaluation.bootstrap([2, 59, 2, 2, 1, 0], [10, 1, 0, 2, 2, 2], 300)
-    assert summaries_of(tmp_path / "out")["mixed"] == {
-        "metric": "MER",
-        "value": pytest.approx(100 * 66 / 17),
-        "low": pytest.approx(low),
-        "high": pytest.approx(high),
-        "errors": 66,
-        "units": 17,
+    summary = summaries_of(tmp_path / "out")["mixed"]
+    figures = {"metric": "MER", "value": 100 * 66 / 17, "errors": 66, "units": 17, "low": low, "high": high}
+    kinds = {
         "substitutions": 0,
         "deletions": 5,
         "insertions": 61,
-        "n": 8,
-        "scored": 6,
-        "failed": 1,
-        "empty": 2,
-        "looping": 1,
-        "capped": 1,
         "no_language": 0,
-        "hours": pytest.approx((6 * 36 + 72) / 3600),
-        "normalizer": f"{ENGLISH}, words/2, zh/1",
+        "hours": 0.08,
         "rtf": None,
     }
+    clips = {"n": 8, "scored": 6, "failed": 1, "empty": 2, "looping": 1, "capped": 1}
+    assert summary.pop("normalizer") == f"{ENGLISH}, words/2, zh/1"
+    assert summary == pytest.approx({**figures, **kinds, **clips})
     header, row, *_ = capsys.readouterr().out.splitlines()
     assert header.split()[:4] == ["set", "metric", "%", "95"]
     assert row.split()[:3] == ["mixed", "MER", "388.24"]
     assert row.split()[4:] == "0 5 61 8 0.080 2 1 1 1 –".split()
-
-
-def test_score_several_files_and_without_out(tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name, errors in (("one", 1), ("two", 3)):
-        write_lines(tmp_path / f"{name}.jsonl", [result_line(i, errors) for i in range(4)])
-    run("--score", "one.jsonl", "two.jsonl")
-    assert re.search(r"one +WER.* 10\.00.*\n.*two +WER.* 30\.00", capsys.readouterr().out)
-    assert sorted(os.listdir()) == ["one.jsonl", "two.jsonl"]
 
 
 @pytest.mark.parametrize(
@@ -730,27 +598,16 @@ def test_score_takes_normalizer_and_simplify(tmp_path, options, errors, units, n
     assert (summary["errors"], summary["units"], summary["normalizer"]) == (errors, units, names)
 
 
-def test_score_interval_is_bootstraps_with_10_000_draws_by_default(tmp_path):
-    errors = np.random.default_rng(4).integers(0, 9, 40).tolist()
-    path = write_lines(tmp_path / "r.jsonl", map(result_line, range(40), errors))
-    for draws, options in ((50, ["--bootstrap", 50]), (10_000, [])):
-        run("--score", path, "--out", tmp_path / str(draws), *options)
-        summary = summaries_of(tmp_path / str(draws))["r"]
-        assert (summary["low"], summary["high"]) == evaluation.bootstrap(errors, [10] * 40, draws)
-
-
 @pytest.mark.parametrize(
     "lines, message",
     [
         ([result_line(0), {"audio": "1.wav", "duration": 1.0}], r"r\.jsonl:2: neither"),
         ([result_line(0), result_line(1, language="cn")], r"r\.jsonl:2: language 'cn' is not known"),
-        (["{broken"], r"r\.jsonl:1"),
         ([], r"r\.jsonl"),
     ],
 )
 def test_score_refuses_what_is_no_result_file(tmp_path, lines, message):
-    path = tmp_path / "r.jsonl"
-    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    path = write_lines(tmp_path / "r.jsonl", lines)
     with pytest.raises(InputError, match=message):
         run("--score", path, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()

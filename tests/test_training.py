@@ -1,464 +1,717 @@
-"""opd.py, sft.py, eval.py and overlap.py end to end on tiny models,
-and that results do not depend on how work is split."""
+"""Whole runs of opd.py and sft.py on tiny models: what a step computes, written out again from its
+definition, and that no cut into micro-batches and ranks changes it."""
+
 import json
-import os
+import math
+import re
 import shutil
-import subprocess
-import sys
 
-import numpy as np
 import pytest
+import soundfile
+import tokenizers
 import torch
-import torch.distributed as dist
+import transformers
+from conftest import ROOT, byte_tokenizer, qwen3_asr_folder, tiny_model
+from runs import (
+    BOTH,
+    argv_of,
+    assert_same_gradient,
+    assert_same_metrics,
+    error_line,
+    gradient_of,
+    lines_of,
+    mean,
+    run_on_cpu,
+    run_ranks,
+    state_of,
+    status_of,
+    timeless,
+    train,
+    train_on_ranks,
+    weights_of,
+    write_clip,
+    write_lines,
+    write_stage,
+)
 
-import data
 import eval as evaluation
 import opd
-import overlap
 import sft
-from conftest import DATA, ROOT, byte_tokenizer, noise, tiny_config, tiny_model
-from data import InputError, collate, read_manifest
-from model import SpeechLM, align_vocabularies, cosine_lr, shard, whole
+from data import collate, load_audio, read_manifest
+from model import SpeechLM, cosine_lr
+
+CTC_AND_MASKS = ["--ctc-weight", 0.5, "--time-masks", 1, "--freq-masks", 1, "--time-width", 5]
 
 
-# ---- helpers -----------------------------------------------------------------------------------------------
-def run(script, *args, nproc=0, check=True):
-    """Runs a script as a user does, under torchrun where nproc > 0. → CompletedProcess with text output."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]     # a free port
-    launch = [sys.executable, *(torchrun if nproc else [])]
-    done = subprocess.run([*launch, str(ROOT / script), *map(str, args)], capture_output=True, text=True,
-                          cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=280)
-    assert not check or done.returncode == 0, done.stderr[-3000:]
-    return done
+@pytest.fixture(autouse=True, scope="module")
+def on_cpu():
+    yield from run_on_cpu()
 
 
-def metrics_of(out):
-    return [json.loads(line) for line in open(out / "metrics.jsonl")]
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory):
+    return write_stage(tmp_path_factory.mktemp("stage"))
 
 
-@pytest.fixture
-def models(tmp_path):
-    """Folders of a student and of a larger teacher, same tokenizer."""
-    tiny_model(0).save_pretrained(tmp_path / "student")
-    tiny_model(1, width=48, hidden=64).save_pretrained(tmp_path / "teacher")
-    return tmp_path / "student", tmp_path / "teacher"
+@pytest.fixture(scope="module")
+def plain(stage, tmp_path_factory):
+    """plain(script, *flags) → the folder of such a run in one process, made once."""
+    folders = {}
+
+    def folder_of(script, *flags):
+        key = (script, *flags)
+        if key not in folders:
+            folders[key] = tmp_path_factory.mktemp("plain") / "run"
+            train(script, stage, folders[key], *flags)
+        return folders[key]
+
+    return folder_of
 
 
-def opd_args(clips_dir, models, out, *more):
-    return ["--train", str(clips_dir / "m.jsonl"), "--student", str(models[0]), "--teacher", str(models[1]),
-            "--out", str(out), "--workers", "0", "--steps", "3", "--batch-size", "6", "--lr", "1e-3",
-            "--warmup-steps", "1", "--k", "8", "--max-new-tokens", "12", *map(str, more)]
+def longest_clips(stage, n):
+    """The first batch of a run holds the longest clips, longest first."""
+    clips = read_manifest(stage / "m.jsonl")
+    return sorted(clips, key=lambda clip: -clip.duration)[:n]
 
 
-def opd_run(*args):
-    opd.main(opd.parse_args(opd_args(*args)))
-    return metrics_of(args[2])
+# ---- opd.py: a step by its definition ----------------------------------------------------------------------
 
 
-# ---- gradients do not depend on the split ------------------------------------------------------------------
-def fixed_micros(student, teacher, rank, world, size):
-    """This rank's share of 6 fixed rollouts of very different lengths, `size` clips at a time;
-    one empty, one capped."""
-    texts, stopped = (["a", "a much longer transcript than the others", "", "bc", "capped", "xyz"],
-                      [True, True, True, True, False, True])
-    mine, alignment, micros = list(range(6))[rank::world], align_vocabularies(student, teacher), []
-    for cut in (mine[i:i + size] for i in range(0, len(mine), size)):
-        waves = [noise(0.4 + 0.3 * i, seed=i) for i in cut]
-        batch, teacher_batch = collate(waves, student.front_end), collate(waves, teacher.front_end)
-        rollout = student.front_end.transcripts([texts[i] for i in cut])
-        rollout.stopped = torch.tensor([stopped[i] for i in cut])
-        generator = torch.Generator().manual_seed(0)
-        table = torch.stack([torch.randperm(256, generator=generator)[:5]
-                             for _ in range(300)]).reshape(6, 50, 5)
-        rollout.topk_ids = table[cut][:, :rollout.ids.shape[1]]
-        micros.append(opd.score_rollout(teacher, alignment, batch, teacher_batch, rollout, 5))
-    return micros
+def top_ids(logits, forbidden, k):
+    return logits.masked_fill(forbidden, -math.inf).topk(k).indices.tolist()
 
 
-def gradients(rank, world, size):
-    student, teacher = (tiny_model(0, spread=0.1).train(),
-                        tiny_model(1, width=48, hidden=64, spread=0.1).requires_grad_(False))
-    shard(student, False)
-    losses, _, n = opd.backward_kl(student, fixed_micros(student, teacher, rank, world, size), 1.5,
-                                   torch.device("cpu"))
-    assert all(p.grad is None for p in teacher.parameters())
-    return ({name: whole(p.grad).clone() for name, p in student.named_parameters()}, n,
-            sum(float(x.sum()) for x in losses))
+def kl_on(support, teacher_logits, student_logits, tau):
+    p = (teacher_logits[support] / tau).softmax(dim=0)
+    q = (student_logits[support] / tau).softmax(dim=0)
+    return tau**2 * (p * (p.log() - q.log())).sum()
 
 
-def gradient_worker(rank, world, size, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    torch.save(gradients(rank, world, size), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+def opd_step(stage, n, k=8, tau=1.0, cap=12, divergence=kl_on, states="student", teacher="teacher"):
+    """Equation 1 on the n longest clips, one clip and one row at a time, from full logits.
+
+    states: whose transcripts the rows are of, the student's or (not in the paper) the reference.
+
+    → metrics, gradient {name: tensor}, and for each clip {student, teacher, stopped, kl: nats of its rows}.
+    """
+    student = SpeechLM.from_pretrained(stage / "student").train()
+    teacher = SpeechLM.from_pretrained(stage / teacher).eval()
+    rows = []
+    samples = []
+    for clip in longest_clips(stage, n):
+        batch = collate([load_audio(clip)], student.front_end, [clip.language])
+        rollout = student.sample(batch, cap, k=1)
+        if states == "reference":
+            rollout = student.front_end.transcripts([clip.text])
+        written = teacher.sample(batch, cap, k=1)
+        student_logits = student.head(student(batch, rollout))
+        teacher_logits = teacher.head(teacher(batch, rollout)).detach()
+        clip_kl = []
+        for z_student, z_teacher in zip(student_logits, teacher_logits):
+            student_ids = top_ids(z_student, student.forbidden, k)
+            teacher_ids = top_ids(z_teacher, teacher.forbidden, k)
+            support = sorted(set(student_ids) | set(teacher_ids))
+            row = {"vuss": len(support), "overlap_ratio": (2 * k - len(support)) / k}
+            row["top1"] = float(student_ids[0] == teacher_ids[0])
+            row["loss"] = divergence(support, z_teacher, z_student, tau)
+            row["kl"] = divergence(support, z_teacher, z_student, 1.0).item()
+            rows.append(row)
+            clip_kl.append(row["kl"])
+        samples.append(
+            {
+                "student": student.front_end.texts(rollout)[0],
+                "teacher": teacher.front_end.texts(written)[0],
+                "stopped": bool(rollout.stopped[0]),
+                "n_tokens": int(rollout.lens[0]),
+                "kl": clip_kl,
+            }
+        )
+    counted = [row for row in rows if row["vuss"] >= 2]
+    loss = sum(row["loss"] for row in counted) / len(counted)
+    loss.backward()
+    gradient = {name: parameter.grad for name, parameter in student.named_parameters()}
+    metrics = {key: mean(row[key] for row in rows) for key in ("vuss", "overlap_ratio", "top1")}
+    metrics["loss"] = loss.item()
+    metrics["kl"] = mean(row["kl"] for row in counted)
+    metrics["grad_norm"] = math.sqrt(sum(g.square().sum().item() for g in gradient.values()))
+    metrics["positions"] = len(counted)
+    metrics["mean_tokens"] = mean(sample["n_tokens"] for sample in samples)
+    metrics["empty"] = mean(sample["n_tokens"] == 0 for sample in samples)
+    metrics["capped"] = mean(not sample["stopped"] for sample in samples)
+    metrics["looping"] = mean(evaluation.looping(sample["student"]) for sample in samples)
+    return metrics, gradient, samples
 
 
-def assert_same_gradients(got, want):
-    largest = max(float(g.abs().max()) for g in want.values())
-    assert largest > 1e-3
-    for name in want:
-        assert float((got[name] - want[name]).abs().max()) <= 1e-6 * largest, name
+@pytest.mark.parametrize("tau", [1.0, 2.0])
+def test_a_step_of_opd_is_its_definition(stage, plain, tau):
+    """Gradient, metrics and samples; `kl` is at temperature 1 whatever --tau is."""
+    flags = ["--batch-size", 5, "--clip", 0, "--tau", tau, "--micro-seconds", 3]
+    out = plain(opd, *flags)
+    metrics, gradient, samples = opd_step(stage, 5, tau=tau)
+    assert 0 < metrics["empty"] < 1 and 0 < metrics["capped"] < 1  # all kinds of rollouts are in it
+    line = lines_of(out / "metrics.jsonl")[0]
+    assert {key: line[key] for key in metrics} == pytest.approx(metrics, rel=1e-5)
+    assert (line["loss"] == line["kl"]) == (tau == 1)
+    assert_same_gradient(gradient_of(out), gradient, 1e-5)
+
+    lines = lines_of(out / "samples.jsonl")
+    assert len(lines) == 2
+    for line, clip, sample in zip(lines, longest_clips(stage, 2), samples):
+        assert line["step"] == 1 and line["clip"] == clip.where and line["ref"] == clip.text
+        assert {key: line[key] for key in ("student", "teacher", "stopped")}.items() <= sample.items()
+        assert line["kl"] == pytest.approx(sample["kl"], abs=1e-4)
+        assert len(line["tokens"]) == len(line["kl"]) == sample["n_tokens"] + sample["stopped"]
+        assert (line["tokens"][-1] == "<|im_end|>") == sample["stopped"]
 
 
-def test_accumulation_equals_one_batch():
-    want, n, loss = gradients(0, 1, 6)
-    assert n == len("a" + "a much longer transcript than the others" + "bc" + "capped" + "xyz") + 5
-    for size in (1, 2, 4):
-        got, m, total = gradients(0, 1, size)
-        assert m == n and total == pytest.approx(loss, rel=1e-5)
-        assert_same_gradients(got, want)
-
-
-@pytest.mark.parametrize("world, size", [(2, 6), (2, 2), (4, 6)])
-def test_sharded_ranks_equal_one_process(tmp_path, world, size):
-    want, n, loss = gradients(0, 1, 6)
-    torch.multiprocessing.spawn(gradient_worker, (world, size, tmp_path), nprocs=world)
-    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world)]
-    assert sum(loss for *_, loss in found) == pytest.approx(loss, rel=1e-5)
-    for got, m, _ in found:
-        assert m == n
-        assert_same_gradients(got, want)
-
-
-def test_gradient_against_plain_autograd_on_the_definition():
-    """Full logits, Python loop over positions, mean over positions with at least two ids:
-    the same gradient."""
-    student, teacher = (tiny_model(0, spread=0.1).train(),
-                        tiny_model(1, width=48, hidden=64, spread=0.1).requires_grad_(False))
-    scored, = fixed_micros(student, teacher, 0, 1, 6)
-    got, _, _ = gradients(0, 1, 6)
-    teacher_batch = collate([noise(0.4 + 0.3 * i, seed=i) for i in range(6)], teacher.front_end)
-    student_logits = student.head(student(scored.batch, scored.rollout)[0])
-    teacher_logits = teacher.head(teacher(teacher_batch, scored.rollout)[0]).masked_fill(
-        teacher.forbidden, -torch.inf)
-    terms = []
-    for row in range(len(student_logits)):
-        support = sorted({*scored.student_topk[row].tolist(), *teacher_logits[row].topk(5).indices.tolist()})
-        p, q = (x[row, support].div(1.5).softmax(0) for x in (teacher_logits, student_logits))
-        terms.append(1.5 ** 2 * (p * (p.log() - q.log())).sum())
-    (sum(terms) / len(terms)).backward()
-    largest = max(float(g.abs().max()) for g in got.values())
-    for name, p in student.named_parameters():
-        assert float((p.grad - got[name]).abs().max()) <= 1e-5 * largest, name
-
-
-def test_no_countable_position_anywhere_is_a_zero_step():
-    """k = 1 and a teacher that agrees: every support has one id, nothing is counted,
-    and the step is a no-op, not a NaN."""
-    student = tiny_model(0).train()
-    batch = collate([noise(0.5)], student.front_end)
-    rollout = student.sample(batch, 4, k=1)
-    scored = opd.score_rollout(student, align_vocabularies(student, student), batch, batch, rollout, 1)
-    losses, _, n = opd.backward_kl(student, [scored], 1.0, torch.device("cpu"))
-    assert n == 0 and float(losses[0].abs().sum()) == 0
-    assert all(p.grad is not None and float(p.grad.abs().max()) == 0 for p in student.parameters())
-
-
-# ---- opd.py ------------------------------------------------------------------------------------------------
-def test_opd_run_folder(clips_dir, models, tmp_path):
+def test_rows_whose_support_is_one_id_do_not_count(stage, tmp_path):
+    """k = 1 and a teacher that mostly agrees: the mean is over the rows where they differ."""
+    student = SpeechLM.from_pretrained(stage / "student")
+    torch.manual_seed(0)
+    for parameter in student.parameters():
+        parameter.data += 0.03 * torch.randn(parameter.shape)
+    student.save_pretrained(tmp_path / "near")
     out = tmp_path / "run"
-    lines = opd_run(clips_dir, models, out, "--eval", clips_dir / "m.jsonl", "--sample-every", 2)
-    assert ([line["step"] for line in lines] == [1, 2, 3]
-            and all(line["loss"] > 0 and line["loss"] == line["kl"] for line in lines))
-    assert all(8 <= line["vuss"] <= 16 for line in lines)
-    SpeechLM.from_pretrained(out / "model")
-    summary = json.load(open(out / "summary.json"))
-    assert (summary["before"]["m"]["n"] == summary["after"]["m"]["n"] == 12
-            and set(summary["seconds"]) == set(opd.PHASES))
-    samples = [json.loads(line) for line in open(out / "samples.jsonl")]
-    assert {s["step"] for s in samples} == {1, 3} and all(len(s["kl"]) == len(s["tokens"]) for s in samples)
-    config = json.load(open(out / "config.json"))
-    assert config["args"]["k"] == 8 and len(config["manifest_sha256"]) == 1
-    with pytest.raises(InputError, match="already holds a run"):
-        opd_run(clips_dir, models, out)
+    line = train(opd, stage, out, "--teacher", tmp_path / "near", "--k", 1, "--batch-size", 12, "--clip", 0)[
+        0
+    ]
+    metrics, gradient, _ = opd_step(stage, 12, k=1, teacher=tmp_path / "near")
+    assert 0.2 < metrics["top1"] < 0.8
+    assert {key: line[key] for key in metrics} == pytest.approx(metrics, rel=1e-5)
+    assert_same_gradient(gradient_of(out), gradient, 1e-5)
 
 
-def test_every_metric_is_in_the_readme(clips_dir, models, tmp_path):
-    readme = (ROOT / "README.md").read_text()
-    keys = set(opd_run(clips_dir, models, tmp_path / "run")[0]) | set(overlap.MEASURES)
-    assert [key for key in sorted(keys) if f"`{key}`" not in readme] == []
-
-
-def test_opd_reads_no_transcript(clips_dir, models, tmp_path):
+def test_opd_reads_no_transcript(stage, tmp_path):
     """Without `text` in the manifest, and with nonsense in it, the run is the same to the last bit."""
-    lines = [json.loads(line) for line in open(clips_dir / "m.jsonl")]
+    lines = lines_of(stage / "m.jsonl")
+    variants = {
+        "with": lines,
+        "nonsense": [{**line, "text": 17} for line in lines],
+        "without": [{key: x for key, x in line.items() if key != "text"} for line in lines],
+    }
     results = []
-    for name, change in (("with", {}), ("nonsense", {"text": 17}), ("without", None)):
-        with open(clips_dir / f"{name}.jsonl", "w") as file:
-            for line in lines:
-                line = {**line, **(change or {})}
-                if change is None:
-                    del line["text"]
-                file.write(json.dumps(line) + "\n")
-        args = opd.parse_args(opd_args(clips_dir, models, tmp_path / name))
-        args.train = [str(clips_dir / f"{name}.jsonl")]
-        opd.main(args)
-        results.append(([(m["loss"], m["grad_norm"], m["vuss"]) for m in metrics_of(tmp_path / name)],
-                        (tmp_path / name / "model" / "model.safetensors").read_bytes()))
+    for name, changed in variants.items():
+        path = write_lines(tmp_path / f"{name}.jsonl", changed)
+        out = tmp_path / name
+        metrics = train(opd, stage, out, "--train", path)
+        results.append((timeless(metrics), (out / "model/model.safetensors").read_bytes()))
     assert results[0] == results[1] == results[2]
 
 
-def test_opd_pulls_the_student_to_the_teacher(clips_dir, models, tmp_path):
-    lines = opd_run(clips_dir, models, tmp_path / "run", "--steps", 40, "--batch-size", 12, "--lr", 3e-3)
-    assert np.mean([m["loss"] for m in lines[-5:]]) < 0.5 * np.mean([m["loss"] for m in lines[:5]])
+def test_opd_pulls_the_student_to_the_teacher(stage, tmp_path):
+    lines = train(opd, stage, tmp_path / "run", "--steps", 15, "--batch-size", 6, "--lr", 2e-2)
+    assert [line["step"] for line in lines] == list(range(1, 16))
+    assert mean(line["loss"] for line in lines[-3:]) < 0.5 * lines[0]["loss"]
 
 
-def test_micro_batches_do_not_change_the_run(clips_dir, models, tmp_path):
-    runs = [opd_run(clips_dir, models, tmp_path / str(s), "--micro-seconds", s, "--lr", 1e-5)
-            for s in (1000, 3, 0.1)]
-    for key in ("loss", "grad_norm", "vuss", "positions"):
-        for other in runs[1:]:
-            assert [m[key] for m in other] == pytest.approx([m[key] for m in runs[0]], rel=2e-4), key
+def test_the_teacher_is_frozen_and_every_weight_of_the_student_moves(stage, tmp_path, monkeypatch):
+    loaded = {}
+    from_pretrained = SpeechLM.from_pretrained
+
+    def record(name, *args):
+        loaded[str(name)] = from_pretrained(name, *args)
+        return loaded[str(name)]
+
+    monkeypatch.setattr(opd.SpeechLM, "from_pretrained", record)
+    train(opd, stage, tmp_path / "run", "--weight-decay", 0, "--batch-size", 12)
+    student, teacher = loaded[str(stage / "student")], loaded[str(stage / "teacher")]
+    assert student.training and not teacher.training
+    before = weights_of(stage / "teacher")
+    for name, parameter in teacher.named_parameters():
+        assert not parameter.requires_grad and parameter.grad is None
+        assert torch.equal(parameter, before[name]), name
+    start, end = weights_of(stage / "student"), weights_of(tmp_path / "run/model")
+    assert start.keys() == end.keys()
+    for name in start:
+        assert (end[name] - start[name]).abs().max() > 1e-4, name
 
 
-def test_resume_is_the_straight_run(clips_dir, models, tmp_path):
-    out, again = tmp_path / "run", tmp_path / "again"
-    straight = opd_run(clips_dir, models, out, "--steps", 4, "--save-every", 2, "--temperature", 0.7)
-    shutil.copytree(out, again, symlinks=True)
-    shutil.rmtree(again / "checkpoints" / "step-0000004")         # killed after step 3, saved after step 2
-    os.remove(again / "checkpoints" / "latest")
-    os.symlink("step-0000002", again / "checkpoints" / "latest")
-    resumed = opd_run(clips_dir, models, again, "--steps", 4, "--save-every", 2, "--temperature", 0.7,
-                      "--resume", "auto")
-    timeless = lambda lines: [{k: v for k, v in m.items() if not k.endswith("_s") and k != "rss_gb"}
-                              for m in lines]
-    assert timeless(resumed) == timeless(straight)
-    assert (again / "model/model.safetensors").read_bytes() == (out / "model/model.safetensors").read_bytes()
-
-
-def test_a_checkpoint_killed_while_written_is_never_picked_up(clips_dir, models, tmp_path, monkeypatch):
+def test_a_step_without_a_counted_row_changes_nothing(stage, tmp_path):
+    """k = 1 and a teacher that agrees: every support holds one id. The step is counted and logged."""
     out = tmp_path / "run"
-    before = opd_run(clips_dir, models, out, "--save-every", 1)
-    kept = os.path.realpath(out / "model")
-    weights = open(os.path.join(kept, "model.safetensors"), "rb").read()
+    lines = train(
+        opd, stage, out, "--teacher", stage / "student", "--k", 1, "--steps", 2, "--weight-decay", 1
+    )
+    for line in lines:
+        assert line["positions"] == line["loss"] == line["kl"] == line["grad_norm"] == 0
+        assert line["vuss"] == line["top1"] == 1 and line["mean_tokens"] > 0
+    assert [line["step"] for line in lines] == [1, 2]
+    start, end = weights_of(stage / "student"), weights_of(out / "model")
+    assert all(torch.equal(start[name], end[name]) for name in start)
+    assert state_of(out, 2)["updates"] == 0
 
-    def killed(*args):
-        raise KeyboardInterrupt
-    monkeypatch.setattr(SpeechLM, "save_pretrained", killed)
-    with pytest.raises(KeyboardInterrupt):
-        opd_run(clips_dir, models, out, "--save-every", 1, "--steps", 5, "--resume", "auto")
-    assert (os.path.realpath(out / "model") == kept
-            and open(os.path.join(kept, "model.safetensors"), "rb").read() == weights)
+
+def test_eval_before_and_after_is_of_the_models_it_names(stage, tmp_path, capsys):
+    out, manifest = tmp_path / "run", str(stage / "m.jsonl")
+    train(opd, stage, out, "--eval", manifest, "--eval-every", 1, "--steps", 2, "--lr", 1e-2)
+    summary = json.loads((out / "summary.json").read_text())
+    sets = evaluation.read_sets([manifest], 30)
+    for step, key, folder in ((0, "before", stage / "student"), (2, "after", out / "model")):
+        assert json.loads((out / f"eval-{step}/summary.json").read_text()) == summary[key]
+        model = SpeechLM.from_pretrained(folder)
+        again = evaluation.evaluate(model, sets, torch.device("cpu"), 600, tmp_path / f"again-{step}")
+        assert {**again["m"], "rtf": 0} == {**summary[key]["m"], "rtf": 0}  # the same but for speed
+    assert (out / "eval-1/summary.json").exists()
+    shown = capsys.readouterr().out
+    assert "before %" in shown and str(out / "model") in shown
+
+
+def with_other_ids(model):
+    """The same model with its 256 byte tokens at other ids, in tokenizer, embeddings and head."""
+    order = torch.randperm(256, generator=torch.Generator().manual_seed(0)).tolist()
+    state = json.loads(model.front_end.tokenizer.backend_tokenizer.to_str())
+    vocabulary = state["model"]["vocab"]
+    state["model"]["vocab"] = {token: order[i] for token, i in vocabulary.items()}
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer.from_str(json.dumps(state)),
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+    )
+    other = SpeechLM(model.config, tokenizer)
+    other.load_state_dict(model.state_dict())
+    for own, old in ((other.lm.embed_tokens, model.lm.embed_tokens), (other.head, model.head)):
+        own.weight.data[order] = old.weight.data[:256]
+    return other
+
+
+def test_a_teacher_with_other_ids_for_the_same_tokens_is_the_same_teacher(stage, tmp_path):
+    teacher = tiny_model(1, width=48, hidden=64, tied=False, spread=0.1)
+    results = []
+    for name, model in (("same", teacher), ("other", with_other_ids(teacher))):
+        model.save_pretrained(tmp_path / name)
+        out = tmp_path / f"run-{name}"
+        lines = train(opd, stage, out, "--teacher", tmp_path / name, "--batch-size", 5, "--clip", 0)
+        samples = [(line["student"], line["teacher"]) for line in lines_of(out / "samples.jsonl")]
+        results.append((lines, samples, gradient_of(out)))
+    assert_same_metrics(results[1][0], results[0][0], 1e-5)
+    assert results[1][1] == results[0][1]
+    assert_same_gradient(results[1][2], results[0][2])
+
+
+# ---- no cut changes a step ---------------------------------------------------------------------------------
+
+SAMPLED = ["--temperature", 0.7]
+
+
+@pytest.mark.parametrize(
+    "script, world, batch_size, micro_seconds, more",
+    [
+        pytest.param(opd, 1, 5, 0.1, [], id="opd, a clip at a time"),
+        pytest.param(opd, 4, 3, 600, [], id="opd, four ranks, one without a clip"),
+        pytest.param(opd, 2, 5, 0.1, SAMPLED, id="opd, sampled, two ranks, three and two micro-batches"),
+        pytest.param(sft, 2, 5, 0.1, CTC_AND_MASKS, id="sft, two ranks, three and two micro-batches"),
+        pytest.param(sft, 4, 3, 600, CTC_AND_MASKS, id="sft, four ranks, one without a clip"),
+    ],
+)
+def test_no_cut_changes_a_step(script, world, batch_size, micro_seconds, more, stage, plain, tmp_path):
+    """The gradient agrees to 1e-6 of its largest element, and every metric with it."""
+    flags = ["--batch-size", batch_size, "--clip", 0, *more]
+    whole, out = plain(script, *flags), tmp_path / "run"
+    lines = train_on_ranks(script, stage, out, world, "--micro-seconds", micro_seconds, *flags)
+    assert_same_metrics(lines, lines_of(whole / "metrics.jsonl"), 2e-6)
+    assert_same_gradient(gradient_of(out), gradient_of(whole))
+
+
+@BOTH
+def test_recompute_changes_nothing(script, stage, plain, tmp_path):
+    flags = ["--batch-size", 5, "--clip", 0]
+    train(script, stage, tmp_path / "run", "--recompute", *flags)
+    assert_same_gradient(gradient_of(tmp_path / "run"), gradient_of(plain(script, *flags)))
+
+
+def test_full_support_is_a_union_of_all_ids(stage, tmp_path):
+    flags = ["--batch-size", 5, "--clip", 0]
+    full, union = tmp_path / "full", tmp_path / "union"
+    line = train(opd, stage, full, "--support", "full", *flags)[0]
+    assert train(opd, stage, union, "--k", 10_000, *flags)[0]["loss"] == pytest.approx(line["loss"], rel=1e-6)
+    assert_same_gradient(gradient_of(full), gradient_of(union))
+
+
+@BOTH
+def test_bf16_computes_in_bf16_and_trains_float32(script, stage, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    flags = ["--weight-decay", 0]
+    encode = SpeechLM.encode
+    encoded_dtypes = set()
+
+    def record(model, batch):
+        encoded = encode(model, batch)
+        encoded_dtypes.add(encoded.dtype)
+        return encoded
+
+    monkeypatch.setattr(SpeechLM, "encode", record)
+    lines = train(script, stage, out, "--bf16", "--steps", 5, *flags)
     monkeypatch.undo()
-    assert (len(opd_run(clips_dir, models, out, "--save-every", 1, "--steps", 5, "--resume", "auto")) == 5
-            and len(before) == 3)
-    assert sorted(os.listdir(out / "checkpoints")) == ["latest", "step-0000004", "step-0000005"]
+    assert encoded_dtypes == {torch.bfloat16}
+    assert all(math.isfinite(line["loss"]) for line in lines) and len(lines) == 5
+    first = train(script, stage, tmp_path / "float32", *flags)[0]["loss"]
+    assert lines[0]["loss"] == pytest.approx(first, rel=0.02) and lines[0]["loss"] != first
+    start, end = weights_of(stage / "student"), weights_of(out / "model")
+    for name in start:
+        assert end[name].dtype == torch.float32
+        assert (end[name] - start[name]).abs().max() > 1e-4, name
+        assert (end[name] != end[name].bfloat16().float()).any(), name  # a master weight, not a rounded one
+    moments = [tensor for key, tensor in state_of(out, 5).items() if key.startswith("exp_avg")]
+    assert len(moments) == 2 * len(start) and {tensor.dtype for tensor in moments} == {torch.float32}
 
 
-@pytest.mark.parametrize("change, message", [
-    (["--train", "nowhere.jsonl"], "nowhere.jsonl: No such file"),
-    (["--student", "nowhere"], "nowhere is no model folder"),
-    (["--teacher", "nowhere"], "nowhere is no model folder"),
-    (["--max-seconds", "0.1"], "m.jsonl: no clip of at most"),
-    (["--resume", "auto", "--overwrite"], "contradict"),
-])
-def test_wrong_input_is_one_line(clips_dir, models, tmp_path, change, message):
-    with pytest.raises(InputError, match=message) as error:
-        opd_run(clips_dir, models, tmp_path / "run", *change)
-    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+# ---- sampled rollouts --------------------------------------------------------------------------------------
 
 
-def test_vocabularies_that_do_not_match(clips_dir, models, tmp_path):
-    other = byte_tokenizer()
-    state = json.loads(other.backend_tokenizer.to_str())
-    state["model"]["vocab"] = {("x" + token if i > 99 else token): i
-                               for token, i in state["model"]["vocab"].items()}
-    SpeechLM.from_config(tiny_config(), byte_tokenizer()).save_pretrained(tmp_path / "other")
-    (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(state))
-    with pytest.raises(InputError, match="token by token: one tokenizer"):
-        opd_run(clips_dir, (models[0], tmp_path / "other"), tmp_path / "run")
+def test_draws_depend_on_the_seed_the_step_and_the_clip(stage, tmp_path):
+    """The same audio on two lines and weights that stand still: what differs is drawn."""
+    line = lines_of(stage / "m.jsonl")[11]
+    path = write_lines(tmp_path / "m.jsonl", [line, line])
+
+    def tokens(name, *more):
+        out = tmp_path / name
+        flags = ["--train", path, "--batch-size", 2, "--lr", 0, "--steps", 2, "--sample-every", 1]
+        train(opd, stage, out, *flags, *more)
+        return [tuple(sample["kl"]) for sample in lines_of(out / "samples.jsonl")]
+
+    assert len(set(tokens("greedy"))) == 1
+    sampled = tokens("sampled", "--temperature", 0.7)
+    assert len(sampled) == len(set(sampled)) == 4
+    assert not set(tokens("seed", "--temperature", 0.7, "--seed", 1)) & set(sampled)
 
 
-def test_torchrun_equals_one_process_and_prints_errors_once(clips_dir, models, tmp_path):
-    """The command as a user gives it: equal loss, gradient norm, VUSS and errors on 1 and 2 ranks."""
-    more = ["--eval", clips_dir / "m.jsonl"]
-    run("opd.py", *opd_args(clips_dir, models, tmp_path / "one", *more))
-    done = run("opd.py", *opd_args(clips_dir, models, tmp_path / "two", *more), nproc=2)
-    one, two = metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two")
-    for key in ("loss", "grad_norm", "vuss", "overlap_ratio", "positions", "mean_tokens", "capped"):
-        assert [m[key] for m in two] == pytest.approx(
-            [m[key] for m in one], rel=1e-3 if key == "grad_norm" else 1e-4), key
-    assert one[0]["grad_norm"] == pytest.approx(two[0]["grad_norm"], rel=1e-5)
-    summaries = [json.load(open(tmp_path / name / "summary.json")) for name in ("one", "two")]
-    for summary in summaries:
-        assert summary["before"]["m"].pop("rtf") > 0                                # the same but for speed
-    assert summaries[0]["before"] == summaries[1]["before"]
-    assert "before %" in done.stdout and str(tmp_path / "two" / "model") in done.stdout
-    done = run("opd.py", *opd_args(clips_dir, models, tmp_path / "three", "--batch-size", 7), nproc=2,
-               check=False)
-    assert done.returncode != 0 and (done.stdout + done.stderr).count(
-        "--batch-size 7 is not divisible by the 2 processes") == 1
+def test_a_rollout_is_cut_by_both_caps(stage, tmp_path):
+    """min(--max-new-tokens, ⌊0.3 s × --tokens-per-second⌋ + 16), or the first alone where that is 0."""
+    student = tiny_model(0, tied=False)
+    student.head.weight.data[student.front_end.stop_id] = 0  # never the largest: it never stops
+    student.save_pretrained(tmp_path / "endless")
+    path = write_lines(tmp_path / "m.jsonl", lines_of(stage / "m.jsonl")[:1])
+    for max_new_tokens, per_second, length in ((64, 8, 18), (20, 0, 20)):
+        flags = ["--max-new-tokens", max_new_tokens, "--tokens-per-second", per_second, "--batch-size", 1]
+        out = tmp_path / str(length)
+        line = train(opd, stage, out, "--train", path, "--student", tmp_path / "endless", *flags)[0]
+        assert (line["mean_tokens"], line["capped"], line["positions"]) == (length, 1, length)
 
 
-# ---- sft.py, eval.py, overlap.py ---------------------------------------------------------------------------
-def sft_args(clips_dir, out, *more):
-    (out.parent / "config.json").write_text(json.dumps(tiny_config()))
-    byte_tokenizer().save_pretrained(out.parent / "tokenizer")
-    return ["--train", str(clips_dir / "m.jsonl"), "--config", str(out.parent / "config.json"),
-            "--tokenizer", str(out.parent / "tokenizer"), "--out", str(out), "--workers", "0", "--steps", "3",
-            "--batch-size", "4", "--lr", "1e-4", "--warmup-steps", "1", *map(str, more)]
+# ---- optimization ------------------------------------------------------------------------------------------
 
 
-def sft_run(*args):
-    sft.main(sft.parse_args(sft_args(*args)))
-    return metrics_of(args[1])
+@BOTH
+def test_the_learning_rate_of_the_log_is_the_schedules_and_the_optimizers(script, stage, tmp_path):
+    lines = train(script, stage, tmp_path / "run", "--steps", 4, "--warmup-steps", 2, "--lr", 2e-3)
+    assert [line["lr"] for line in lines] == pytest.approx([1e-3, 2e-3, 2e-3, 1e-3])
+    assert [line["lr"] for line in lines] == [cosine_lr(step, 4, 2, 2e-3) for step in range(4)]
+    # Adam's first update is the learning rate times the sign of the gradient.
+    out = tmp_path / "one"
+    line = train(script, stage, out, "--warmup-steps", 10, "--lr", 1e-2, "--weight-decay", 0)[0]
+    start, end = weights_of(stage / "student"), weights_of(out / "model")
+    largest = max(float((end[name] - start[name]).abs().max()) for name in start)
+    assert line["lr"] == pytest.approx(1e-3) and largest == pytest.approx(1e-3, rel=1e-3)
 
 
-def test_sft_learns_by_heart_then_transcribes_and_feeds_the_next_stage(clips_dir, tmp_path, capsys):
-    """12 clips by heart, eval.py finds no error, its result file is a TD manifest as it stands."""
-    lines = sft_run(clips_dir, tmp_path / "sft", "--steps", 150, "--batch-size", 12, "--lr", 6e-3,
-                    "--ctc-weight", 0.3)
-    assert lines[-1]["loss"] < 0.05 < lines[0]["loss"]
-    evaluation.main(evaluation.parse_args([
-        "--model", str(tmp_path / "sft/model"), "--data", str(clips_dir / "m.jsonl"),
-        "--out", str(tmp_path / "hyp")]))
-    summary = json.load(open(tmp_path / "hyp/summary.json"))["m"]
-    assert (summary["metric"] == "WER" and summary["errors"] == 0 and summary["units"] == 24
-            and summary["value"] == 0 and summary["n"] == 12)
-    results = [json.loads(line) for line in open(tmp_path / "hyp/m.jsonl")]
-    assert [r["hyp"] for r in results] == [r["text"] for r in results] == [f"clip {i}" for i in range(12)]
-    capsys.readouterr()
-    evaluation.main(evaluation.parse_args(["--model", str(tmp_path / "sft/model"),
-                                           "--data", str(clips_dir / "7.wav")]))
-    assert capsys.readouterr().out == "clip 7\n"
-    (tmp_path / "td").mkdir()
-    sft.main(sft.parse_args(["--train", str(tmp_path / "hyp/m.jsonl"), "--text-field", "hyp",
-                             "--model", str(tmp_path / "sft/model"), "--out", str(tmp_path / "td/run"),
-                             "--steps", "1", "--batch-size", "4", "--workers", "0"]))
-    assert metrics_of(tmp_path / "td/run")[0]["loss"] < 0.1
+@BOTH
+def test_clip_reaches_the_gradient_norm(script, stage, plain, tmp_path):
+    out = tmp_path / "run"
+    line = train(script, stage, out, "--clip", 0.01, "--batch-size", 5)[0]
+    unclipped = plain(script, "--batch-size", 5, "--clip", 0)
+    norms = []
+    for folder in (out, unclipped):
+        norms.append(math.sqrt(sum(g.square().sum().item() for g in gradient_of(folder).values())))
+    assert norms[0] == pytest.approx(0.01, rel=1e-4)
+    for name, gradient in gradient_of(unclipped).items():  # AdamW's second beta is 0.95
+        second_moment = state_of(unclipped, 1)[f"exp_avg_sq.{name}"]
+        torch.testing.assert_close(second_moment, 0.05 * gradient.square(), rtol=1e-3, atol=1e-12)
+    # The log has the norm before clipping.
+    assert line["grad_norm"] == pytest.approx(norms[1], rel=1e-5)
 
 
-def test_sft_does_not_depend_on_the_cut(clips_dir, tmp_path):
-    flags = ["--ctc-weight", 0.5, "--time-masks", 1, "--freq-masks", 1, "--time-width", 5]
-    runs = [sft_run(clips_dir, tmp_path / str(s), "--micro-seconds", s, *flags) for s in (1000, 0.1)]
-    assert runs[0][0]["tokens"] == runs[1][0]["tokens"]
-    for key in ("loss", "ctc", "grad_norm"):
-        assert [m[key] for m in runs[1]] == pytest.approx([m[key] for m in runs[0]], rel=1e-4), key
+@BOTH
+def test_weight_decay_leaves_norms_biases_and_embeddings_out(script, stage, tmp_path):
+    """Of two runs that differ in --weight-decay alone, the decayed weights differ by lr × decay × weight."""
+    for decay in (0, 1):
+        train(script, stage, tmp_path / str(decay), "--weight-decay", decay, "--lr", 1e-3)
+    start = weights_of(stage / "student")
+    kept, decayed = (weights_of(tmp_path / name / "model") for name in ("0", "1"))
+    for name in start:
+        factor = 0.0 if start[name].ndim < 2 or "embed_tokens" in name else 1e-3
+        torch.testing.assert_close(kept[name] - decayed[name], factor * start[name], rtol=0, atol=1e-6)
 
 
-def test_sft_on_two_ranks_equals_one(clips_dir, tmp_path):
-    args = sft_args(clips_dir, tmp_path / "two", "--ctc-weight", 0.5)
-    run("sft.py", *args, nproc=2)
-    one, two = sft_run(clips_dir, tmp_path / "one", "--ctc-weight", 0.5), metrics_of(tmp_path / "two")
-    for key in ("loss", "ctc", "grad_norm", "tokens"):
-        assert [m[key] for m in two] == pytest.approx([m[key] for m in one], rel=1e-4), key
+# ---- metrics and messages ----------------------------------------------------------------------------------
 
 
-def test_sft_needs_text_on_every_line(clips_dir, tmp_path):
-    with open(clips_dir / "m.jsonl", "a") as file:
-        file.write('{"audio": "0.wav", "duration": 0.3}\n')
-    with pytest.raises(InputError, match='m.jsonl:13: no "text"'):
-        sft_run(clips_dir, tmp_path / "run")
+@BOTH
+def test_silent_clips_are_used_and_long_ones_left_out_and_both_counted(script, stage, tmp_path, capsys):
+    lines = lines_of(stage / "m.jsonl")[:3]
+    soundfile.write(tmp_path / "silent.wav", torch.zeros(4800).numpy(), 16_000)
+    lines.append({**lines[0], "audio": str(tmp_path / "silent.wav"), "duration": 0.3})
+    lines.append({"audio": "missing.wav", "duration": 99, "text": "is never read"})
+    path = write_lines(tmp_path / "m.jsonl", lines)
+    line = train(script, stage, tmp_path / "run", "--train", path, "--batch-size", 4)[0]
+    assert line["silent"] == 0.25 and line["skipped"] == 0
+    shown = capsys.readouterr().out
+    assert "train: 4 clips, " in shown and re.search(r"\b1 (left out as )?longer than 30 s", shown)
 
 
-def test_ctc_loss_of_one_path():
-    """Two frames, target "a": the paths aa, a-, -a."""
-    head = torch.nn.Identity()
-    frames = torch.randn(1, 2, 257)
-    p = frames[0].softmax(1)
-    a, blank = ord("a") + 1, 0
-    want = -(p[0, a] * p[1, a] + p[0, a] * p[1, blank] + p[0, blank] * p[1, a]).log()
-    loss, short = sft.ctc_loss(head, frames, torch.tensor([2]), ["a"])
-    assert float(loss) == pytest.approx(float(want), rel=1e-5) and short == 0
-    # needs three frames: counted, not infinite
-    loss, short = sft.ctc_loss(head, frames, torch.tensor([2]), ["aa"])
-    assert float(loss) == 0 and short == 1
+def test_a_run_needs_no_git(stage, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    train(sft, stage, tmp_path / "run")
+    assert json.loads((tmp_path / "run/config.json").read_text())["git"] is None
 
 
-def test_schedule_values():
-    assert [cosine_lr(s, 10, 2, 1.0) for s in (0, 1, 2, 6, 10)] == pytest.approx([0.5, 1.0, 1.0, 0.5, 0.0])
+def section_of(text, title):
+    """The section of a Markdown file with this title."""
+    return text.split(f"\n## {title}\n")[1].split("\n## ")[0]
 
 
-def test_overlap_measures_by_hand():
-    """V = 4, K = 2; S = {0, 1}, T = {1, 2}: U = {0, 1, 2}, I = {1}."""
-    p, q = torch.tensor([[0.5, 0.3, 0.1, 0.1]]).double(), torch.tensor([[0.1, 0.5, 0.3, 0.1]]).double()
-    s_ids, t_ids = torch.tensor([[0, 1]]), torch.tensor([[1, 2]])
-    got = overlap.probability_overlap(p.log(), q.log(), s_ids, t_ids)
-    got |= overlap.set_overlap(s_ids, t_ids, torch.tensor([[True, True, False, True]]))
-    kl = lambda a, b: float((a * (a / b).log()).sum())
-    h = lambda a: float(-(a * a.log()).sum())
-    union = [0, 1, 2]
-    want = dict(vuss=3, overlap_ratio=0.5, jaccard=1 / 3, top1=0, mass_student=0.3, mass_teacher=0.5,
-                advantage=0, entropy_gap=abs(h(p) - h(q)), kl_full=kl(q, p),
-                kl_union=kl(q[:, union] / 0.9, p[:, union] / 0.9))
-    assert set(want) == set(overlap.MEASURES)
-    assert {k: float(v) for k, v in got.items()} == pytest.approx(want)
-    got = overlap.probability_overlap(p.log(), q.log(), torch.tensor([[0, 1]]), torch.tensor([[0, 1]]))
-    p_bar, q_bar = p[0, :2] / 0.8, q[0, :2] / 0.6
-    assert float(got["advantage"]) == pytest.approx(-kl(p_bar, q_bar) / 2)
+def test_every_metric_is_defined(stage, tmp_path):
+    """Every key that a run writes stands in its section of docs/metrics.md, and no others in the tables."""
+    text = (ROOT / "docs/metrics.md").read_text(encoding="utf-8")
+    keys = {}
+    for script, flags in ((opd, ["--sample-every", 1]), (sft, CTC_AND_MASKS)):
+        out = tmp_path / script.__name__
+        more = ["--steps", 2, "--eval", stage / "m.jsonl", "--eval-every", 1, *flags]
+        lines = train(script, stage, out, *more)
+        assert [line["step"] for line in lines] == [1, 2]
+        keys[script] = lines[0].keys() | lines[1].keys()
+    table_key = re.compile(r"^\| `(\w+)` \|", re.MULTILINE)
+    assert set(table_key.findall(section_of(text, "metrics.jsonl of opd.py"))) == keys[opd]
+
+    section = section_of(text, "metrics.jsonl of sft.py")
+    keys[sft].remove("m/WER")  # the error of a set named m
+    assert "STEM/METRIC" in section
+    assert set(table_key.findall(section)) <= keys[sft] <= set(re.findall(r"`(\w+)`", section))
+
+    section = section_of(text, "samples.jsonl")
+    sample = lines_of(tmp_path / "opd/samples.jsonl")[0]
+    for key in sample:
+        assert f"`{key}`" in section, key
 
 
-def test_overlap_of_a_model_with_itself(clips_dir, models, tmp_path):
-    overlap.main(overlap.parse_args(["--student", str(models[0]), "--teacher", str(models[0]),
-                                     "--data", str(clips_dir / "m.jsonl"), "--k", "8",
-                                     "--out", str(tmp_path / "o.json"), "--max-new-tokens", "10"]))
-    with pytest.raises(data.InputError, match="o.json exists"):         # a manifest, perhaps
-        overlap.main(overlap.parse_args(["--student", "s", "--teacher", "t", "--data", "m.jsonl",
-                                         "--out", str(tmp_path / "o.json")]))
-    table = json.load(open(tmp_path / "o.json"))["measures"]
-    row = table["all"]
-    assert (row["vuss"], row["overlap_ratio"], row["jaccard"], row["top1"]) == (8, 1, 1, 1)
-    assert (row["kl_union"] == row["entropy_gap"] == pytest.approx(0, abs=1e-6)
-            and row["mass_student"] == pytest.approx(row["mass_teacher"]))
-    assert (row["positions"] == sum(table[f"quarter {i}"]["positions"] for i in (1, 2, 3, 4))
-            == table["language en"]["positions"])
+MISTAKES = {
+    "no such manifest": (["--train", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
+    "no clip is short enough": (["--max-seconds", 0.1], "m.jsonl: no clip of at most --max-seconds 0.1"),
+    "no such evaluation set": (["--eval", "nowhere.jsonl"], "nowhere.jsonl: No such file"),
+    "no model folder": (["--student", "nowhere"], "nowhere is no model folder"),
+    "not a language": (["--language", "xx"], "language 'xx' is not known"),
+}
 
 
-def test_overlap_agrees_with_the_training_metrics(clips_dir, models, tmp_path):
-    line = opd_run(clips_dir, models, tmp_path / "run", "--steps", 1, "--batch-size", 12)[0]
-    overlap.main(overlap.parse_args(["--student", str(models[0]), "--teacher", str(models[1]),
-                                     "--data", str(clips_dir / "m.jsonl"), "--k", "8",
-                                     "--out", str(tmp_path / "o.json"), "--max-new-tokens", "12"]))
-    row = json.load(open(tmp_path / "o.json"))["measures"]["all"]
-    for ours, theirs in (("vuss", "vuss"), ("overlap_ratio", "overlap_ratio"), ("top1", "top1"),
-                         ("kl_union", "kl")):
-        assert row[ours] == pytest.approx(line[theirs], rel=1e-4)
+@BOTH
+@pytest.mark.parametrize("mistake", MISTAKES)
+@pytest.mark.parametrize("out", ["new", "empty"])
+def test_a_refused_run_leaves_no_folder_behind(script, mistake, out, stage, tmp_path, capsys):
+    """One line, status 2, and --out is as it was."""
+    flags, message = MISTAKES[mistake]
+    if script is sft:
+        flags = ["--model" if flag == "--student" else flag for flag in flags]
+    folder = tmp_path / "run"
+    if out == "empty":
+        folder.mkdir()
+    assert status_of(script, argv_of(script, stage, folder, *flags)) == 2
+    assert message in error_line(capsys.readouterr().err)
+    assert folder.exists() == (out == "empty") and not list(tmp_path.rglob("*.json*"))
 
 
-# ---- people's recordings -----------------------------------------------------------------------------------
-@pytest.mark.skipif(not (DATA / "aishell_sample").exists(),
-                    reason=f"no recordings at {DATA} (set ASR_OPD_DATA)")
-def test_recordings_of_people_through_the_same_commands(tmp_path):
-    """en_prompts and aishell_sample together:
-    SFT from random weights, TD transcripts, SFT on them, OPD, evaluation."""
-    manifests = [DATA / "en_prompts/manifest.jsonl", DATA / "aishell_sample/manifest.jsonl"]
-    (tmp_path / "config.json").write_text(json.dumps(tiny_config()))
-    byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
-    flags = ["--workers", "0", "--steps", "3", "--batch-size", "4", "--warmup-steps", "1"]
-    sft.main(sft.parse_args(["--train", *map(str, manifests), "--config", str(tmp_path / "config.json"),
-                             "--tokenizer", str(tmp_path / "tokenizer"), "--out", str(tmp_path / "teacher"),
-                             "--ctc-weight", "0.5", *flags]))
-    assert len(metrics_of(tmp_path / "teacher")) == 3
-    subset = tmp_path / "subset.jsonl"
-    with open(subset, "w") as file:
-        for manifest in manifests:
-            for clip in read_manifest(manifest)[:4]:
-                file.write(json.dumps({**clip.fields, "audio": clip.audio}, ensure_ascii=False) + "\n")
-    evaluation.main(evaluation.parse_args([
-        "--model", str(tmp_path / "teacher/model"), "--data", str(subset), "--out", str(tmp_path / "td"),
-        "--max-new-tokens", "16"]))
-    summary = json.load(open(tmp_path / "td/summary.json"))["subset"]
-    assert summary["metric"] == "MER" and summary["n"] == 8 and summary["units"] > 0
-    sft.main(sft.parse_args(["--train", str(tmp_path / "td/subset.jsonl"), "--text-field", "hyp",
-                             "--model", str(tmp_path / "teacher/model"), "--out", str(tmp_path / "student"),
-                             *flags]))
-    opd.main(opd.parse_args(["--train", *map(str, manifests), "--student", str(tmp_path / "student/model"),
-                             "--teacher", str(tmp_path / "teacher/model"), "--eval", str(subset),
-                             "--out", str(tmp_path / "opd"), *flags, "--max-new-tokens", "16"]))
-    assert len(metrics_of(tmp_path / "opd")) == 3 and (tmp_path / "opd/summary.json").exists()
+def test_two_models_without_a_common_tokenizer_are_refused(stage, tmp_path, capsys):
+    tokenizer = byte_tokenizer()
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary = state["model"]["vocab"]
+    state["model"]["vocab"] = {("x" + token if i > 99 else token): i for token, i in vocabulary.items()}
+    shutil.copytree(stage / "teacher", tmp_path / "other")
+    (tmp_path / "other/tokenizer.json").write_text(json.dumps(state))
+    assert status_of(opd, argv_of(opd, stage, tmp_path / "run", "--teacher", tmp_path / "other")) == 2
+    assert "token by token: one tokenizer" in error_line(capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
 
 
-# ---- flags -------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("script, flags", [
-    (opd, "--k 0"), (opd, "--tau 0"), (opd, "--tau nan"), (opd, "--clip -1"), (opd, "--lr nan"),
-    (opd, "--steps 0"), (opd, "--batch-size 0"), (opd, "--temperature -1"), (opd, "--save-every 0"),
-    (opd, "--workers -1"), (opd, "--seed -1"), (opd, "--max-new-tokens 0"), (opd, "--micro-seconds nan"),
-    (opd, "--warmup-steps 1.5"), (sft, "--ctc-weight -1"), (sft, "--time-masks -1"), (sft, "--lr inf"),
-    (evaluation, "--max-new-tokens 0"), (overlap, "--k 0"), (opd, "--no-such-flag 1"), (opd, "--step 3")])
-def test_wrong_flags_are_one_line_and_status_2(script, flags, capsys):
-    needed = {opd: "--train m --student s --teacher t", sft: "--train m", evaluation: "--model m --data d",
-              overlap: "--student s --teacher t --data d"}[script]
+@pytest.mark.parametrize(
+    "script, flags",
+    [
+        *[
+            (opd, f"--{name} 0")
+            for name in ("k", "tau", "steps", "batch-size", "save-every", "max-new-tokens")
+        ],
+        *[(opd, f"--{name} -1") for name in ("clip", "temperature", "workers", "seed", "eval-every")],
+        *[(opd, f"--{name} nan") for name in ("tau", "lr", "micro-seconds")],
+        *[(sft, f"--{name} -1") for name in ("ctc-weight", "time-masks", "seed")],
+        (opd, "--warmup-steps 1.5"),
+        (opd, "--support teacher"),
+        (opd, "--no-such-flag 1"),
+        (opd, "--step 3"),
+        (sft, "--lr inf"),
+        (sft, "--resume auto"),
+    ],
+)
+def test_a_wrong_flag_is_named(script, flags, capsys):
+    needed = {opd: "--train m --student s --teacher t", sft: "--train m --model s"}[script]
     with pytest.raises(SystemExit) as exit:
         script.parse_args([*needed.split(), *flags.split()])
-    err = capsys.readouterr().err
-    assert exit.value.code == 2 and err.count("\n") == 1 and flags.split()[0] in err
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert exit.value.code == 2 and flags.split()[-1] in last
+
+
+# ---- Qwen3-ASR ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", [opd, sft], ids=["opd", "sft"])
+def test_qwen3_asr_as_a_student_trains_and_reloads_as_the_stock_class(script, stage, tmp_path, capsys):
+    """Its prompt names a language: where lines have none, --language is asked for at the start."""
+    student = qwen3_asr_folder(tmp_path / "student")
+    teacher = qwen3_asr_folder(tmp_path / "teacher", seed=1, hidden=64)
+    lines = [{key: x for key, x in line.items() if key != "language"} for line in lines_of(stage / "m.jsonl")]
+    path = write_lines(tmp_path / "m.jsonl", lines)
+    models = ["--student", student, "--teacher", teacher] if script is opd else ["--model", student]
+    flags = ["--train", path, *models, "--batch-size", 12, "--weight-decay", 0]
+    out = tmp_path / "run"
+    assert status_of(script, argv_of(script, stage, out, *flags)) == 2
+    line = error_line(capsys.readouterr().err)
+    assert f"{path}:1: " in line and "--language" in line and not out.exists()
+
+    line = train(script, stage, out, *flags, "--language", "German")[0]
+    assert math.isfinite(line["loss"]) and line["loss"] > 0
+    stock_class = transformers.Qwen3ASRForConditionalGeneration
+    stock, info = stock_class.from_pretrained(out / "model", output_loading_info=True)
+    assert not any(info.values())
+    end = stock.state_dict()
+    for name, tensor in stock_class.from_pretrained(student).state_dict().items():
+        assert end[name].dtype == torch.float32
+        assert (end[name] - tensor).abs().max() > 1e-5, name
+    processor = transformers.AutoProcessor.from_pretrained(out / "model")
+    assert type(processor).__name__ == "Qwen3ASRProcessor"
+
+
+def test_qwen3_asr_has_no_ctc(stage, tmp_path, capsys):
+    student = qwen3_asr_folder(tmp_path / "student")
+    assert status_of(sft, argv_of(sft, stage, tmp_path / "run", "--model", student, "--ctc-weight", 1)) == 2
+    assert "--ctc-weight" in error_line(capsys.readouterr().err) and not (tmp_path / "run").exists()
+
+
+# ---- bad audio ---------------------------------------------------------------------------------------------
+
+
+def write_bad_clips(folder):
+    """Six clips; with --batch-size 2 a batch has none that can be used, one has one, one has both. → manifest
+
+    In the order of length, longest first: bad, bad, good, bad, good, good.
+    """
+    lines = []
+    for i, is_bad in enumerate([True, True, False, True, False, False]):
+        line = write_clip(folder / f"{i}.wav", 1.0 - 0.1 * i, seed=i)
+        if is_bad:
+            raw = (folder / f"{i}.wav").read_bytes()
+            (folder / f"{i}.wav").write_bytes(raw[:2000])
+        lines.append(line)
+    return write_lines(folder / "bad.jsonl", lines)
+
+
+@BOTH
+def test_bad_clips_are_left_out_counted_and_listed(script, stage, tmp_path, capsys):
+    """A step is that of its good clips alone, or nothing where it has none; two ranks do what one does."""
+    path = write_bad_clips(tmp_path)
+    flags = ["--train", path, "--batch-size", 2, "--steps", 3, "--lr", 1e-5, "--on-bad-audio", "skip"]
+    flags += ["--save-every", 1, "--keep", 3, "--weight-decay", 1]
+    one, two = tmp_path / "one", tmp_path / "two"
+    lines = train(script, stage, one, *flags)
+    shown = capsys.readouterr().out
+    assert f"skipped: 3 clips that could not be used, listed in {one}/bad.jsonl" in shown
+    assert json.loads((one / "summary.json").read_text())["skipped"] == 3
+
+    # The first step holds the two longest clips, which are bad.
+    n_rows = "positions" if script is opd else "tokens"
+    assert [lines[0][key] for key in ("step", "skipped", n_rows, "loss", "grad_norm")] == [1, 2, 0, 0, 0]
+    start, end = weights_of(stage / "student"), weights_of(one / "step-1/model")
+    assert all(torch.equal(start[name], end[name]) for name in start)
+    assert state_of(one, 1)["updates"] == 0 and state_of(one, 3)["updates"] == 2
+    assert sorted(line["skipped"] for line in lines[1:]) == [0, 1]
+    assert all(line["loss"] > 0 and line[n_rows] > 0 for line in lines[1:])
+
+    listed = lines_of(one / "bad.jsonl")
+    steps = [line["step"] for line in lines for _ in range(line["skipped"])]
+    assert [line["step"] for line in listed] == steps
+    assert sorted(line["clip"] for line in listed) == [f"{path}:{number}" for number in (1, 2, 4)]
+    for line in listed:
+        assert (
+            line["audio"].endswith(".wav")
+            and line["audio"] in line["reason"]
+            and line["clip"] in line["reason"]
+        )
+
+    on_ranks = train_on_ranks(script, stage, two, 2, *flags)
+    assert_same_metrics(on_ranks, lines, 1e-5)
+    assert sorted(map(str, lines_of(two / "bad.jsonl"))) == sorted(map(str, listed))
+
+
+@BOTH
+def test_a_step_with_bad_clips_is_that_of_the_others(script, stage, tmp_path):
+    path = write_bad_clips(tmp_path)
+    flags = ["--clip", 0, "--on-bad-audio", "skip"]
+    train(script, stage, tmp_path / "all", "--train", path, "--batch-size", 6, *flags)
+    good = [line for i, line in enumerate(lines_of(path)) if i in (2, 4, 5)]
+    path = write_lines(tmp_path / "good.jsonl", good)
+    train(script, stage, tmp_path / "good", "--train", path, "--batch-size", 3, *flags)
+    all_lines, good_lines = (lines_of(tmp_path / name / "metrics.jsonl") for name in ("all", "good"))
+    assert all_lines[0].pop("skipped") == 3 and good_lines[0].pop("skipped") == 0
+    assert_same_metrics(all_lines, good_lines, 2e-6)
+    assert_same_gradient(gradient_of(tmp_path / "all"), gradient_of(tmp_path / "good"))
+    assert not (tmp_path / "good/bad.jsonl").exists()
+
+
+@BOTH
+def test_a_bad_clip_ends_the_run_with_one_line_of_the_rank_that_meets_it(script, stage, tmp_path):
+    """--on-bad-audio error, the default: status 2, and manifest, line, file and remedy."""
+    path = write_bad_clips(tmp_path)
+    lines = lines_of(path)
+    path = write_lines(tmp_path / "one.jsonl", [lines[2], lines[3], lines[4], lines[5]])
+    out = tmp_path / "run"
+    argv = argv_of(script, stage, out, "--train", path, "--batch-size", 4)
+    results = run_ranks(lambda: status_of(script, argv), 2)
+    assert results[1][0] == 2 and results[0][0] != 0
+    line = error_line(results[1][1])
+    assert f"{path}:2: " in line and "3.wav" in line and "--on-bad-audio skip" in line
+    assert ".py: error: " not in results[0][1]
+    assert not lines_of(out / "metrics.jsonl") and not (out / "model").exists()
+
+
+# ---- numbers that are not finite ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "script, more", [(opd, []), (opd, ["--temperature", 0.7]), (sft, [])], ids=["opd", "opd, sampled", "sft"]
+)
+def test_a_loss_that_is_not_finite_stops_all_ranks(script, more, stage, tmp_path):
+    """A learning rate that makes the weights of step 1 enormous. Status 3; each rank lists its clips."""
+    out = tmp_path / "run"
+    flags = ["--lr", 1e30, "--warmup-steps", 0, "--steps", 3, "--batch-size", 12, "--save-every", 1, *more]
+    argv = argv_of(script, stage, out, *flags)
+    results = run_ranks(lambda: status_of(script, argv), 2)
+    assert [status for status, _ in results] == [3, 3], results
+    line = error_line(results[0][1])
+    assert "step 2: " in line and "nonfinite-2-0.jsonl" in line and "--lr" in line
+    assert ".py: error: " not in results[1][1]
+    clips = []
+    for rank in range(2):
+        listed = lines_of(out / f"nonfinite-2-{rank}.jsonl")
+        assert len(listed) == 6
+        for entry in listed:
+            assert entry["step"] == 2 and entry["audio"].endswith(".wav") and isinstance(entry["text"], str)
+        clips += [entry["clip"] for entry in listed]
+    assert sorted(clips) == sorted(clip.where for clip in read_manifest(stage / "m.jsonl"))
+    assert [line["step"] for line in lines_of(out / "metrics.jsonl")] == [1]
+    assert (out / "step-1").exists() and not (out / "step-2").exists()
+
+
+@BOTH
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(script, stage, tmp_path, monkeypatch):
+    seen = {}
+    sum_gradients = script.sum_gradients
+
+    def poison(trained):
+        sum_gradients(trained)
+        seen.update(trained)
+        if (tmp_path / "run/step-1").exists():
+            first = next(iter(trained.values()))
+            first.grad.view(-1)[0] = math.nan
+
+    monkeypatch.setattr(script, "sum_gradients", poison)
+    assert status_of(script, argv_of(script, stage, tmp_path / "run", "--steps", 3, "--save-every", 1)) == 3
+    weights = weights_of(tmp_path / "run/step-1/model")
+    assert len(weights) > 20
+    for name, tensor in weights.items():
+        assert torch.equal(seen[name], tensor), name
+    assert lines_of(tmp_path / "run/nonfinite-2-0.jsonl")
