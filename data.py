@@ -420,6 +420,7 @@ class Batch:
     seconds: torch.Tensor  # (B,) float64 clip durations
     silent: torch.Tensor  # (B,) bool: every sample is zero
     languages: list  # B codes as the manifest has them; None where it names none
+    default_language: str | None  # in the prompts of those
 
     def to(self, device):
         """The batch with its tensors on another device."""
@@ -427,7 +428,7 @@ class Batch:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             is_tensor = isinstance(value, torch.Tensor)
-            values[field.name] = value.to(device, non_blocking=True) if is_tensor else value
+            values[field.name] = value.to(device) if is_tensor else value
         return Batch(**values)
 
 
@@ -441,7 +442,7 @@ def collate(waveforms, front_end, languages, default_language=None):
     mel_lens = [mel.shape[1] for mel in mels]
     multiple = front_end.frame_multiple
     padded_frames = math.ceil(max(mel_lens) / multiple) * multiple
-    mel = torch.zeros(len(mels), N_MELS, padded_frames)
+    mel = torch.zeros(len(mels), len(mels[0]), padded_frames)
     for b, clip_mel in enumerate(mels):
         mel[b, :, : mel_lens[b]] = clip_mel
 
@@ -459,6 +460,7 @@ def collate(waveforms, front_end, languages, default_language=None):
         seconds=torch.tensor([len(waveform) / SAMPLE_RATE for waveform in waveforms], dtype=torch.float64),
         silent=torch.tensor([not waveform.any() for waveform in waveforms]),
         languages=list(languages),
+        default_language=default_language,
     )
 
 
@@ -559,7 +561,7 @@ class StepDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, step):
         share = self.order(step)[self.rank :: self.world].tolist()
-        made = []
+        items = []
         bad = []
         try:
             for indices in micro_batches(share, self.clips.seconds, self.micro_seconds):
@@ -567,14 +569,14 @@ class StepDataset(torch.utils.data.Dataset):
                 usable, waveforms, defects = load_usable(clips)
                 bad += defects
                 if usable:
-                    made.append(
+                    items.append(
                         self.make(step, [indices[b] for b in usable], [clips[b] for b in usable], waveforms)
                     )
         except InputError as error:
-            return error  # a value: raised in the worker, it would arrive wrapped in its traceback
+            return AudioError(error)  # a value: raised in the worker, it would arrive wrapped in a traceback
         if bad and self.on_bad_audio == "error":
             return AudioError(f"{bad[0]['reason']} (or leave such clips out: --on-bad-audio skip)")
-        return made, bad
+        return items, bad
 
 
 def load_usable(clips):
@@ -612,6 +614,7 @@ def step_batches(dataset, first_step, last_step, workers):
 
 def setup_distributed():
     """(rank, world size, device). Under torchrun LOCAL_RANK picks the device and RANK the data."""
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32, in convolutions too
     has_gpu = torch.cuda.is_available()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local_rank) if has_gpu else torch.device("cpu")
@@ -741,7 +744,7 @@ def look_at_out(args, script, contents):
 
 def begin_run(args, script, contents, first_step):
     """Writes config.json, and cuts metrics.jsonl and its kin back to `first_step`: no step is there twice."""
-    barrier()
+    barrier()  # every rank has got this far, so that a refused run leaves no folder behind
     if rank_and_world()[0] > 0:
         return
     os.makedirs(args.out, exist_ok=True)
@@ -761,8 +764,8 @@ def begin_run(args, script, contents, first_step):
     for name in ("metrics.jsonl", "samples.jsonl", "bad.jsonl"):
         path = os.path.join(args.out, name)
         if os.path.exists(path):
-            kept = [line for line in read_lines(path) if line["step"] <= first_step]
-            add_lines(path + ".new", kept, mode="w")
+            lines = [line for line in read_lines(path) if line["step"] <= first_step]
+            add_lines(path + ".new", lines, mode="w")
             os.replace(path + ".new", path)
 
 
@@ -826,7 +829,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Defaults in --help, where there is one, and the script's docstring as it is written."""
 
     def _get_help_string(self, action):
-        if action.default in (None, False, []):
+        if action.default is None or action.default is False or action.default == []:
             return action.help
         return super()._get_help_string(action)
 
@@ -861,7 +864,7 @@ def at_least(low, kind=float):
 def run_script(main, args):
     """Runs main(args). A user's mistake is one line and status 2 (a loss that is not finite: 3).
 
-    Mistakes that every rank meets are printed by rank 0, a bad clip by the rank that met it.
+    Mistakes that all ranks meet are printed once a node, a bad clip by the rank that met it.
     """
     try:
         main(args)
@@ -869,7 +872,7 @@ def run_script(main, args):
     except BrokenPipeError:  # `… | head -1` has read enough: what is left goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except InputError as error:
-        if int(os.environ.get("RANK", 0)) == 0 or isinstance(error, AudioError):
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0 or isinstance(error, AudioError):
             tqdm.write(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
         sys.exit(3 if isinstance(error, NonFiniteError) else 2)
     if dist.is_initialized():
@@ -950,12 +953,13 @@ def language_code(name):
     return code
 
 
-def script_language(text):
+def script_language(text, default=None):
     """The language that the script of a text decides, or None.
 
     Kana means Japanese, else Hangul Korean, else Han Chinese; Thai and Greek letters decide where most
     letters are theirs. Latin, Cyrillic, Arabic and Devanagari letters are shared by many languages and
-    decide nothing. Control tokens such as <|im_end|> do not count.
+    decide nothing.
+    Han is no objection to a default of Cantonese or Japanese. Control tokens do not count.
     """
     text = unicodedata.normalize("NFKC", re.sub(r"<[^<>\s]{1,40}>", "", text))
     scripts = [unicodedata.name(c, "?").split()[0] for c in text if c.isalpha()]
@@ -964,7 +968,7 @@ def script_language(text):
     if "HANGUL" in scripts:
         return "ko"
     if "CJK" in scripts:
-        return "zh"
+        return default if default in ("yue", "ja") else "zh"
     most = max(dict.fromkeys(scripts), key=scripts.count, default=None)
     return {"THAI": "th", "GREEK": "el"}.get(most)
 

@@ -15,6 +15,7 @@ Order: encoder and adapter, prompts and token ids, the speech-LM, Qwen3-ASR, sam
 and self-check, optimizer and checkpoints. The last section, the fast decoder, may be skipped.
 """
 
+import contextlib
 import dataclasses
 import glob
 import json
@@ -29,7 +30,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -164,9 +164,9 @@ def rotary_table(positions, size, theta, dtype):
 def rotate(x, cos, sin):
     """Turns the first r dimensions of x (B, heads, T', d), as many as the table has: i with i + r / 2."""
     size = cos.shape[1]
-    turned = x[..., :size]
-    first, second = turned.chunk(2, dim=-1)
-    turned = turned * cos + torch.cat([-second, first], dim=-1) * sin
+    unturned = x[..., :size]
+    first, second = unturned.chunk(2, dim=-1)
+    turned = unturned * cos + torch.cat([-second, first], dim=-1) * sin
     return torch.cat([turned, x[..., size:]], dim=-1)
 
 
@@ -286,13 +286,12 @@ class FrontEnd:
 
     def transcripts(self, texts, stopped=None):
         """The `Rollout` of given texts, for teacher forcing; stopped: B bools, False = no stop token."""
-        rows = [self.encode_text(text) for text in texts]
-        T = max(len(row) for row in rows) + 1
-        ids = torch.full((len(rows), T), self.pad_id)
-        for b, row in enumerate(rows):
-            ids[b, : len(row) + 1] = torch.tensor([*row, self.stop_id])
-        lens = torch.tensor([len(row) for row in rows])
-        stopped = torch.ones(len(rows), dtype=torch.bool) if stopped is None else torch.tensor(stopped)
+        id_lists = [self.encode_text(text) for text in texts]
+        lens = torch.tensor([len(id_list) for id_list in id_lists])
+        ids = torch.full((len(texts), int(lens.max()) + 1), self.pad_id)
+        for b, id_list in enumerate(id_lists):
+            ids[b, : len(id_list) + 1] = torch.tensor([*id_list, self.stop_id])
+        stopped = torch.ones(len(texts), dtype=torch.bool) if stopped is None else torch.tensor(stopped)
         return Rollout(ids, lens, stopped)
 
 
@@ -436,9 +435,8 @@ class SpeechLM(nn.Module):
         model_class = {"glmasr": SpeechLM, "qwen3_asr": Qwen3ASR}[kind]
         try:
             model = model_class.load(folder, dtype)
-        except (OSError, ValueError, StrictDataclassError, safetensors.SafetensorError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise InputError(f"{name} is no model folder: {reason}") from error
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from error
         for key, parameter in model.named_parameters():
             if not parameter.isfinite().all():
                 raise InputError(f"{name}: {key} holds NaN or infinite weights")
@@ -446,22 +444,27 @@ class SpeechLM(nn.Module):
 
     @classmethod
     def load(cls, folder, dtype):
-        config = transformers.GlmAsrConfig.from_pretrained(folder)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        with folder_errors():
+            config = transformers.GlmAsrConfig.from_pretrained(folder)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            weights = {}
+            for path in glob.glob(os.path.join(glob.escape(folder), "*.safetensors")):
+                weights.update(load_file(path))
         model = cls(config, tokenizer).to(dtype)
-        weights = {}
-        for path in glob.glob(os.path.join(glob.escape(folder), "*.safetensors")):
-            weights.update(load_file(path))
-        own = model.state_dict()
-        if config.tie_word_embeddings:
-            weights.pop("lm_head.weight", None)  # the same tensor as the embeddings
-            own.pop("lm_head.weight")
-        wrong = sorted(own.keys() ^ weights.keys())
-        wrong += [key for key in own.keys() & weights.keys() if own[key].shape != weights[key].shape]
-        if wrong:
-            raise InputError(f"{folder}: weights and config.json do not match: {', '.join(wrong[:3])} …")
-        model.load_state_dict(weights, strict=False)
+        model.load_weights(weights)
         return model
+
+    def load_weights(self, weights):
+        """Takes over {name: tensor}, all of them and no other. InputError where they do not fit."""
+        own = self.state_dict()
+        if self.config.tie_word_embeddings:
+            own.pop("lm_head.weight")  # the same tensor as the embeddings
+            weights = {key: tensor for key, tensor in weights.items() if key != "lm_head.weight"}
+        mismatched = sorted(own.keys() ^ weights.keys())
+        mismatched += [key for key in own.keys() & weights.keys() if own[key].shape != weights[key].shape]
+        if mismatched:
+            raise InputError(f"weights and config.json do not match: {', '.join(mismatched[:3])} …")
+        self.load_state_dict(weights, strict=False)
 
     def save_pretrained(self, folder):
         """Writes a folder that stock transformers loads: weights, configs, tokenizer, processor."""
@@ -498,7 +501,7 @@ class SpeechLM(nn.Module):
     def recompute_activations(self):
         """Computes activations again in the backward pass: less memory, more time, the same numbers."""
         self.encoder.recompute = True
-        self.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute_stock(self.lm)
 
     # ---- audio → embeddings → hidden rows ----
 
@@ -524,6 +527,7 @@ class SpeechLM(nn.Module):
         """Prompt embeddings (B, S, H), the placeholders' rows replaced by the audio embeddings (ΣA, H)."""
         embeds = self.lm.embed_tokens(batch.prompt_ids)
         is_audio = (batch.prompt_ids == self.front_end.audio_id) & batch.prompt_mask  # (B, S)
+        assert len(encoded) == int(is_audio.sum()), "encoder and front end disagree on the audio tokens"
         return embeds.masked_scatter(is_audio[:, :, None], encoded.to(embeds.dtype))
 
     def forward(self, batch, rollout, encoded=None):
@@ -570,10 +574,10 @@ class SpeechLM(nn.Module):
         """Writes a transcript of each clip. → `Rollout` with the top-k ids of every step, after forbidding.
 
         Greedy at temperature 0, else drawn from softmax(logits / temperature). A clip's cap, its stop token
-        counted, is min(max_new_tokens, ⌊seconds · tokens_per_second⌋ + 16), so that one looping row cannot
-        hold the batch (tokens_per_second 0: max_new_tokens alone; not in the paper). forbidden: (V,) bool,
-        the model's own by default. uniforms: (B, ≥ max_new_tokens) draws in [0, 1) that make sampling a
-        function of them. encoded: audio embeddings, where `encode` has been called already.
+        counted, is min(max_new_tokens, ⌊seconds · tokens_per_second⌋ + 16), so that one looping rollout
+        cannot hold the batch (tokens_per_second 0: max_new_tokens alone; not in the paper).
+        forbidden: (V,) bool, the model's own by default. uniforms: (B, ≥ max_new_tokens) draws in [0, 1)
+        that make sampling a function of them. encoded: what `encode` gave, if it has been called already.
         """
         was_training = self.training
         self.eval()
@@ -594,21 +598,21 @@ class SpeechLM(nn.Module):
                 use_cache=True,
             )
             hidden = output.last_hidden_state[:, -1]  # (B, H)
-            write = write_fast if has_plain_projections(self) else write_tokens
+            write = write_fast if may_copy_weights(self) else write_tokens
             ids, topk_ids = write(
-                self,
-                hidden,
-                output.past_key_values,
-                batch.prompt_mask,
-                caps,
-                forbidden,
-                k,
-                temperature,
-                uniforms,
+                model=self,
+                hidden=hidden,
+                cache=output.past_key_values,
+                mask=batch.prompt_mask,
+                caps=caps,
+                forbidden=forbidden,
+                k=k,
+                temperature=temperature,
+                uniforms=uniforms,
             )
         self.train(was_training)
 
-        # A row ends at its first stop token or at its cap; what was written behind it is dropped.
+        # A rollout ends at its first stop token or at its cap; what was written behind it is dropped.
         positions = torch.arange(ids.shape[1], device=ids.device)
         is_stop = ids == self.front_end.stop_id
         stop_at = torch.where(is_stop, positions, ids.shape[1]).amin(dim=1)  # (B,)
@@ -624,7 +628,7 @@ def write_tokens(model, hidden, cache, mask, caps, forbidden, k, temperature, un
     """The sampling loop: one token after another, by the library's LM and its cache.
 
     hidden (B, H): the last prompt column's; mask (B, S): the prompt's. → ids (B, T), top-k ids (B, T, K)
-    with −1 where fewer than k ids are allowed. Rows go on behind their stop token until all are through;
+    with −1 where fewer than k ids are allowed. Clips go on behind their stop token until all are through;
     the caller drops that.
     """
     ids = []
@@ -699,14 +703,16 @@ class Qwen3ASR(SpeechLM):
 
     @classmethod
     def load(cls, folder, dtype):
-        stock, info = transformers.Qwen3ASRForConditionalGeneration.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, output_loading_info=True
-        )
-        wrong = [*sorted(info["missing_keys"]), *sorted(info["unexpected_keys"])]
-        wrong += sorted(str(key) for key in info["mismatched_keys"])
-        if wrong:
-            raise InputError(f"{folder}: weights and config.json do not match: {', '.join(wrong[:3])} …")
-        return cls(stock, transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=False))
+        with folder_errors():
+            stock, info = transformers.Qwen3ASRForConditionalGeneration.from_pretrained(
+                folder, dtype=dtype, use_safetensors=True, output_loading_info=True
+            )
+            processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+        mismatched = [*sorted(info["missing_keys"]), *sorted(info["unexpected_keys"])]
+        mismatched += sorted(str(key) for key in info["mismatched_keys"])
+        if mismatched:
+            raise InputError(f"weights and config.json do not match: {', '.join(mismatched[:3])} …")
+        return cls(stock, processor)
 
     def generation_config(self):
         config = self.stock_generation_config
@@ -718,8 +724,8 @@ class Qwen3ASR(SpeechLM):
         return self.stock_processor
 
     def recompute_activations(self):
-        for part in (self.encoder, self.lm):
-            part.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute_stock(self.encoder)
+        recompute_stock(self.lm)
 
     def encode(self, batch):
         """Audio embeddings (ΣA, H) of all clips, one clip after the other."""
@@ -737,7 +743,8 @@ class Qwen3ASR(SpeechLM):
             return batch
         prompts = []
         for b, text in enumerate(texts):
-            script = script_language(text) if batch.languages[b] is None else None
+            is_open = batch.languages[b] is None
+            script = script_language(text, batch.default_language) if is_open else None
             if script:
                 prompts.append(self.front_end.prompt(int(batch.audio_lens[b]), script))
             else:
@@ -747,6 +754,12 @@ class Qwen3ASR(SpeechLM):
         return dataclasses.replace(
             batch, prompt_ids=prompt_ids.to(device), prompt_mask=prompt_mask.to(device)
         )
+
+
+def recompute_stock(module):
+    """Gradient checkpointing of a transformers module, without the hook that frozen embeddings would need."""
+    module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    module.disable_input_require_grads()
 
 
 def local_folder(name):
@@ -769,6 +782,17 @@ def local_folder(name):
         raise InputError(
             f"{name}: {where} ({reason}); `hf download {name}` where there is a network"
         ) from error
+
+
+@contextlib.contextmanager
+def folder_errors():
+    """Turns what libraries say of a broken model folder into one line."""
+    config_error = huggingface_hub.errors.StrictDataclassError
+    try:
+        yield
+    except (OSError, ValueError, safetensors.SafetensorError, config_error) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"is no model folder: {reason}") from error
 
 
 def model_kind(name, folder):
@@ -803,17 +827,14 @@ def check_languages(languages, default_language, *models):
         known = model.front_end.languages
         if not known:
             continue
+        names = f"the prompt of {model.architecture} knows {', '.join(sorted(known))}"
         if default_language is not None and default_language not in known:
-            raise InputError(f"--language {default_language}: Qwen3-ASR knows {', '.join(sorted(known))}")
+            raise InputError(f"--language {default_language}: {names}")
         for language, clip in languages.items():
             if language is None and default_language is None:
-                raise InputError(
-                    f'{clip.where}: no "language", which Qwen3-ASR\'s prompt names; give --language'
-                )
+                raise InputError(f'{clip.where}: no "language": give --language; {names}')
             if language is not None and language not in known:
-                raise InputError(
-                    f'{clip.where}: "language" {language}: Qwen3-ASR knows {", ".join(sorted(known))}'
-                )
+                raise InputError(f'{clip.where}: "language" {language}: {names}')
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -868,16 +889,17 @@ def teacher_support(teacher, hidden, student_topk, alignment, k, chunk=1024):
         top = top_ids(logits, k)
         teacher_ids = torch.where(top >= 0, alignment.to_student[top.clamp(min=0)], -1)
         support_ids, support_mask = union_support(student_ids, teacher_ids)
+        # The scores once more in float32, by the student's function: bf16 logits near 20 are 0.1 apart.
         columns = alignment.to_teacher[support_ids.clamp(min=0)].clamp(min=0)
         supports.append(support_ids)
         masks.append(support_mask)
-        scores.append(logits.gather(1, columns))
+        scores.append(student_scores(teacher.head.weight, rows, columns))
         topks.append(teacher_ids)
     return torch.cat(supports), torch.cat(masks), torch.cat(scores), torch.cat(topks)
 
 
 def student_scores(head_weight, hidden, support_ids):
-    """The student's raw logits on the support only: (V, H), (N, H), (N, U) ids → (N, U) with gradient.
+    """A model's raw logits on the support only: (V, H), (N, H), (N, U) ids → (N, U) with gradient.
 
     float32 (float64 if the matrix is). No (N, V) tensor is made.
     """
@@ -1052,7 +1074,7 @@ def self_check(model, waveforms, languages, default_language=None):
 
 
 def make_optimizer(trained, lr, weight_decay):
-    """AdamW (0.9, 0.95); no decay on norms, biases and embeddings."""
+    """AdamW (0.9, 0.95); no decay on norms, biases, embeddings and the output matrix."""
     decayed, not_decayed = [], []
     for name, parameter in trained.items():
         is_exempt = parameter.ndim < 2 or "embed_tokens" in name or "lm_head" in name
@@ -1128,8 +1150,6 @@ def save_checkpoint(out, step, model, trained, optimizer, keep):
             if name not in in_folder:
                 state[f"weight.{name}"] = parameter.detach().cpu()
         save_file(state, os.path.join(partial, "state.safetensors"))
-        if os.path.exists(final):
-            shutil.rmtree(final)
         os.rename(partial, final)
         for folder in list(complete_steps(out).values())[:-keep]:
             shutil.rmtree(folder)
@@ -1171,10 +1191,10 @@ def save_model(out, model):
 # ----------------------------------------------------------------------------------------------------------
 # It copies the LM's weights into fused matrices and keeps keys and values in fixed storage, so that a step
 # is a few large operations, and on a GPU one CUDA graph. A copy would pass over whatever sits on a layer
-# (LoRA, a hook, another class): `has_plain_projections` is asked first.
+# (LoRA, a hook, another class): `may_copy_weights` is asked first.
 
 
-def has_plain_projections(model):
+def may_copy_weights(model):
     """May weights be copied? Only of stock modules with plain linear layers, full attention, and no hook."""
     kinds = getattr(model.lm.config, "layer_types", None) or []
     if any(kind != "full_attention" for kind in kinds):
@@ -1202,9 +1222,8 @@ def write_fast(model, hidden, cache, mask, caps, forbidden, k, temperature, unif
     T = math.ceil(int(caps.max()) / TOKENS_AT_ONCE) * TOKENS_AT_ONCE
     decoder = FastDecoder(model.lm, cache, mask, T)
     head = model.head.weight.to(decoder.dtype)
-    bias = head.new_zeros(len(forbidden)).masked_fill(forbidden, -math.inf)  # (V,)
     embeddings = model.lm.embed_tokens.weight
-    hidden = hidden.to(decoder.dtype).clone()
+    hidden = hidden.clone()
     ids = caps.new_full((B, T), -1)
     topk_ids = caps.new_zeros((B, T, min(k, len(forbidden))))
     t = caps.new_zeros(1)  # the position to write, on the device, where a replayed graph finds it
@@ -1216,7 +1235,8 @@ def write_fast(model, hidden, cache, mask, caps, forbidden, k, temperature, unif
         """Everything is written in place, so that a graph can be replayed."""
         unit_logits = []
         for _ in range(TOKENS_AT_ONCE):
-            logits = F.linear(hidden, head, bias).float()  # (B, V)
+            logits = F.linear(hidden.to(decoder.dtype), head).float()  # (B, V)
+            logits = logits.masked_fill(forbidden, -math.inf)
             unit_logits.append(logits)
             token = pick_tokens(
                 logits, temperature, None if uniforms is None else uniforms.index_select(1, t)
@@ -1275,7 +1295,7 @@ class FastDecoder:
         self.n_kv_heads = config.num_key_value_heads
         self.eps = config.rms_norm_eps
         self.activation = lm.layers[0].mlp.act_fn
-        self.norm = lm.norm.weight.to(self.dtype)
+        self.norm = lm.norm.weight
         self.S = prompt_mask.shape[1]
         # Added to attention scores: −∞ for padding, and for positions that are not written yet.
         mask = F.pad(prompt_mask, (0, T)).repeat_interleave(self.n_kv_heads, dim=0)
@@ -1298,27 +1318,28 @@ class FastDecoder:
             k_norm = attention.k_norm.weight.expand(self.n_kv_heads, -1)
             qk_norm = torch.cat([q_norm, k_norm]).to(self.dtype)
         return FusedLayer(
-            norm_1=layer.input_layernorm.weight.to(self.dtype),
+            norm_1=layer.input_layernorm.weight,
             qkv=torch.cat([projection.weight for projection in projections]).to(self.dtype),
             qkv_bias=torch.cat([p.bias for p in projections]).to(self.dtype) if has_bias else None,
             qk_norm=qk_norm,
             keys=F.pad(past.keys.flatten(0, 1), (0, 0, 0, T)).to(self.dtype),
             values=F.pad(past.values.flatten(0, 1), (0, 0, 0, T)).to(self.dtype),
             o=attention.o_proj.weight.to(self.dtype),
-            norm_2=layer.post_attention_layernorm.weight.to(self.dtype),
+            norm_2=layer.post_attention_layernorm.weight,
             gate_up=torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]).to(self.dtype),
             down=mlp.down_proj.weight.to(self.dtype),
         )
 
     def step(self, x, t):
-        """Hidden rows (B, H) after token t, a (1,) tensor, with embeddings x (B, H)."""
-        x = x.to(self.dtype)
+        """Hidden rows (B, H) after token t, a (1,) tensor; x (B, H): its embeddings, of the same dtype."""
         position = self.S + t
         self.bias.index_fill_(2, position, 0.0)  # (B · kv, 1, S + T)
         cos, sin = F.embedding(self.next_position + t, self.rotary)[:, None].chunk(2, dim=2)  # (B, 1, d)
         for layer in self.layers:
-            x = x + self.attend(layer, self.normed(x, layer.norm_1), cos, sin, position)
-            gate, up = F.linear(self.normed(x, layer.norm_2), layer.gate_up).chunk(2, dim=-1)
+            y = self.normed(x, layer.norm_1).to(self.dtype)
+            x = x + self.attend(layer, y, cos, sin, position)
+            y = self.normed(x, layer.norm_2).to(self.dtype)
+            gate, up = F.linear(y, layer.gate_up).chunk(2, dim=-1)
             x = x + F.linear(self.activation(gate) * up, layer.down)
         return self.normed(x, self.norm)
 

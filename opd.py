@@ -3,11 +3,11 @@
 The student transcribes each clip by itself, the frozen teacher scores those very tokens, and the student is
 pulled toward the teacher by KL on the union of both top-k supports. No transcript is read.
 
-    torchrun --nproc_per_node=2 opd.py                 # without arguments: those of example/opd.args
+    torchrun --standalone --nproc_per_node=2 opd.py    # without arguments: those of example/opd.args
     python opd.py --train my.jsonl --student DIR --teacher DIR --eval test.jsonl --out runs/x
     torchrun --nproc_per_node=8 opd.py --train my.jsonl --student DIR --teacher DIR --out runs/x --bf16
 
-Deviations from the released code, each on purpose:
+The main deviations from the released code, each on purpose:
     1. The loss is the mean over the rows of the whole global batch, not a mean of the ranks' means.
     2. Both sides of the KL are raw logits. (The release mixes logits and log-probabilities.)
     3. Token ids go to the teacher as they are, never through text.
@@ -34,6 +34,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data import (
+    AudioError,
     Clips,
     StepDataset,
     add_lines,
@@ -78,6 +79,8 @@ from model import (
 )
 from overlap import set_overlap
 
+SCRIPT = os.path.basename(__file__)
+
 # What a step sums over its micro-batches and ranks: in nats, rows, and clips (docs/metrics.md).
 SUMS = ["loss", "kl", "counted"]
 SUMS += ["rows", "vuss", "overlap_ratio", "top1"]
@@ -85,7 +88,7 @@ SUMS += ["clips", "tokens", "empty", "capped", "looping", "silent"]
 
 
 def parse_args(argv=None):
-    parser = argument_parser("opd.py", __doc__)
+    parser = argument_parser(SCRIPT, __doc__)
     add = parser.add_argument
     # models
     add("--student", required=True, help="folder or hub name of the model to distil into; it is not changed")
@@ -146,8 +149,8 @@ def main(args):
         "student": content_of(local_folder(args.student)),
         "teacher": content_of(local_folder(args.teacher)),
     }
-    first_step, checkpoint = find_run(args, "opd.py", contents)
-    if first_step is None:
+    first_step, checkpoint = find_run(args, SCRIPT, contents)
+    if first_step is None:  # the run in --out is finished
         return
 
     # ---- models ------------------------------------------------------------------------------------------
@@ -172,13 +175,15 @@ def main(args):
     check_languages(languages_of(eval_sets), language, student)
 
     def make_micro_batch(step, indices, batch_clips, waveforms):
-        """One micro-batch, made by a data worker: clips, student's and teacher's Batch, draws (B, T)."""
+        """One micro-batch, made by a data worker: clips, student's and teacher's Batch, uniforms (B, T)."""
         languages = [clip.language for clip in batch_clips]
         batch = collate(waveforms, student.front_end, languages, language)
         teacher_batch = collate(waveforms, teacher.front_end, languages, language)
         # Sampling is a function of (seed, step, clip): the same whatever the ranks and micro-batches.
-        draws = [np.random.default_rng((args.seed, 2, step, i)).random(args.max_new_tokens) for i in indices]
-        return batch_clips, batch, teacher_batch, torch.from_numpy(np.stack(draws))
+        uniforms = [
+            np.random.default_rng((args.seed, 2, step, i)).random(args.max_new_tokens) for i in indices
+        ]
+        return batch_clips, batch, teacher_batch, torch.from_numpy(np.stack(uniforms))
 
     dataset = StepDataset(clips, args, make_micro_batch)
     if rank == 0:
@@ -196,9 +201,11 @@ def main(args):
     # Misaligned prompts, rows or masks show on four clips, from the shortest to the longest.
     by_length = np.argsort(clips.seconds, kind="stable")
     check_clips = [clips[i] for i in by_length[np.arange(4) * (len(clips) - 1) // 3]]
-    usable, waveforms, _ = load_usable(check_clips)
+    usable, waveforms, bad = load_usable(check_clips)
+    if bad and (args.on_bad_audio == "error" or not usable):
+        raise AudioError(f"{bad[0]['reason']} (or leave such clips out: --on-bad-audio skip)")
     languages = [check_clips[b].language for b in usable]
-    for name, model in (("student", student), ("teacher", teacher)) if usable else ():
+    for name, model in (("student", student), ("teacher", teacher)):
         check = self_check(model, waveforms, languages, language)
         if rank == 0:
             print(
@@ -221,7 +228,7 @@ def main(args):
             strict=is_strict,
         )
 
-    begin_run(args, "opd.py", contents, first_step)
+    begin_run(args, SCRIPT, contents, first_step)
     before_path = os.path.join(args.out, "eval-0", "summary.json")
     if first_step == 0:
         before = run_eval(0)
@@ -233,8 +240,10 @@ def main(args):
     started = time.perf_counter()
     for step, micro_batches, bad in step_batches(dataset, first_step, args.steps, args.workers):
         data_s = time.perf_counter() - started
-        sums = collections.Counter()
+        done = step + 1
+        is_sampled = rank == 0 and args.sample_every and (step % args.sample_every == 0 or done == args.steps)
         samples = None
+        sums = collections.Counter()
         step_clips, step_texts = [], []
         for batch_clips, batch, teacher_batch, uniforms in micro_batches:
             batch = batch.to(device)
@@ -259,8 +268,8 @@ def main(args):
             )
             student_topk = rollout.topk_ids[rollout.row_mask()]  # (N, K)
 
-            # The teacher reads the same tokens, id by id, behind its own prompt. (Where the manifest names no
-            # language, the prompt takes the one that the script of the rollout decides.)
+            # The teacher reads the same tokens, id by id, behind its own prompt. Its weights are frozen, so
+            # no graph is built. (Without a language in the manifest, the script of the rollout decides it.)
             texts = student.front_end.texts(rollout)
             teacher_batch = teacher.with_script_languages(teacher_batch, texts)
             teacher_hidden = teacher(teacher_batch, teacher_rollout(rollout, alignment))  # (N, H')
@@ -291,7 +300,10 @@ def main(args):
             sums.update(rollout_sums(batch, rollout, texts, student_topk, teacher_topk, support_mask))
             step_clips += batch_clips
             step_texts += texts
-            samples = samples or (batch_clips, teacher_batch, rollout, kl_at_1)
+            if is_sampled and samples is None:
+                samples = sample_lines(
+                    done, student, teacher, args, batch_clips, teacher_batch, rollout, kl_at_1
+                )
 
         # ---- one gradient --------------------------------------------------------------------------------
         # Σ over ranks of Σ over micro-batches, divided once by |𝒯|: the gradient does not depend on the cut.
@@ -299,14 +311,14 @@ def main(args):
         sums = dict(zip(SUMS, totals))
         n_bad = int(totals[-1])
         if n_bad:
-            report_bad(args.out, step + 1, bad)
+            report_bad(args.out, done, bad)
         sum_gradients(trained)
         for parameter in trained.values():
             parameter.grad /= max(sums["counted"], 1)
         grad_norm = nn.utils.clip_grad_norm_(trained.values(), args.clip or math.inf).item()
         if not math.isfinite(sums["loss"]) or not math.isfinite(grad_norm):
             what = f"loss {sums['loss']}, gradient norm {grad_norm}"
-            stop_not_finite(args.out, step + 1, what, step_clips, step_texts)
+            stop_not_finite(args.out, done, what, step_clips, step_texts)
 
         # ---- step ----------------------------------------------------------------------------------------
         lr = cosine_lr(step, args.steps, args.warmup_steps, args.lr)
@@ -317,7 +329,6 @@ def main(args):
         optimizer.zero_grad(set_to_none=True)
 
         # ---- log -----------------------------------------------------------------------------------------
-        done = step + 1
         step_s = time.perf_counter() - started
         n_rows = max(sums["rows"], 1)
         n_clips = max(sums["clips"], 1)
@@ -348,10 +359,7 @@ def main(args):
             bar.update()
             shown = {key: f"{metrics[key]:.3g}" for key in ("loss", "kl", "vuss", "clips_per_s")}
             bar.set_postfix(shown, refresh=False)
-            is_sampled = args.sample_every and (step % args.sample_every == 0 or done == args.steps)
-            if is_sampled and samples:
-                lines = sample_lines(done, student, teacher, args, *samples)
-                add_lines(os.path.join(args.out, "samples.jsonl"), lines)
+            add_lines(os.path.join(args.out, "samples.jsonl"), samples or [])
 
         # ---- eval, save ----------------------------------------------------------------------------------
         if args.eval_every and done % args.eval_every == 0 and done < args.steps:
@@ -364,8 +372,8 @@ def main(args):
     bar.close()
 
     # ---- after -------------------------------------------------------------------------------------------
-    after = run_eval(args.steps)
     save_model(args.out, student)
+    after = run_eval(args.steps)
     if rank == 0:
         lines = read_lines(os.path.join(args.out, "metrics.jsonl"))
         print_before_and_after(before, after)

@@ -45,17 +45,49 @@ EXTRA_SHARD = 2000  # clips in one tar of the extra set
 N_LABELLED = 25  # clips of each speaker that the base learns from: half of train
 PROMPT = "Please transcribe this audio."
 N_TOKENS = 512
-SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|audio|>", "<|user|>",  # the last ids;
-                  "<|begin_of_audio|>", "<|end_of_audio|>", "<|assistant|>"]  # pad: endoftext, eos: im_end
+SPECIAL_TOKENS = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|audio|>",
+    "<|user|>",  # the last ids;
+    "<|begin_of_audio|>",
+    "<|end_of_audio|>",
+    "<|assistant|>",
+]  # pad: endoftext, eos: im_end
 
 # ------------------------------------------------------------------------------------------------- speakers
 # A speaker is "voice+variant". TRAIN (EXTRA holds it too), DEV and TEST share no variant in either language.
 
 TRAIN = {
-    "en": ["en-us+m1", "en-gb+f3", "en-us+Annie", "flite+slt", "flite+kal16", "en-gb-scotland+m2", "en-us+f1",
-           "en-gb-x-rp+Alex", "en-us-nyc+Michael", "en-gb+klatt2", "en-029+robert", "en-us+linda"],
-    "zh": ["zh+m1", "zh+f3", "zh+Annie", "zh+m2", "zh+f1", "zh+Alex", "zh+Michael", "zh+klatt2", "zh+robert",
-           "zh+linda", "zh+m4", "zh+belinda"],
+    "en": [
+        "en-us+m1",
+        "en-gb+f3",
+        "en-us+Annie",
+        "flite+slt",
+        "flite+kal16",
+        "en-gb-scotland+m2",
+        "en-us+f1",
+        "en-gb-x-rp+Alex",
+        "en-us-nyc+Michael",
+        "en-gb+klatt2",
+        "en-029+robert",
+        "en-us+linda",
+    ],
+    "zh": [
+        "zh+m1",
+        "zh+f3",
+        "zh+Annie",
+        "zh+m2",
+        "zh+f1",
+        "zh+Alex",
+        "zh+Michael",
+        "zh+klatt2",
+        "zh+robert",
+        "zh+linda",
+        "zh+m4",
+        "zh+belinda",
+    ],
 }
 DEV = {
     "en": ["en-us+m5", "en-gb+f4", "en-us+michel"],
@@ -214,8 +246,17 @@ def speak(speaker, text, rng):
             x, rate_hz = sf.read(wav.name)
     else:
         name, words_per_minute = ("cmn-latn-pinyin", 230) if voice == "zh" else (voice, 170)
-        command = ["espeak-ng", "-v", f"{name}+{variant}", "-p", str(round(pitch)),
-                   "-s", str(round(words_per_minute * speed)), "--stdout", text]
+        command = [
+            "espeak-ng",
+            "-v",
+            f"{name}+{variant}",
+            "-p",
+            str(round(pitch)),
+            "-s",
+            str(round(words_per_minute * speed)),
+            "--stdout",
+            text,
+        ]
         wav = subprocess.run(command, check=True, capture_output=True).stdout
         x, rate_hz = np.frombuffer(wav[44:], "<i2") / 32768, 22050  # its header does not know the length
     if len(x) == 0 or np.abs(x).max() == 0:
@@ -318,8 +359,14 @@ def make_clip(job):
     else:
         sf.write(file, x, RATE_HZ, format="OGG", subtype="OPUS", compression_level=OPUS_LEVEL)
         data = with_serial(file.getvalue(), number)
-    line = {"duration": round(len(x) / RATE_HZ, 3), "text": text, "language": language, "speaker": speaker,
-            "condition": condition, "id": f"{set_name}-{number:05d}"}
+    line = {
+        "duration": round(len(x) / RATE_HZ, 3),
+        "text": text,
+        "language": language,
+        "speaker": speaker,
+        "condition": condition,
+        "id": f"{set_name}-{number:05d}",
+    }
     return line, data
 
 
@@ -380,8 +427,11 @@ def make_audio(args):
                 for clip in pool.imap(make_clip, [(args.seed, "train", n) for n in numbers], chunksize=8):
                     lines.append(add_to_tar(tar, *clip))
         write_manifest(HERE / "train.jsonl", lines)
-        labelled = {line["id"] for speaker in TRAIN["en"] + TRAIN["zh"]
-                    for line in [line for line in lines if line["speaker"] == speaker][:N_LABELLED]}
+        labelled = {
+            line["id"]
+            for speaker in TRAIN["en"] + TRAIN["zh"]
+            for line in [line for line in lines if line["speaker"] == speaker][:N_LABELLED]
+        }
         write_manifest(HERE / "labelled.jsonl", [line for line in lines if line["id"] in labelled])
         with new_tar(HERE / "test.tar") as tar:
             for name in ["dev", *TESTS]:
@@ -419,17 +469,27 @@ def make_tokenizer(args):
     texts += [character for _ in range(20000) for character in chinese(rng)]
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated"),
-         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    trainer = trainers.BpeTrainer(vocab_size=N_TOKENS - len(SPECIAL_TOKENS), show_progress=False,
-                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+        [
+            pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=N_TOKENS - len(SPECIAL_TOKENS),
+        show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
     bpe.train_from_iterator(texts, trainer)
     trained = json.loads(bpe.to_str())["model"]
     first = len(trained["vocab"])
     vocab = trained["vocab"] | {token: first + i for i, token in enumerate(SPECIAL_TOKENS)}
-    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[tuple(merge) for merge in trained["merges"]],
-                               eos_token="<|im_end|>", pad_token="<|endoftext|>",
-                               additional_special_tokens=SPECIAL_TOKENS[3:] + ["<|im_start|>"])
+    tokenizer = Qwen2Tokenizer(
+        vocab=vocab,
+        merges=[tuple(merge) for merge in trained["merges"]],
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=SPECIAL_TOKENS[3:] + ["<|im_start|>"],
+    )
     tokenizer.save_pretrained(args.work / "tokenizer")
 
     tokenizer = AutoTokenizer.from_pretrained(args.work / "tokenizer")
@@ -440,8 +500,10 @@ def make_tokenizer(args):
             ids = tokenizer(text).input_ids
             assert tokenizer.decode(ids) == text, (text, ids)
             lengths[grammar.__name__].append(len(ids) / len(text.split() if grammar is english else text))
-    print(f"{args.work / 'tokenizer'}: {len(tokenizer)} tokens, {np.mean(lengths['english']):.2f} a word, "
-          f"{np.mean(lengths['chinese']):.2f} a hanzi, prompt {len(tokenizer(PROMPT).input_ids)}")
+    print(
+        f"{args.work / 'tokenizer'}: {len(tokenizer)} tokens, {np.mean(lengths['english']):.2f} a word, "
+        f"{np.mean(lengths['chinese']):.2f} a hanzi, prompt {len(tokenizer(PROMPT).input_ids)}"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- models
@@ -449,20 +511,39 @@ def make_tokenizer(args):
 
 def config(width, layers, hidden, lm_layers, lm_ffn):
     """A GlmAsr config.json. Narrow models want larger initial weights than the usual 0.02."""
-    audio = dict(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
-                 num_attention_heads=4, initializer_range=0.1)
-    text = dict(model_type="qwen2", hidden_size=hidden, intermediate_size=lm_ffn, num_hidden_layers=lm_layers,
-                num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
-                initializer_range=0.06, tie_word_embeddings=True,
-                rope_parameters=dict(rope_type="default", rope_theta=10000.0))
+    audio = dict(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        initializer_range=0.1,
+    )
+    text = dict(
+        model_type="qwen2",
+        hidden_size=hidden,
+        intermediate_size=lm_ffn,
+        num_hidden_layers=lm_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        initializer_range=0.06,
+        tie_word_embeddings=True,
+        rope_parameters=dict(rope_type="default", rope_theta=10000.0),
+    )
     return dict(audio_config=audio, text_config=text, tie_word_embeddings=True)
 
 
 MODELS = {  # name: (sizes, manifests, flags of sft.py); dev.jsonl chose the flags, not the test sets
-    "teacher": (config(144, 4, 128, 3, 384), ["example/train.jsonl", "{work}/extra.jsonl"],
-                "--steps 3200 --batch-size 32 --warmup-steps 200 --ctc-weight 0.5 --eval-every 400"),
-    "base": (config(96, 3, 96, 2, 256), ["example/labelled.jsonl"],
-             "--steps 3000 --batch-size 16 --warmup-steps 100 --ctc-weight 3.0 --eval-every 500"),
+    "teacher": (
+        config(144, 4, 128, 3, 384),
+        ["example/train.jsonl", "{work}/extra.jsonl"],
+        "--steps 3200 --batch-size 32 --warmup-steps 200 --ctc-weight 0.5 --eval-every 400",
+    ),
+    "base": (
+        config(96, 3, 96, 2, 256),
+        ["example/labelled.jsonl"],
+        "--steps 3000 --batch-size 16 --warmup-steps 100 --ctc-weight 3.0 --eval-every 500",
+    ),
 }
 
 
@@ -474,16 +555,52 @@ def make_models(args):
         start = args.work / f"{name}-start"
         shutil.rmtree(start, ignore_errors=True)
         shutil.rmtree(args.work / name, ignore_errors=True)
-        command = [sys.executable, "-m", "prepare.student", "--config", args.work / f"{name}.json",
-                   "--tokenizer", args.work / "tokenizer", "--seed", args.seed, "--out", start]
+        command = [
+            sys.executable,
+            "-m",
+            "prepare.student",
+            "--config",
+            args.work / f"{name}.json",
+            "--tokenizer",
+            args.work / "tokenizer",
+            "--seed",
+            args.seed,
+            "--out",
+            start,
+        ]
         subprocess.run(list(map(str, command)), cwd=HERE.parent, check=True)
-        command = [sys.executable, "sft.py", "--train", *(m.format(work=args.work) for m in manifests),
-                   *flags.split(), "--model", start, "--out", args.work / name,
-                   "--eval", "example/dev.jsonl", "--lr", "3e-3", "--workers", "0",
-                   "--save-every", "500", "--seed", args.seed, "--time-masks", "1", "--time-width", "20",
-                   "--freq-masks", "1", "--freq-width", "20"]
-        running[name] = subprocess.Popen(list(map(str, command)), cwd=HERE.parent,
-                                         env={**os.environ, "OMP_NUM_THREADS": "1"})
+        command = [
+            sys.executable,
+            "sft.py",
+            "--train",
+            *(m.format(work=args.work) for m in manifests),
+            *flags.split(),
+            "--model",
+            start,
+            "--out",
+            args.work / name,
+            "--eval",
+            "example/dev.jsonl",
+            "--lr",
+            "3e-3",
+            "--workers",
+            "0",
+            "--save-every",
+            "500",
+            "--seed",
+            args.seed,
+            "--time-masks",
+            "1",
+            "--time-width",
+            "20",
+            "--freq-masks",
+            "1",
+            "--freq-width",
+            "20",
+        ]
+        running[name] = subprocess.Popen(
+            list(map(str, command)), cwd=HERE.parent, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
     for name, process in running.items():
         if process.wait():
             raise SystemExit(f"training the {name} failed")
@@ -495,8 +612,9 @@ def make_models(args):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("stage", choices=["audio", "tokenizer", "models", "all"])
     add = parser.add_argument
     add("--work", type=Path, default=Path("/tmp/asr-opd-example"), help="folder of what is not shipped")

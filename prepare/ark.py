@@ -75,15 +75,10 @@ def convert(name):
     config = converted_config(released, tokenizer)
     weights = converted_weights(folder, config.audio_config.num_attention_heads)
     model = SpeechLM(config, tokenizer)
-    own = model.state_dict()
-    if config.tie_word_embeddings:
-        weights.pop("lm_head.weight", None)  # the same tensor as the embeddings
-        own.pop("lm_head.weight")
-    wrong = sorted(own.keys() ^ weights.keys())
-    wrong += [key for key in own.keys() & weights.keys() if own[key].shape != weights[key].shape]
-    if wrong:
-        raise InputError(f"{name}: weights and config.json do not match: {', '.join(wrong[:3])} …")
-    model.load_state_dict(weights, strict=False)
+    try:
+        model.load_weights(weights)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
     return model.to(weights["model.language_model.embed_tokens.weight"].dtype)
 
 

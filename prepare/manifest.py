@@ -114,8 +114,8 @@ def manifest_line(clip, shards):
     try:
         line["duration"] = duration_s(line, content)
         if not 0 < line["duration"] < LONGEST_S:
-            return LeftOut("lasts 0 s or less, or its header states no length", line["id"])
-        readable = parse_line(json.dumps(line).encode(), line["id"], "")
+            return LeftOut("lasts 0 s or less, or its header states no length", line["audio"])
+        readable = parse_line(json.dumps(line).encode(), line["audio"], "")
         if shards is None:
             return line
         if content is None and "end_time" in line:

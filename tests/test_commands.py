@@ -10,7 +10,6 @@ import torch
 import transformers
 from conftest import DATA, ROOT
 from runs import (
-    BOTH,
     argv_of,
     assert_same_metrics,
     assert_same_run,
@@ -96,19 +95,18 @@ def test_a_mistake_is_one_line_and_status_2_of_the_command(stage, tmp_path):
 
 
 @pytest.mark.slow
-@BOTH
-def test_two_nodes_are_two_ranks(script, stage, tmp_path):
+def test_two_nodes_are_two_ranks(stage, tmp_path):
     """Two torchruns that meet by --rdzv_endpoint, a process each: the run of one with two, bit for bit."""
     nodes = ["--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{free_port()}", "--rdzv_id=1"]
-    argv = argv_of(script, stage, tmp_path / "two", "--steps", 2)
+    argv = argv_of(opd, stage, tmp_path / "two", "--steps", 2)
     logs = [open(tmp_path / f"log-{i}", "w+") for i in range(2)]
-    agents = [start_command(f"{script.__name__}.py", argv, 1, nodes, log) for log in logs]
+    agents = [start_command("opd.py", argv, 1, nodes, log) for log in logs]
     for agent, log in zip(agents, logs):
         status = agent.wait(150)
         log.seek(0)
         assert status == 0, log.read()[-3000:]
-    argv = argv_of(script, stage, tmp_path / "one", "--steps", 2)
-    status, text = run_command(f"{script.__name__}.py", argv, nproc=2)
+    argv = argv_of(opd, stage, tmp_path / "one", "--steps", 2)
+    status, text = run_command("opd.py", argv, nproc=2)
     assert status == 0, text[-3000:]
     assert_same_run(tmp_path / "two", tmp_path / "one")
 

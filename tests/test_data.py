@@ -107,6 +107,12 @@ def test_script_language(text, language):
     assert data.script_language(text * 5000) == language  # as fast as it is long
 
 
+@pytest.mark.parametrize("default, language", [(None, "zh"), ("en", "zh"), ("yue", "yue"), ("ja", "ja")])
+def test_han_is_no_objection_to_cantonese_or_japanese(default, language):
+    assert data.script_language("東京大学", default) == language
+    assert data.script_language("東京のだいがく", default) == "ja"
+
+
 # ---- manifest ----------------------------------------------------------------------------------------------
 
 
@@ -623,7 +629,7 @@ def test_a_mistake_of_the_user_is_one_line_and_a_status(error, rank, status, pri
             raise error
 
     monkeypatch.setattr(sys, "argv", ["/y/x.py"])
-    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
     try:
         data.run_script(main, None)
     except SystemExit as caught:

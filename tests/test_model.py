@@ -149,7 +149,7 @@ def test_immediate_stop_is_one_scored_row():
 @pytest.mark.parametrize("is_fast", [True, False])
 def test_caps_are_exact_and_by_seconds(monkeypatch, is_fast):
     """min(max_new_tokens, ⌊seconds · r⌋ + 16); once the last clip is through, no further step is computed."""
-    monkeypatch.setattr(m, "has_plain_projections", lambda model: is_fast)
+    monkeypatch.setattr(m, "may_copy_weights", lambda model: is_fast)
     model = tiny_model()
     no_stop = model.forbidden.clone()
     no_stop[model.front_end.stop_id] = True
@@ -215,9 +215,45 @@ def test_sampling_is_a_function_of_its_uniforms_and_follows_the_distribution():
 # ---- the fast decoder --------------------------------------------------------------------------------------
 
 
+def test_in_bf16_the_fast_decoder_keeps_the_residual_stream_in_float32():
+    """As the loop under autocast does: its hidden rows are nearer to the loop's than to bf16's own precision."""
+    model = tiny_model()
+    model.bf16 = True
+    batch = batch_of(model)
+    token = torch.arange(len(batch.seconds)) + 5
+    with torch.no_grad(), model.autocast():
+        mask = batch.prompt_mask
+        encoded = model.encode(batch)
+        embeds = model.embed_prompt(batch, encoded)
+        rows = {}
+        for kind in ("loop", "fast"):
+            output = model.lm(
+                inputs_embeds=embeds,
+                attention_mask=mask,
+                position_ids=m.positions_of(mask),
+                use_cache=True,
+            )
+            new = model.lm.embed_tokens(token)
+            if kind == "fast":
+                decoder = m.FastDecoder(model.lm, output.past_key_values, mask, 4)
+                rows[kind] = decoder.step(new, torch.zeros(1, dtype=torch.long))
+                continue
+            longer = nn.functional.pad(mask, (0, 1), value=True)
+            output = model.lm(
+                inputs_embeds=new[:, None],
+                attention_mask=longer,
+                position_ids=m.positions_of(longer)[:, -1:],
+                past_key_values=output.past_key_values,
+                use_cache=True,
+            )
+            rows[kind] = output.last_hidden_state[:, -1]
+    assert rows["fast"].dtype == rows["loop"].dtype == torch.float32
+    assert (rows["fast"] - rows["loop"]).abs().max() < 0.02 * rows["loop"].abs().max()
+
+
 def rollout_by(monkeypatch, is_fast, model, *args, **kwargs):
     with monkeypatch.context() as patch:
-        patch.setattr(m, "has_plain_projections", lambda model: is_fast)
+        patch.setattr(m, "may_copy_weights", lambda model: is_fast)
         return model.sample(*args, **kwargs)
 
 
@@ -231,7 +267,9 @@ def test_the_fast_decoder_equals_the_loop(monkeypatch, model_type, tied, tempera
         layer.self_attn.attention_dropout = 0.5
     for parameter in model.parameters():
         nn.init.normal_(parameter, 1.0 if parameter.ndim == 1 else 0.0, 0.4)
-    assert m.has_plain_projections(model)
+    assert m.may_copy_weights(model)
+    model.recompute_activations()
+    assert m.may_copy_weights(model)  # it leaves no hook behind
     batch = batch_of(model)
     uniforms = torch.rand(6, 20, generator=torch.Generator().manual_seed(1))
     flags = {"k": 6, "temperature": temperature, "uniforms": uniforms, "tokens_per_second": 2.0}

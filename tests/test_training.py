@@ -242,7 +242,8 @@ def test_a_step_without_a_counted_row_changes_nothing(stage, tmp_path):
 
 
 def test_eval_before_and_after_is_of_the_models_it_names(stage, tmp_path, capsys):
-    out, manifest = tmp_path / "run", str(stage / "m.jsonl")
+    out = tmp_path / "run"
+    manifest = str(write_lines(tmp_path / "m.jsonl", lines_of(stage / "m.jsonl")[::4]))
     train(opd, stage, out, "--eval", manifest, "--eval-every", 1, "--steps", 2, "--lr", 1e-2)
     summary = json.loads((out / "summary.json").read_text())
     sets = evaluation.read_sets([manifest], 30)
@@ -300,7 +301,7 @@ SAMPLED = ["--temperature", 0.7]
         pytest.param(opd, 4, 3, 600, [], id="opd, four ranks, one without a clip"),
         pytest.param(opd, 2, 5, 0.1, SAMPLED, id="opd, sampled, two ranks, three and two micro-batches"),
         pytest.param(sft, 2, 5, 0.1, CTC_AND_MASKS, id="sft, two ranks, three and two micro-batches"),
-        pytest.param(sft, 4, 3, 600, CTC_AND_MASKS, id="sft, four ranks, one without a clip"),
+        pytest.param(sft, 1, 5, 0.1, CTC_AND_MASKS, id="sft, a clip at a time"),
     ],
 )
 def test_no_cut_changes_a_step(script, world, batch_size, micro_seconds, more, stage, plain, tmp_path):
@@ -376,16 +377,15 @@ def test_draws_depend_on_the_seed_the_step_and_the_clip(stage, tmp_path):
 
 
 def test_a_rollout_is_cut_by_both_caps(stage, tmp_path):
-    """min(--max-new-tokens, ⌊0.3 s × --tokens-per-second⌋ + 16), or the first alone where that is 0."""
+    """min(--max-new-tokens, ⌊0.3 s × --tokens-per-second⌋ + 16)."""
     student = tiny_model(0, tied=False)
     student.head.weight.data[student.front_end.stop_id] = 0  # never the largest: it never stops
     student.save_pretrained(tmp_path / "endless")
     path = write_lines(tmp_path / "m.jsonl", lines_of(stage / "m.jsonl")[:1])
-    for max_new_tokens, per_second, length in ((64, 8, 18), (20, 0, 20)):
-        flags = ["--max-new-tokens", max_new_tokens, "--tokens-per-second", per_second, "--batch-size", 1]
-        out = tmp_path / str(length)
-        line = train(opd, stage, out, "--train", path, "--student", tmp_path / "endless", *flags)[0]
-        assert (line["mean_tokens"], line["capped"], line["positions"]) == (length, 1, length)
+    flags = ["--train", path, "--student", tmp_path / "endless", "--batch-size", 1]
+    flags += ["--max-new-tokens", 64, "--tokens-per-second", 8]
+    line = train(opd, stage, tmp_path / "run", *flags)[0]
+    assert (line["mean_tokens"], line["capped"], line["positions"]) == (18, 1, 18)
 
 
 # ---- optimization ------------------------------------------------------------------------------------------
@@ -420,18 +420,6 @@ def test_clip_reaches_the_gradient_norm(script, stage, plain, tmp_path):
     assert line["grad_norm"] == pytest.approx(norms[1], rel=1e-5)
 
 
-@BOTH
-def test_weight_decay_leaves_norms_biases_and_embeddings_out(script, stage, tmp_path):
-    """Of two runs that differ in --weight-decay alone, the decayed weights differ by lr × decay × weight."""
-    for decay in (0, 1):
-        train(script, stage, tmp_path / str(decay), "--weight-decay", decay, "--lr", 1e-3)
-    start = weights_of(stage / "student")
-    kept, decayed = (weights_of(tmp_path / name / "model") for name in ("0", "1"))
-    for name in start:
-        factor = 0.0 if start[name].ndim < 2 or "embed_tokens" in name else 1e-3
-        torch.testing.assert_close(kept[name] - decayed[name], factor * start[name], rtol=0, atol=1e-6)
-
-
 # ---- metrics and messages ----------------------------------------------------------------------------------
 
 
@@ -462,10 +450,11 @@ def section_of(text, title):
 def test_every_metric_is_defined(stage, tmp_path):
     """Every key that a run writes stands in its section of docs/metrics.md, and no others in the tables."""
     text = (ROOT / "docs/metrics.md").read_text(encoding="utf-8")
+    manifest = write_lines(tmp_path / "m.jsonl", lines_of(stage / "m.jsonl")[::4])
     keys = {}
     for script, flags in ((opd, ["--sample-every", 1]), (sft, CTC_AND_MASKS)):
         out = tmp_path / script.__name__
-        more = ["--steps", 2, "--eval", stage / "m.jsonl", "--eval-every", 1, *flags]
+        more = ["--steps", 2, "--eval", manifest, "--eval-every", 1, *flags]
         lines = train(script, stage, out, *more)
         assert [line["step"] for line in lines] == [1, 2]
         keys[script] = lines[0].keys() | lines[1].keys()
@@ -672,7 +661,7 @@ def test_a_bad_clip_ends_the_run_with_one_line_of_the_rank_that_meets_it(script,
 
 
 @pytest.mark.parametrize(
-    "script, more", [(opd, []), (opd, ["--temperature", 0.7]), (sft, [])], ids=["opd", "opd, sampled", "sft"]
+    "script, more", [(opd, ["--temperature", 0.7]), (sft, [])], ids=["opd, sampled", "sft"]
 )
 def test_a_loss_that_is_not_finite_stops_all_ranks(script, more, stage, tmp_path):
     """A learning rate that makes the weights of step 1 enormous. Status 3; each rank lists its clips."""
