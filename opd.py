@@ -34,8 +34,8 @@ from torch import nn
 from tqdm import tqdm
 
 from data import (
-    AudioError,
     Clips,
+    InputError,
     StepDataset,
     add_lines,
     all_reduce_sum,
@@ -202,16 +202,14 @@ def main(args):
     by_length = np.argsort(clips.seconds, kind="stable")
     check_clips = [clips[i] for i in by_length[np.arange(4) * (len(clips) - 1) // 3]]
     usable, waveforms, bad = load_usable(check_clips)
-    if bad and (args.on_bad_audio == "error" or not usable):
-        raise AudioError(f"{bad[0]['reason']} (or leave such clips out: --on-bad-audio skip)")
+    if not usable:
+        raise InputError(f"self-check: none of four clips can be used; the first: {bad[0]['reason']}")
     languages = [check_clips[b].language for b in usable]
     for name, model in (("student", student), ("teacher", teacher)):
         check = self_check(model, waveforms, languages, language)
         if rank == 0:
-            print(
-                f"self-check, {name}: {', '.join(f'{key} {value:.3g}' for key, value in check.items())}",
-                flush=True,
-            )
+            figures = ", ".join(f"{key} {value:.3g}" for key, value in check.items())
+            print(f"self-check on {len(usable)} clips, {name}: {figures}", flush=True)
 
     def run_eval(step):
         if not eval_sets:

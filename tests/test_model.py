@@ -216,7 +216,7 @@ def test_sampling_is_a_function_of_its_uniforms_and_follows_the_distribution():
 
 
 def test_in_bf16_the_fast_decoder_keeps_the_residual_stream_in_float32():
-    """As the loop under autocast does: its hidden rows are nearer to the loop's than to bf16's own precision."""
+    """As the loop under autocast does, so that rollouts come from the model that is trained."""
     model = tiny_model()
     model.bf16 = True
     batch = batch_of(model)
