@@ -111,12 +111,15 @@ def parse_line(raw, where, folder, text_field="text"):
         if value is None:
             continue
         if name in STRINGS:
-            valid, kind = isinstance(value, str), "a string"
+            kind = "a string"
+            is_valid = isinstance(value, str)
         elif name in SECONDS:
-            valid, kind = type(value) in (int, float) and abs(value) < 2**62, "a number of seconds"
+            kind = "a number of seconds"
+            is_valid = type(value) in (int, float) and abs(value) < 2**62  # type: True is no number
         else:
-            valid, kind = type(value) is int and 0 <= value < 2**62, "a whole number of bytes"
-        if not valid:
+            kind = "a whole number of bytes"
+            is_valid = type(value) is int and 0 <= value < 2**62
+        if not is_valid:
             raise InputError(f'{where}: "{key}" must be {kind}, found {json.dumps(value)[:60]}')
         values[name] = value
 
@@ -581,7 +584,9 @@ class StepDataset(torch.utils.data.Dataset):
 
 def load_usable(clips):
     """→ places of the clips that can be used, their waveforms, and {clip, audio, reason} of the others."""
-    usable, waveforms, bad = [], [], []
+    usable = []
+    waveforms = []
+    bad = []
     for b, clip in enumerate(clips):
         try:
             waveforms.append(load_audio(clip))

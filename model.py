@@ -355,14 +355,16 @@ class SpeechLM(nn.Module):
     def __init__(self, config, tokenizer):
         """Random weights. config: a transformers GlmAsrConfig whose ids are those of the tokenizer."""
         super().__init__()
-        audio, text = config.audio_config, config.text_config
+        audio = config.audio_config
+        text = config.text_config
         if text.model_type not in ("qwen2", "qwen3"):
             raise InputError(f"the LM is {text.model_type}; a student has a qwen2 or qwen3 LM")
         if audio.num_mel_bins != N_MELS or audio.num_key_value_heads != audio.num_attention_heads:
             raise InputError(f"the encoder wants {N_MELS} mel bins and as many key as query heads")
         if audio.intermediate_size != 4 * audio.hidden_size:
             raise InputError("the encoder's intermediate_size is not 4 × hidden_size, as four merged frames")
-        encoder, adapter = Encoder(audio), Adapter(config)
+        encoder = Encoder(audio)
+        adapter = Adapter(config)
         init_weights(encoder.modules(), audio.initializer_range)
         init_weights(adapter.modules(), text.initializer_range)
         # A ModuleDict, because stock's names begin with "model."; its parts are read by the properties below.
@@ -883,7 +885,10 @@ def teacher_support(teacher, hidden, student_topk, alignment, k, chunk=1024):
     teacher's raw logits on the support (N, 2K) float32, its own top-k (N, K). All ids are the student's, −1
     invalid. `chunk` rows at a time go through the head, so that no (N, V') tensor is kept.
     """
-    supports, masks, scores, topks = [], [], [], []
+    supports = []
+    masks = []
+    scores = []
+    topks = []
     for rows, student_ids in zip(hidden.split(chunk), student_topk.split(chunk)):
         logits = teacher.head(rows).float().masked_fill(alignment.teacher_forbidden, -math.inf)  # (chunk, V')
         top = top_ids(logits, k)
@@ -956,12 +961,13 @@ def full_kl(student, student_hidden, teacher, teacher_hidden, alignment, tempera
         student_logits = student.head(student_rows).float()
         return support_kl(student_logits, teacher_logits, allowed.expand(len(teacher_rows), -1), temperature)
 
-    kls, counts = [], []
+    kls = []
+    counted_parts = []
     for student_rows, teacher_rows in zip(student_hidden.split(chunk), teacher_hidden.split(chunk)):
         kl, counted = checkpoint(kl_of_chunk, student_rows, teacher_rows, use_reentrant=False)
         kls.append(kl)
-        counts.append(counted)
-    return torch.cat(kls), torch.cat(counts)
+        counted_parts.append(counted)
+    return torch.cat(kls), torch.cat(counted_parts)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1075,7 +1081,8 @@ def self_check(model, waveforms, languages, default_language=None):
 
 def make_optimizer(trained, lr, weight_decay):
     """AdamW (0.9, 0.95); no decay on norms, biases, embeddings and the output matrix."""
-    decayed, not_decayed = [], []
+    decayed = []
+    not_decayed = []
     for name, parameter in trained.items():
         is_exempt = parameter.ndim < 2 or "embed_tokens" in name or "lm_head" in name
         (not_decayed if is_exempt else decayed).append(parameter)
@@ -1206,7 +1213,8 @@ def may_copy_weights(model):
     with_bias = [model.lm.embed_tokens]  # or without
     without_bias = [model.head]
     for layer in model.lm.layers:
-        attention, mlp = layer.self_attn, layer.mlp
+        attention = layer.self_attn
+        mlp = layer.mlp
         with_bias += [attention.q_proj, attention.k_proj, attention.v_proj]
         without_bias += [attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
     are_plain = [type(module) in (nn.Linear, nn.Embedding) for module in with_bias + without_bias]
@@ -1309,7 +1317,8 @@ class FastDecoder:
         self.layers = [self.fuse(layer, past, T) for layer, past in zip(lm.layers, cached)]
 
     def fuse(self, layer, past, T):
-        attention, mlp = layer.self_attn, layer.mlp
+        attention = layer.self_attn
+        mlp = layer.mlp
         projections = [attention.q_proj, attention.k_proj, attention.v_proj]
         has_bias = attention.q_proj.bias is not None
         qk_norm = None

@@ -242,7 +242,8 @@ def main(args):
         is_sampled = rank == 0 and args.sample_every and (step % args.sample_every == 0 or done == args.steps)
         samples = None
         sums = collections.Counter()
-        step_clips, step_texts = [], []
+        step_clips = []
+        step_texts = []
         for batch_clips, batch, teacher_batch, uniforms in micro_batches:
             batch = batch.to(device)
             teacher_batch = teacher_batch.to(device)
@@ -447,8 +448,9 @@ def print_before_and_after(before, after):
         if stem in after and summary["units"] == after[stem]["units"] > 0:
             rows.append([stem, summary["metric"], summary["value"], after[stem]["value"]])
     if len(rows) > 1:
-        means = [float(np.mean([row[column] for row in rows])) for column in (2, 3)]
-        rows.append(["mean", "", *means])
+        before_mean = float(np.mean([row[2] for row in rows]))
+        after_mean = float(np.mean([row[3] for row in rows]))
+        rows.append(["mean", "", before_mean, after_mean])
     for row in rows:
         row.append(f"{100 * (row[3] / row[2] - 1):+.1f} %" if row[2] else None)
     if rows:

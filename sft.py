@@ -252,7 +252,8 @@ def main(args):
             cross_entropy = F.cross_entropy(model.head(hidden).float(), target_ids, reduction="sum")
 
             # CTC of the transcript's bytes on the encoder's frames.
-            ctc, n_too_short = torch.zeros((), device=device), 0
+            ctc = torch.zeros((), device=device)
+            n_too_short = 0
             if ctc_head is not None:
                 texts = [None if is_cut(clip) else clip.text for clip in batch_clips]
                 ctc, n_too_short = ctc_loss(ctc_head, frames, batch.mel_lens // 2, texts)
@@ -272,7 +273,9 @@ def main(args):
         grad_norm = nn.utils.clip_grad_norm_(trained.values(), args.clip or math.inf).item()
         if not math.isfinite(sums["cross_entropy"] + sums["ctc"]) or not math.isfinite(grad_norm):
             what = f"cross-entropy {sums['cross_entropy']}, CTC {sums['ctc']}, gradient norm {grad_norm}"
-            step_clips = [clip for micro_batch in micro_batches for clip in micro_batch[0]]
+            step_clips = []
+            for batch_clips, _, _ in micro_batches:
+                step_clips += batch_clips
             stop_not_finite(args.out, step + 1, what, step_clips, [clip.text for clip in step_clips])
 
         # ---- step ----------------------------------------------------------------------------------------
@@ -354,11 +357,13 @@ def ctc_loss(ctc_head, frames, frame_lens, texts):
     """
     targets = [list((text or "").encode()) for text in texts]
     target_lens = torch.tensor([len(target) for target in targets])
-    flat_targets = torch.tensor([byte + 1 for target in targets for byte in target], dtype=torch.long)
+    classes = []
+    for target in targets:
+        classes += [byte + 1 for byte in target]
     log_probs = ctc_head(frames.float()).double().log_softmax(dim=2).transpose(0, 1)  # (T', B, 257)
     losses = F.ctc_loss(
         log_probs,
-        flat_targets.to(frames.device),
+        torch.tensor(classes, dtype=torch.long, device=frames.device),
         frame_lens.cpu(),
         target_lens,
         reduction="none",
