@@ -509,6 +509,17 @@ def test_two_models_without_a_common_tokenizer_are_refused(stage, tmp_path, caps
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_whose_checked_clips_are_all_bad_is_refused(stage, tmp_path, capsys):
+    """The self-check needs one clip, whatever --on-bad-audio is."""
+    lines = [{"audio": f"gone{i}.wav", "duration": 1.0 + i} for i in range(5)]
+    path = write_lines(tmp_path / "m.jsonl", lines)
+    argv = argv_of(opd, stage, tmp_path / "run", "--train", path, "--on-bad-audio", "skip")
+    assert status_of(opd, argv) == 2
+    line = error_line(capsys.readouterr().err)
+    assert "self-check" in line and f"{path}:1: " in line and "gone0.wav" in line
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     "script, flags",
     [
