@@ -109,13 +109,14 @@ def complete_or_absent(path, shards):
 def manifest_line(clip, shards):
     """The line of a clip, with its duration, its audio packed if there are shards; or a `LeftOut`."""
     line = {key: value for key, value in clip.items() if value is not None}
+    name = line.get("id", line["audio"])
     content = line.pop("content", None)
     suffix = os.path.splitext(line["audio"])[1]
     try:
         line["duration"] = duration_s(line, content)
         if not 0 < line["duration"] < LONGEST_S:
-            return LeftOut("lasts 0 s or less, or its header states no length", line["audio"])
-        readable = parse_line(json.dumps(line).encode(), line["audio"], "")
+            return LeftOut("lasts 0 s or less, or its header states no length", name)
+        readable = parse_line(json.dumps(line).encode(), name, "")
         if shards is None:
             return line
         if content is None and "end_time" in line:

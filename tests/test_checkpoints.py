@@ -156,6 +156,7 @@ def test_qwen3_asr_greedy_sample_equals_stock_generate(qwen, letters):
     assert len(set(written)) > 1 and bool(rollout.stopped.any()) == bool(letters)
 
 
+@pytest.mark.slow
 def test_qwen3_asr_with_the_released_ids(tmp_path):
     """The real tokenizer and 151,936 rows: ids, prompt, logits, forbidden ids."""
     tokenizer = qwen3_tokenizer(QWEN3_ASR_TOKENS)

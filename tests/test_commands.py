@@ -282,6 +282,7 @@ NEW_ENCODER = '''class GatedEncoder(Encoder):
 class Adapter(nn.Module):'''
 
 
+@pytest.mark.slow
 def test_a_copy_with_another_encoder(stage, tmp_path):
     """The folders that it saves hold the new layer's trained weights, and it loads them again."""
     folder, out = tmp_path / "copy", tmp_path / "run"

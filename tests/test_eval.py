@@ -24,6 +24,8 @@ CPU = torch.device("cpu")
 class StubModel:
     """Writes a clip's number of samples digit by digit, or `hyps`; a clip of 0.5 s or more is cut."""
 
+    architecture = "Stub"
+
     def __init__(self, languages=(), hyps=None):
         self.hyps = hyps
         self.batches = []  # seconds of the clips of each batch

@@ -471,6 +471,7 @@ def test_a_tokenizer_without_the_prompts_tokens_is_an_error():
         FrontEnd(byte_tokenizer(specials=QWEN_SPECIALS))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_real_qwen3_tokenizer():
     """The prompt's tokens added: text keeps its ids, control tokens in it stay text, none is written."""

@@ -53,6 +53,8 @@ def test_invalid_ids_and_disjoint_sets():
 class StubModel:
     """A vocabulary, a random output matrix, and hidden rows that are a function of their position."""
 
+    architecture = "Stub"
+
     def __init__(self, vocabulary, seed, n_rows, languages=()):
         self.head = torch.nn.Linear(16, n_rows, bias=False)
         weight = torch.randn(n_rows, 16, generator=torch.Generator().manual_seed(seed))
