@@ -123,7 +123,7 @@ def test_how_a_step_is_computed_may_change(stage, straight, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", [opd, pytest.param(sft, marks=pytest.mark.slow)], ids=["opd", "sft"])
+@BOTH
 def test_a_run_on_two_ranks_goes_on_on_two_or_one(script, stage, straight, tmp_path):
     """On as many ranks it is the straight run bit for bit; on more or fewer, to rounding."""
     two = tmp_path / "two"
