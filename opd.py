@@ -161,6 +161,8 @@ def main(args):
     student.bf16 = args.bf16
     if args.recompute:
         student.recompute_activations()
+    for model in (student, teacher):  # `student_scores` would pass over whatever sits on a head
+        assert type(model.head) is nn.Linear, "the scores on a support read the head's bare weight"
     alignment = align_vocabularies(student, teacher)
     trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
     optimizer = make_optimizer(trained, args.lr, args.weight_decay)
