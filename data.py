@@ -722,8 +722,10 @@ def find_run(args, script, contents):
 def look_at_out(args, script, contents):
     """`find_run` on rank 0."""
     out = args.out
-    is_used = os.path.exists(out) and not (os.path.isdir(out) and not os.listdir(out))
-    if not is_used:
+    if not os.path.exists(out):
+        return 0, None
+    names = os.listdir(out) if os.path.isdir(out) else [out]
+    if not names or names == ["config.json.new"]:  # killed before its first file was complete
         return 0, None
     if not args.resume:
         raise InputError(f"--out {out} is not empty: choose a new folder, or go on with its run by --resume")
