@@ -797,13 +797,18 @@ def folder_errors():
         raise InputError(f"is no model folder: {reason}") from error
 
 
-def model_kind(name, folder):
-    """The kind in config.json, glmasr or qwen3_asr. InputError for others, with the command that converts."""
+def read_config(name, folder):
+    """The config.json of a model folder as a dict. Raises InputError."""
     try:
         with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
-            config = dict(json.load(file))
+            return dict(json.load(file))
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{name} is no model folder: config.json: {error}") from None
+
+
+def model_kind(name, folder):
+    """The kind in config.json, glmasr or qwen3_asr. InputError for others, with the command that converts."""
+    config = read_config(name, folder)
     if "whisper_config" in config:
         raise InputError(f"{name} is a released ARK-ASR; convert it: python -m prepare.ark {name} --out DIR")
     if "thinker_config" in config:

@@ -9,7 +9,6 @@ up, the release down. In a batch the release's scores also depend on the padding
 """
 
 import glob
-import json
 import os
 import re
 
@@ -17,7 +16,7 @@ import transformers
 from safetensors.torch import load_file
 
 from data import InputError, argument_parser, run_script
-from model import SpeechLM, local_folder
+from model import SpeechLM, local_folder, read_config
 from prepare.student import glm_asr_config, refuse_existing, save
 
 RENAMED = {  # regular expressions, applied in this order
@@ -60,11 +59,7 @@ def main(args):
 def convert(name):
     """The released ARK-ASR as a `SpeechLM`, in the data type of its weights. Raises InputError."""
     folder = local_folder(name)
-    try:
-        with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
-            released = dict(json.load(file))
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{name} is no model folder: config.json: {error}") from None
+    released = read_config(name, folder)
     if "whisper_config" not in released:
         raise InputError(f"{name} is no released ARK-ASR: its config.json has no whisper_config")
     if released.get("merge_factor", 4) != 4:
