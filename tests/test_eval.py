@@ -203,18 +203,19 @@ def test_evaluate_scores_and_writes(tmp_path, wav):
     path = write_manifest(
         tmp_path / "test.jsonl",
         line(audio="long.wav", duration=0.6, text=None),
-        line(speaker={"id": 5}),
+        line(room={"id": 5}),
         line(text="好", language="zh"),
     )
     summaries = evaluate([path], ["cut", "hello", "好好"], str(tmp_path / "out"))
     expected = {"metric": "MER", "value": 100 * 2 / 3, "n": 3, "scored": 2, "failed": 0, "capped": 1}
     assert summaries["test"].items() >= expected.items()
+    assert (summaries["test"]["clusters"], summaries["test"]["cluster_key"]) == (1, "audio+offset")
     assert summaries["test"]["hours"] == pytest.approx(1.2 / 3600) and summaries["test"]["rtf"] > 0
     assert summaries == json.loads((tmp_path / "out" / "summary.json").read_text())
     cut, english, chinese = lines_of(tmp_path / "out" / "test.jsonl")
     counts = {"errors": 1, "units": 2, "substitutions": 0, "deletions": 1, "insertions": 0}
     assert english == {
-        **line(speaker={"id": 5}),
+        **line(room={"id": 5}),
         "audio": "../a.wav",
         "hyp": "hello",
         "stopped": True,
@@ -303,7 +304,7 @@ def command(monkeypatch):
 def test_a_clip_that_fails_is_reported_counted_and_nothing_else(tmp_path, wav, command, capsys):
     (tmp_path / "bad.wav").write_text("no audio " * 100)
     bad = line(audio="bad.wav", speaker=9)
-    path = write_manifest(tmp_path / "m.jsonl", line(), bad, line(text="4800"))
+    path = write_manifest(tmp_path / "m.jsonl", line(speaker=8), bad, line(text="4800", speaker=7))
     assert command("--data", path, "--out", tmp_path / "out") == 1
     out, err = capsys.readouterr()
     assert (
@@ -316,6 +317,9 @@ def test_a_clip_that_fails_is_reported_counted_and_nothing_else(tmp_path, wav, c
     assert out.splitlines()[1].split()[:3] == ["m", "WER", "66.67"]
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())["m"]
     assert [summary[key] for key in ("n", "scored", "failed", "errors", "units")] == [3, 2, 1, 2, 3]
+    # Without speaker 8 there is no error, without 7 two in two words: SE² = ½ (66.7² + 33.3²).
+    assert summary["high"] - summary["value"] == pytest.approx(12.7062047 * (500 / 18) ** 0.5 * 10)
+    assert (summary["clusters"], summary["cluster_key"]) == (2, "speaker")
     assert summary["hours"] == pytest.approx(0.6 / 3600)
     result = lines_of(tmp_path / "out" / "m.jsonl")[1]
     assert result.pop("error").endswith("convert it to wav or flac") and result == {
@@ -327,6 +331,20 @@ def test_a_clip_that_fails_is_reported_counted_and_nothing_else(tmp_path, wav, c
         evaluation.parse_args(["--score", str(tmp_path / "out" / "m.jsonl"), "--out", str(tmp_path / "x")])
     )
     assert json.loads((tmp_path / "x" / "summary.json").read_text()) == {"m": {**summary, "rtf": None}}
+
+
+def test_clusters_and_json_of_a_decoded_set(tmp_path, wav, command, capsys):
+    """A key that lines lack is said before the model is loaded; --json has what summary.json has."""
+    path = write_manifest(tmp_path / "m.jsonl", line(room=1), line(room=1), line(room=2))
+    flags = ["--data", path, "--out", tmp_path / "out", "--json", tmp_path / "s.json"]
+    model = StubModel()
+    assert command(*flags, "--cluster", "studio", model=model) == 2
+    assert 'm.jsonl:1: no "studio"' in capsys.readouterr().err and model.batches == []
+    assert command(*flags, "--cluster", "room") == 0
+    stored = json.loads((tmp_path / "s.json").read_text())
+    assert stored == json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (stored["m"]["clusters"], stored["m"]["cluster_key"]) == (2, "room")
+    assert "m  2  room  1.80".split() == capsys.readouterr().out.splitlines()[4].split()[:4]
 
 
 def test_flags_reach_the_decoder(tmp_path, wav, command, capsys):
