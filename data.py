@@ -552,15 +552,17 @@ class StepDataset(torch.utils.data.Dataset):
 
     make(step, indices, clips, waveforms) builds one micro-batch. A clip that cannot be used is left out of
     its micro-batch and listed as {clip, audio, reason}; with on_bad_audio "error" it ends the run instead.
+    check(clip), where there is one, raises AudioError for a clip that cannot be used for its text.
     """
 
-    def __init__(self, clips, args, make):
+    def __init__(self, clips, args, make, check=None):
         self.clips = clips
         self.order = BatchOrder(clips.seconds, args.batch_size, args.seed)
         self.micro_seconds = args.micro_seconds
         self.on_bad_audio = args.on_bad_audio
         self.rank, self.world = rank_and_world()
         self.make = make
+        self.check = check
 
     def __getitem__(self, step):
         share = self.order(step)[self.rank :: self.world].tolist()
@@ -569,7 +571,7 @@ class StepDataset(torch.utils.data.Dataset):
         try:
             for indices in micro_batches(share, self.clips.seconds, self.micro_seconds):
                 clips = [self.clips[i] for i in indices]
-                usable, waveforms, defects = load_usable(clips)
+                usable, waveforms, defects = load_usable(clips, self.check)
                 bad += defects
                 if usable:
                     items.append(
@@ -582,13 +584,18 @@ class StepDataset(torch.utils.data.Dataset):
         return items, bad
 
 
-def load_usable(clips):
-    """→ places of the clips that can be used, their waveforms, and {clip, audio, reason} of the others."""
+def load_usable(clips, check=None):
+    """→ places of the clips that can be used, their waveforms, and {clip, audio, reason} of the others.
+
+    check(clip) may raise AudioError too.
+    """
     usable = []
     waveforms = []
     bad = []
     for b, clip in enumerate(clips):
         try:
+            if check is not None:
+                check(clip)
             waveforms.append(load_audio(clip))
             usable.append(b)
         except AudioError as error:

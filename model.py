@@ -845,7 +845,7 @@ def check_languages(languages, default_language, *models):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# The loss: KL on the union of both supports (paper, Eq. 1)
+# The loss: a divergence on the union of both supports (paper, Eq. 1), and what it is compared with
 # ----------------------------------------------------------------------------------------------------------
 
 
@@ -862,9 +862,27 @@ def union_support(student_ids, teacher_ids):
     return ids.masked_fill(~support_mask, -1), support_mask
 
 
-def support_kl(student_logits, teacher_logits, support_mask, temperature=1.0):
-    """KL(teacher ‖ student) on the support (Eq. 1): τ² Σ_u p_u (log p_u − log q_u), nats, per row.
+def narrow_support(kind, support_ids, support_mask, student_topk, teacher_topk):
+    """The mask (N, 2K) of another support than the union, whose ids are all in the union.
 
+    kind: "union", "teacher" (T_t), "student" (S_t) or "intersection" (S_t ∩ T_t). Not in the paper but the
+    union. support_ids, support_mask (N, 2K) are the union's; student_topk, teacher_topk (N, K).
+    """
+    in_student = (support_ids[:, :, None] == student_topk[:, None]).any(dim=2)  # (N, 2K)
+    in_teacher = (support_ids[:, :, None] == teacher_topk[:, None]).any(dim=2)
+    if kind == "teacher":
+        return support_mask & in_teacher
+    if kind == "student":
+        return support_mask & in_student
+    if kind == "intersection":
+        return support_mask & in_student & in_teacher
+    return support_mask
+
+
+def support_kl(student_logits, teacher_logits, support_mask, temperature=1.0, divergence="forward", beta=0.5):
+    """A divergence of teacher p and student q on the support, times τ², nats, per row.
+
+    forward: KL(p ‖ q), the paper's (Eq. 1); reverse: KL(q ‖ p); jsd: both to their mixture, weighted by beta.
     student_logits, teacher_logits: (N, U) raw scores; p = softmax_U(teacher / τ), q = softmax_U(student / τ);
     support_mask: (N, U) bool. → kl (N,), counted (N,) bool: rows with at least two ids in the support. Other
     rows are 0 and give no gradient; the teacher never gets one. float32 (float64 where an input is).
@@ -878,8 +896,29 @@ def support_kl(student_logits, teacher_logits, support_mask, temperature=1.0):
     teacher_scores = torch.where(inside, teacher_logits.detach().to(dtype) / temperature, floor)
     log_q = student_scores.log_softmax(dim=1)
     log_p = teacher_scores.log_softmax(dim=1)
-    kl = temperature**2 * (log_p.exp() * (log_p - log_q)).sum(dim=1)
-    return torch.where(counted, kl, 0.0), counted
+    if divergence == "forward":
+        kl = forward_kl(log_p, log_q)
+    elif divergence == "reverse":
+        kl = reverse_kl(log_p, log_q)
+    else:
+        kl = generalized_jsd(log_p, log_q, beta)
+    return torch.where(counted, temperature**2 * kl, 0.0), counted
+
+
+def forward_kl(log_p, log_q):
+    """KL(p ‖ q) = Σ p (log p − log q), nats: (N, U), (N, U) → (N,). q has to cover all of p."""
+    return (log_p.exp() * (log_p - log_q)).sum(dim=1)
+
+
+def reverse_kl(log_p, log_q):
+    """KL(q ‖ p) = Σ q (log q − log p), nats: (N, U), (N, U) → (N,). q may choose one mode of p."""
+    return (log_q.exp() * (log_q - log_p)).sum(dim=1)
+
+
+def generalized_jsd(log_p, log_q, beta):
+    """β KL(p ‖ m) + (1 − β) KL(q ‖ m), m = β p + (1 − β) q, 0 < β < 1, nats: (N, U), (N, U) → (N,)."""
+    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+    return beta * forward_kl(log_p, log_m) + (1 - beta) * forward_kl(log_q, log_m)
 
 
 @torch.no_grad()
@@ -953,7 +992,17 @@ class SupportScores(torch.autograd.Function):
         return grad_weight.to(weight.dtype), grad_hidden, None
 
 
-def full_kl(student, student_hidden, teacher, teacher_hidden, alignment, temperature=1.0, chunk=256):
+def full_kl(
+    student,
+    student_hidden,
+    teacher,
+    teacher_hidden,
+    alignment,
+    temperature=1.0,
+    divergence="forward",
+    beta=0.5,
+    chunk=256,
+):
     """`support_kl` on all ids that both models may write: (N, H), (N, H') rows → kl (N,), counted (N,).
 
     Exact. The logits of `chunk` rows at a time exist, and are computed again in backward.
@@ -964,7 +1013,8 @@ def full_kl(student, student_hidden, teacher, teacher_hidden, alignment, tempera
     def kl_of_chunk(student_rows, teacher_rows):
         teacher_logits = teacher.head(teacher_rows).float()[:, columns].detach()
         student_logits = student.head(student_rows).float()
-        return support_kl(student_logits, teacher_logits, allowed.expand(len(teacher_rows), -1), temperature)
+        mask = allowed.expand(len(teacher_rows), -1)
+        return support_kl(student_logits, teacher_logits, mask, temperature, divergence, beta)
 
     kls = []
     counted_parts = []
@@ -973,6 +1023,31 @@ def full_kl(student, student_hidden, teacher, teacher_hidden, alignment, tempera
         kls.append(kl)
         counted_parts.append(counted)
     return torch.cat(kls), torch.cat(counted_parts)
+
+
+def token_ce(model, hidden, ids, chunk=256):
+    """Cross-entropy −log q(token), over the whole vocabulary, nats: rows (N, H), tokens (N,) → (N,).
+
+    The logits of `chunk` rows at a time exist, and are computed again in backward.
+    """
+
+    def ce_of_chunk(rows, row_ids):
+        return F.cross_entropy(model.head(rows).float(), row_ids, reduction="none")
+
+    parts = []
+    for rows, row_ids in zip(hidden.split(chunk), ids.split(chunk)):
+        parts.append(checkpoint(ce_of_chunk, rows, row_ids, use_reentrant=False))
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def student_support(student, hidden, alignment, k, chunk=1024):
+    """S_t of a transcript that is given: the student's top-k at its rows (N, H). → ids (N, K), −1 invalid."""
+    topks = []
+    for rows in hidden.split(chunk):
+        logits = student.head(rows).float().masked_fill(alignment.student_forbidden, -math.inf)
+        topks.append(top_ids(logits, k))
+    return torch.cat(topks)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1033,6 +1108,13 @@ def teacher_rollout(rollout, alignment):
     return Rollout(ids.clamp(min=0), rollout.lens, rollout.stopped)  # padding becomes id 0 and is never read
 
 
+def student_rollout(rollout, alignment):
+    """A transcript of the teacher in the student's ids. It was written without ids that the student lacks."""
+    ids = alignment.to_student[rollout.ids]
+    assert (ids[rollout.row_mask()] >= 0).all(), "a transcript token has no counterpart in the student"
+    return Rollout(ids.clamp(min=0), rollout.lens, rollout.stopped)
+
+
 @torch.no_grad()
 def self_check(model, waveforms, languages, default_language=None):
     """Does the model agree with itself? Its greedy transcripts of a few clips, scored by teacher forcing.
@@ -1082,6 +1164,26 @@ def self_check(model, waveforms, languages, default_language=None):
 # ----------------------------------------------------------------------------------------------------------
 # Optimizer, schedule, checkpoints. `trained` is {name: parameter} of all that trains.
 # ----------------------------------------------------------------------------------------------------------
+
+PARTS = {  # by the names of stock transformers; with tied weights the embeddings are the output matrix too
+    "encoder": ("model.audio_tower.",),
+    "adapter": ("model.multi_modal_projector.",),
+    "lm": ("model.language_model.", "lm_head."),
+}
+
+
+def trained_parameters(model, parts=tuple(PARTS)):
+    """{name: parameter} of the parts that train; all others are frozen, as in no run of the paper.
+
+    A parameter that is frozen already stays so: an adapter such as LoRA freezes the weights under it.
+    """
+    prefixes = []
+    for part in parts:
+        prefixes += PARTS[part]
+    for name, parameter in model.named_parameters():
+        if not name.startswith(tuple(prefixes)):
+            parameter.requires_grad_(False)
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def make_optimizer(trained, lr, weight_decay):

@@ -3,6 +3,14 @@
 The student transcribes each clip by itself, the frozen teacher scores those very tokens, and the student is
 pulled toward the teacher by KL on the union of both top-k supports. No transcript is read.
 
+The controlled arms change the objective and nothing else. Clips, order, steps, optimizer and schedule stay:
+
+    opd           the defaults
+    offline-kl    --states reference                  the same KL, along the manifest's transcripts
+    teacher-kl    --states teacher                    the same KL, along the teacher's greedy transcripts
+    ce-reference  --states reference --objective ce   more supervised training
+    ce-teacher    --states teacher --objective ce     supervised by the teacher's transcripts (TD, online)
+
     torchrun --standalone --nproc_per_node=2 opd.py    # without arguments: those of example/opd.args
     python opd.py --train my.jsonl --student DIR --teacher DIR --eval test.jsonl --out runs/x
     torchrun --nproc_per_node=8 opd.py --train my.jsonl --student DIR --teacher DIR --out runs/x --bf16
@@ -17,9 +25,9 @@ The main deviations from the released code, each on purpose:
     7. Weights, gradients and the optimizer are float32; only computing is bf16, with --bf16.
     8. A clip's encoder output does not depend on its batch mates.
 
-Prints a progress bar, the error before and after, and mean VUSS. Writes OUT/model (a stock model folder),
-OUT/step-N (checkpoints), metrics.jsonl, samples.jsonl and summary.json; docs/metrics.md defines every number.
-The example takes three minutes on two CPU cores. Defaults are the paper's, for 24 GPUs.
+Prints a progress bar, the error before and after with 95 % intervals, and mean VUSS. Writes OUT/model (a
+stock model folder), OUT/step-N (checkpoints), metrics.jsonl, samples.jsonl and summary.json; docs/metrics.md
+defines every number. The example takes three minutes on two CPU cores. Defaults are the paper's, for 24 GPUs.
 """
 
 import collections
@@ -34,6 +42,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data import (
+    AudioError,
     Clips,
     InputError,
     StepDataset,
@@ -58,8 +67,17 @@ from data import (
     stop_not_finite,
     write_json,
 )
-from eval import evaluate, languages_of, looping, print_summaries, print_table, read_sets
+from eval import (
+    compare_folders,
+    evaluate,
+    languages_of,
+    looping,
+    print_comparison,
+    print_summaries,
+    read_sets,
+)
 from model import (
+    PARTS,
     SpeechLM,
     align_vocabularies,
     check_languages,
@@ -68,22 +86,27 @@ from model import (
     load_state,
     local_folder,
     make_optimizer,
+    narrow_support,
     save_checkpoint,
     save_model,
     self_check,
+    student_rollout,
     student_scores,
+    student_support,
     sum_gradients,
     support_kl,
     teacher_rollout,
     teacher_support,
+    token_ce,
+    trained_parameters,
 )
-from overlap import set_overlap
+from overlap import nested_ks, set_overlap
 
 SCRIPT = os.path.basename(__file__)
 
 # What a step sums over its micro-batches and ranks: in nats, rows, and clips (docs/metrics.md).
-SUMS = ["loss", "kl", "counted"]
-SUMS += ["rows", "vuss", "overlap_ratio", "top1"]
+SUMS = ["loss", "counted", "kl", "kl_counted"]
+SUMS += ["rows", "vuss", "n_student", "n_teacher", "overlap_ratio", "top1"]
 SUMS += ["clips", "tokens", "empty", "capped", "looping", "silent"]
 
 
@@ -94,7 +117,13 @@ def parse_args(argv=None):
     add("--student", required=True, help="folder or hub name of the model to distil into; it is not changed")
     add("--teacher", required=True, help="folder or hub name of the frozen teacher")
     # data
-    add("--train", nargs="+", required=True, metavar="m.jsonl", help="manifests; text is not read")
+    add(
+        "--train",
+        nargs="+",
+        required=True,
+        metavar="m.jsonl",
+        help="manifests; text is read with --states reference only",
+    )
     add("--eval", nargs="*", default=[], metavar="m.jsonl", help="sets to score before and after")
     add("--language", help="of clips whose line names none, where a model's prompt wants one (Qwen3-ASR)")
     add("--max-seconds", type=at_least(0.01), default=30.0, help="longer clips are left out and counted")
@@ -105,6 +134,20 @@ def parse_args(argv=None):
         help="skip: count it, list it in bad.jsonl",
     )
     add("--workers", type=at_least(0, int), default=2, help="processes a rank that read ahead; 0 = none")
+    # arm
+    add(
+        "--states",
+        choices=["student", "reference", "teacher"],
+        default="student",
+        help="whose transcript the positions come from: a rollout, the manifest's text, or the teacher's",
+    )
+    add("--objective", choices=["kl", "ce"], default="kl", help="ce: cross-entropy on that transcript")
+    add(
+        "--student-share",
+        type=at_least(0),
+        default=0.0,
+        help="share of the steps that take the student's states instead (GKD's mixture); 0 = none",
+    )
     # rollout
     add("--temperature", type=at_least(0), default=0.0, help="of the rollout's sampling; 0 = greedy")
     add(
@@ -113,9 +156,28 @@ def parse_args(argv=None):
     add("--tokens-per-second", type=at_least(0), default=25.0, help="a cap too: this × seconds + 16; 0 = off")
     # objective
     add("--k", type=at_least(1, int), default=32, help="top-k ids of each model")
-    add("--support", choices=["union", "full"], default="union", help="ids that the KL is over: U_t, or all")
+    add(
+        "--support",
+        choices=["union", "teacher", "student", "intersection", "full"],
+        default="union",
+        help="ids that the KL is over: S_t ∪ T_t, T_t, S_t, S_t ∩ T_t, or all",
+    )
+    add(
+        "--divergence",
+        choices=["forward", "reverse", "jsd"],
+        default="forward",
+        help="KL(teacher ‖ student), KL(student ‖ teacher), or their mixture with --beta",
+    )
+    add("--beta", type=float, help="the teacher's weight in --divergence jsd, between 0 and 1; 0.5 if absent")
     add("--tau", type=at_least(1e-3), default=1.0, help="temperature of both distributions in the loss")
     # optimization
+    add(
+        "--train-parts",
+        nargs="+",
+        choices=list(PARTS),
+        default=list(PARTS),
+        help="parts of the student that train; the others stay as they are",
+    )
     add("--steps", type=at_least(1, int), default=10_000, help="optimizer updates")
     add("--batch-size", type=at_least(1, int), default=960, help="clips per update, all ranks together")
     add("--micro-seconds", type=at_least(0.01), default=600.0, help="s of audio per forward pass and rank")
@@ -138,7 +200,20 @@ def parse_args(argv=None):
         help="steps between lines of samples.jsonl; 0 = off",
     )
     add("--seed", type=at_least(0, int), default=0, help="of the order of clips and of sampling")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.states == "student" and args.objective == "ce":
+        parser.error("--objective ce: a student learns nothing from its own words; give other --states")
+    if args.student_share > 1:
+        parser.error("--student-share is a share of the steps, at most 1")
+    if args.student_share and (args.states == "student" or args.objective == "ce"):
+        parser.error("--student-share mixes the student's states into the kl of other --states")
+    if args.beta is not None and args.divergence != "jsd":
+        parser.error("--beta is the weight in --divergence jsd; leave it out")
+    if args.divergence == "jsd":
+        args.beta = 0.5 if args.beta is None else args.beta
+        if not 0 < args.beta < 1:
+            parser.error("--beta lies between 0 and 1; its ends are --divergence reverse and forward")
+    return args
 
 
 def main(args):
@@ -164,20 +239,30 @@ def main(args):
     for model in (student, teacher):  # `student_scores` would pass over whatever sits on a head
         assert type(model.head) is nn.Linear, "the scores on a support read the head's bare weight"
     alignment = align_vocabularies(student, teacher)
-    trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
+    trained = trained_parameters(student, args.train_parts)
     optimizer = make_optimizer(trained, args.lr, args.weight_decay)
     if checkpoint:
         load_state(checkpoint, trained, optimizer)
 
     # ---- data --------------------------------------------------------------------------------------------
     language = language_code(args.language) if args.language else None
-    clips = Clips(args.train, args.max_seconds)
+    clips = Clips(args.train, args.max_seconds, "text" if args.states == "reference" else None)
     eval_sets = read_sets(args.eval, args.max_seconds)
     check_languages(clips.languages, language, student, teacher)
     check_languages(languages_of(eval_sets), language, student)
 
+    to_teacher = alignment.to_teacher.cpu()
+
+    def check_reference(clip):
+        """Raises AudioError where the teacher lacks a token of the reference: such a clip cannot be used."""
+        ids = student.front_end.encode_text(clip.text)
+        missing = [i for i in ids if to_teacher[i] < 0]
+        if missing:
+            token = student.front_end.tokenizer.convert_ids_to_tokens(missing[0])
+            raise AudioError(f"{clip.where}: the teacher's vocabulary lacks a token of the text, {token!r}")
+
     def make_micro_batch(step, indices, batch_clips, waveforms):
-        """One micro-batch, made by a data worker: clips, student's and teacher's Batch, uniforms (B, T)."""
+        """One micro-batch, made by a data worker: clips, both models' Batch, uniforms (B, T), references."""
         languages = [clip.language for clip in batch_clips]
         batch = collate(waveforms, student.front_end, languages, language)
         teacher_batch = collate(waveforms, teacher.front_end, languages, language)
@@ -185,9 +270,15 @@ def main(args):
         uniforms = [
             np.random.default_rng((args.seed, 2, step, i)).random(args.max_new_tokens) for i in indices
         ]
-        return batch_clips, batch, teacher_batch, torch.from_numpy(np.stack(uniforms))
+        uniforms = torch.from_numpy(np.stack(uniforms))
+        references = None
+        if args.states == "reference":
+            references = student.front_end.transcripts([clip.text for clip in batch_clips])
+        return batch_clips, batch, teacher_batch, uniforms, references
 
-    dataset = StepDataset(clips, args, make_micro_batch)
+    dataset = StepDataset(
+        clips, args, make_micro_batch, check_reference if args.states == "reference" else None
+    )
     if rank == 0:
         hours = clips.seconds.sum(dtype=float) / 3600
         left_out = f"{clips.n_long} left out as longer than {args.max_seconds:g} s"
@@ -236,6 +327,9 @@ def main(args):
         before = read_json(before_path) if os.path.exists(before_path) else {}
 
     # ---- training loop -----------------------------------------------------------------------------------
+    n_ids = len(alignment.student_forbidden)
+    nested_names = [f"vuss_{k}" for k in nested_ks(min(args.k, n_ids))]  # VUSS at smaller k
+    sum_names = SUMS + nested_names
     bar = tqdm(initial=first_step, total=args.steps, disable=rank > 0, desc="opd", mininterval=1)
     started = time.perf_counter()
     for step, micro_batches, bad in step_batches(dataset, first_step, args.steps, args.workers):
@@ -246,7 +340,8 @@ def main(args):
         sums = collections.Counter()
         step_clips = []
         step_texts = []
-        for batch_clips, batch, teacher_batch, uniforms in micro_batches:
+        states = states_of(args, step)
+        for batch_clips, batch, teacher_batch, uniforms, references in micro_batches:
             batch = batch.to(device)
             teacher_batch = teacher_batch.to(device)
             uniforms = uniforms.to(device)
@@ -256,60 +351,91 @@ def main(args):
             encoded = student.encode(batch)  # (ΣA, H)
 
             # Rollout: the student transcribes by itself, without gradient, and keeps its top-k ids S_t of
-            # every step. From here on a row is a token that it wrote, the stop token included.
-            rollout = student.sample(
-                batch,
-                args.max_new_tokens,
-                temperature=args.temperature,
-                k=args.k,
-                tokens_per_second=args.tokens_per_second,
-                forbidden=alignment.student_forbidden,
-                uniforms=uniforms,
-                encoded=encoded,
-            )
-            student_topk = rollout.topk_ids[rollout.row_mask()]  # (N, K)
+            # every step. From here on a row is a token of it, the stop token included. (The controlled arms
+            # take another transcript, and nothing else differs.)
+            if states == "student":
+                rollout = student.sample(
+                    batch,
+                    args.max_new_tokens,
+                    temperature=args.temperature,
+                    k=args.k,
+                    tokens_per_second=args.tokens_per_second,
+                    forbidden=alignment.student_forbidden,
+                    uniforms=uniforms,
+                    encoded=encoded,
+                )
+            elif states == "teacher":
+                written = teacher.sample(
+                    teacher_batch,
+                    args.max_new_tokens,
+                    k=1,
+                    tokens_per_second=args.tokens_per_second,
+                    forbidden=alignment.teacher_forbidden,
+                )
+                rollout = student_rollout(written, alignment)
+            else:
+                rollout = references.to(device)
+
+            # The student reads the transcript, with gradient. S_t of a transcript that it did not write
+            # comes from these rows.
+            student_hidden = student(batch, rollout, encoded)  # (N, H)
+            if states == "student":
+                student_topk = rollout.topk_ids[rollout.row_mask()]  # (N, K)
+            else:
+                student_topk = student_support(student, student_hidden, alignment, args.k)  # (N, K)
 
             # The teacher reads the same tokens, id by id, behind its own prompt. Its weights are frozen, so
-            # no graph is built. (Without a language in the manifest, the script of the rollout decides it.)
+            # no graph is built. (Without a language in the manifest, the script of the text decides it.)
             texts = student.front_end.texts(rollout)
             teacher_batch = teacher.with_script_languages(teacher_batch, texts)
             teacher_hidden = teacher(teacher_batch, teacher_rollout(rollout, alignment))  # (N, H')
 
-            # Its top-k ids are T_t; U_t = S_t ∪ T_t, and its raw logits there.
+            # Its top-k ids are T_t; U_t = S_t ∪ T_t, and the raw logits of both models there.
             support_ids, support_mask, teacher_logits, teacher_topk = teacher_support(
                 teacher, teacher_hidden, student_topk, alignment, args.k
             )  # (N, 2K), (N, 2K), (N, 2K), (N, K)
-
-            # The student reads its own tokens again, with gradient: its raw logits on U_t.
-            student_hidden = student(batch, rollout, encoded)  # (N, H)
             student_logits = student_scores(student.head.weight, student_hidden, support_ids)  # (N, 2K)
 
-            # KL(teacher ‖ student) of each row (Eq. 1), on U_t or on all ids.
-            if args.support == "union":
-                kl, counted = support_kl(student_logits, teacher_logits, support_mask, args.tau)  # (N,), (N,)
+            # The loss of each row: KL(teacher ‖ student) on U_t (Eq. 1), or what the flags put in its place.
+            if args.objective == "ce":
+                loss = token_ce(student, student_hidden, rollout.ids[rollout.row_mask()])  # (N,)
+                counted = torch.ones_like(loss, dtype=torch.bool)
+            elif args.support == "full":
+                loss, counted = full_kl(
+                    student,
+                    student_hidden,
+                    teacher,
+                    teacher_hidden,
+                    alignment,
+                    args.tau,
+                    args.divergence,
+                    args.beta,
+                )  # (N,), (N,)
             else:
-                kl, counted = full_kl(
-                    student, student_hidden, teacher, teacher_hidden, alignment, args.tau
+                loss_mask = narrow_support(
+                    args.support, support_ids, support_mask, student_topk, teacher_topk
+                )
+                loss, counted = support_kl(
+                    student_logits, teacher_logits, loss_mask, args.tau, args.divergence, args.beta
                 )  # (N,), (N,)
 
             # Backward of the sum. The division by |𝒯| comes once, when the rows of all ranks are known.
-            kl.sum().backward()
+            loss.sum().backward()
             # ================================================================================================
 
-            kl_at_1, _ = support_kl(student_logits.detach(), teacher_logits, support_mask)
-            sums.update(loss=kl.sum().item(), kl=kl_at_1.sum().item(), counted=counted.sum().item())
+            kl, kl_counted = support_kl(student_logits.detach(), teacher_logits, support_mask)
+            sums.update(loss=loss.sum().item(), counted=counted.sum().item())
+            sums.update(kl=kl.sum().item(), kl_counted=kl_counted.sum().item())
             sums.update(rollout_sums(batch, rollout, texts, student_topk, teacher_topk, support_mask))
             step_clips += batch_clips
             step_texts += texts
             if is_sampled and samples is None:
-                samples = sample_lines(
-                    done, student, teacher, args, batch_clips, teacher_batch, rollout, kl_at_1
-                )
+                samples = sample_lines(done, student, teacher, args, batch_clips, teacher_batch, rollout, kl)
 
         # ---- one gradient --------------------------------------------------------------------------------
         # Σ over ranks of Σ over micro-batches, divided once by |𝒯|: the gradient does not depend on the cut.
-        totals = all_reduce_sum([*(sums[name] for name in SUMS), len(bad)], device)
-        sums = dict(zip(SUMS, totals))
+        totals = all_reduce_sum([*(sums[name] for name in sum_names), len(bad)], device)
+        sums = dict(zip(sum_names, totals))
         n_bad = int(totals[-1])
         if n_bad:
             report_bad(args.out, done, bad)
@@ -337,8 +463,11 @@ def main(args):
         metrics = {
             "step": done,
             "loss": sums["loss"] / n_counted,
-            "kl": sums["kl"] / n_counted,
+            "kl": sums["kl"] / max(sums["kl_counted"], 1),
             "vuss": sums["vuss"] / n_rows,
+            **{name: sums[name] / n_rows for name in nested_names},
+            "n_student": sums["n_student"] / n_rows,
+            "n_teacher": sums["n_teacher"] / n_rows,
             "overlap_ratio": sums["overlap_ratio"] / n_rows,
             "top1": sums["top1"] / n_rows,
             "positions": int(sums["counted"]),
@@ -377,7 +506,11 @@ def main(args):
     after = run_eval(args.steps)
     if rank == 0:
         lines = read_lines(os.path.join(args.out, "metrics.jsonl"))
-        print_before_and_after(before, after)
+        comparison = {}
+        if before and after:
+            folders = [os.path.join(args.out, f"eval-{step}") for step in (0, args.steps)]
+            comparison = compare_folders(*folders, strict=False)
+            print_comparison(comparison, "before", "after")
         vuss_first = float(np.mean([line["vuss"] for line in lines[:10]]))
         vuss_last = float(np.mean([line["vuss"] for line in lines[-10:]]))
         seconds = sum(line["step_s"] for line in lines)
@@ -392,6 +525,7 @@ def main(args):
             "steps": args.steps,
             "before": before,
             "after": after,
+            "change": comparison,
             "vuss_first": vuss_first,
             "vuss_last": vuss_last,
             "seconds": seconds,
@@ -402,14 +536,18 @@ def main(args):
     barrier()
 
 
+def states_of(args, step):
+    """The states of a step: the student's own for a share of the steps (GKD's mixture), else --states."""
+    draw = np.random.default_rng((args.seed, 4, step, 0)).random()
+    return "student" if draw < args.student_share else args.states
+
+
 def rollout_sums(batch, rollout, texts, student_topk, teacher_topk, support_mask):
     """What the log needs of a micro-batch, summed over its rows and clips."""
     overlap = set_overlap(student_topk, teacher_topk, support_mask)
     return {
+        **{name: values.sum().item() for name, values in overlap.items()},
         "rows": len(support_mask),
-        "vuss": overlap["vuss"].sum().item(),
-        "overlap_ratio": overlap["overlap_ratio"].sum().item(),
-        "top1": overlap["top1"].sum().item(),
         "clips": len(texts),
         "tokens": rollout.lens.sum().item(),
         "empty": (rollout.lens == 0).sum().item(),
@@ -420,7 +558,7 @@ def rollout_sums(batch, rollout, texts, student_topk, teacher_topk, support_mask
 
 
 def sample_lines(step, student, teacher, args, clips, teacher_batch, rollout, kl, n=2):
-    """A few rollouts to read: reference, student's and teacher's text, KL per token in nats."""
+    """A few transcripts to read: the reference, what was learned from, the teacher's; KL a token in nats."""
     written = teacher.sample(
         teacher_batch, args.max_new_tokens, k=1, tokens_per_second=args.tokens_per_second
     )
@@ -433,7 +571,7 @@ def sample_lines(step, student, teacher, args, clips, teacher_batch, rollout, kl
             "step": step,
             "clip": clip.where,
             "ref": clip.fields.get("text"),
-            "student": student.front_end.decode(ids),
+            "transcript": student.front_end.decode(ids),
             "teacher": teacher_texts[b],
             "stopped": bool(rollout.stopped[b]),
             "tokens": [student.front_end.tokenizer.decode([i]) for i in ids],
@@ -441,22 +579,6 @@ def sample_lines(step, student, teacher, args, clips, teacher_batch, rollout, kl
         }
         lines.append(line)
     return lines
-
-
-def print_before_and_after(before, after):
-    """The table of errors; of sets that were scored both times on the same references."""
-    rows = []
-    for stem, summary in before.items():
-        if stem in after and summary["units"] == after[stem]["units"] > 0:
-            rows.append([stem, summary["metric"], summary["value"], after[stem]["value"]])
-    if len(rows) > 1:
-        before_mean = float(np.mean([row[2] for row in rows]))
-        after_mean = float(np.mean([row[3] for row in rows]))
-        rows.append(["mean", "", before_mean, after_mean])
-    for row in rows:
-        row.append(f"{100 * (row[3] / row[2] - 1):+.1f} %" if row[2] else None)
-    if rows:
-        print_table(rows, ["set", "metric", "before %", "after %", "change"])
 
 
 if __name__ == "__main__":

@@ -87,10 +87,8 @@ def kl_on(support, teacher_logits, student_logits, tau):
     return tau**2 * (p * (p.log() - q.log())).sum()
 
 
-def opd_step(stage, n, k=8, tau=1.0, cap=12, divergence=kl_on, states="student", teacher="teacher"):
+def opd_step(stage, n, k=8, tau=1.0, cap=12, divergence=kl_on, teacher="teacher"):
     """Equation 1 on the n longest clips, one clip and one row at a time, from full logits.
-
-    states: whose transcripts the rows are of, the student's or (not in the paper) the reference.
 
     → metrics, gradient {name: tensor}, and for each clip {student, teacher, stopped, kl: nats of its rows}.
     """
@@ -101,8 +99,6 @@ def opd_step(stage, n, k=8, tau=1.0, cap=12, divergence=kl_on, states="student",
     for clip in longest_clips(stage, n):
         batch = collate([load_audio(clip)], student.front_end, [clip.language])
         rollout = student.sample(batch, cap, k=1)
-        if states == "reference":
-            rollout = student.front_end.transcripts([clip.text])
         written = teacher.sample(batch, cap, k=1)
         student_logits = student.head(student(batch, rollout))
         teacher_logits = teacher.head(teacher(batch, rollout)).detach()
@@ -112,6 +108,10 @@ def opd_step(stage, n, k=8, tau=1.0, cap=12, divergence=kl_on, states="student",
             teacher_ids = top_ids(z_teacher, teacher.forbidden, k)
             support = sorted(set(student_ids) | set(teacher_ids))
             row = {"vuss": len(support), "overlap_ratio": (2 * k - len(support)) / k}
+            row["n_student"] = k
+            row["n_teacher"] = k
+            for nested_k in (1, 2, 4):
+                row[f"vuss_{nested_k}"] = len({*student_ids[:nested_k], *teacher_ids[:nested_k]})
             row["top1"] = float(student_ids[0] == teacher_ids[0])
             row["loss"] = divergence(support, z_teacher, z_student, tau)
             row["kl"] = divergence(support, z_teacher, z_student, 1.0).item()
@@ -119,7 +119,7 @@ def opd_step(stage, n, k=8, tau=1.0, cap=12, divergence=kl_on, states="student",
             clip_kl.append(row["kl"])
         samples.append(
             {
-                "student": student.front_end.texts(rollout)[0],
+                "transcript": student.front_end.texts(rollout)[0],
                 "teacher": teacher.front_end.texts(written)[0],
                 "stopped": bool(rollout.stopped[0]),
                 "n_tokens": int(rollout.lens[0]),
@@ -130,7 +130,10 @@ def opd_step(stage, n, k=8, tau=1.0, cap=12, divergence=kl_on, states="student",
     loss = sum(row["loss"] for row in counted) / len(counted)
     loss.backward()
     gradient = {name: parameter.grad for name, parameter in student.named_parameters()}
-    metrics = {key: mean(row[key] for row in rows) for key in ("vuss", "overlap_ratio", "top1")}
+    keys = ["vuss", "overlap_ratio", "top1", "n_student", "n_teacher"]
+    if k == 8:
+        keys += ["vuss_1", "vuss_2", "vuss_4"]
+    metrics = {key: mean(row[key] for row in rows) for key in keys}
     metrics["loss"] = loss.item()
     metrics["kl"] = mean(row["kl"] for row in counted)
     metrics["grad_norm"] = math.sqrt(sum(g.square().sum().item() for g in gradient.values()))
@@ -138,7 +141,7 @@ def opd_step(stage, n, k=8, tau=1.0, cap=12, divergence=kl_on, states="student",
     metrics["mean_tokens"] = mean(sample["n_tokens"] for sample in samples)
     metrics["empty"] = mean(sample["n_tokens"] == 0 for sample in samples)
     metrics["capped"] = mean(not sample["stopped"] for sample in samples)
-    metrics["looping"] = mean(evaluation.looping(sample["student"]) for sample in samples)
+    metrics["looping"] = mean(evaluation.looping(sample["transcript"]) for sample in samples)
     return metrics, gradient, samples
 
 
@@ -158,7 +161,7 @@ def test_a_step_of_opd_is_its_definition(stage, plain, tau):
     assert len(lines) == 2
     for line, clip, sample in zip(lines, longest_clips(stage, 2), samples):
         assert line["step"] == 1 and line["clip"] == clip.where and line["ref"] == clip.text
-        assert {key: line[key] for key in ("student", "teacher", "stopped")}.items() <= sample.items()
+        assert {key: line[key] for key in ("transcript", "teacher", "stopped")}.items() <= sample.items()
         assert line["kl"] == pytest.approx(sample["kl"], abs=1e-4)
         assert len(line["tokens"]) == len(line["kl"]) == sample["n_tokens"] + sample["stopped"]
         assert (line["tokens"][-1] == "<|im_end|>") == sample["stopped"]
@@ -282,7 +285,7 @@ def test_a_teacher_with_other_ids_for_the_same_tokens_is_the_same_teacher(stage,
         model.save_pretrained(tmp_path / name)
         out = tmp_path / f"run-{name}"
         lines = train(opd, stage, out, "--teacher", tmp_path / name, "--batch-size", 5, "--clip", 0)
-        samples = [(line["student"], line["teacher"]) for line in lines_of(out / "samples.jsonl")]
+        samples = [(line["transcript"], line["teacher"]) for line in lines_of(out / "samples.jsonl")]
         results.append((lines, samples, gradient_of(out)))
     assert_same_metrics(results[1][0], results[0][0], 1e-5)
     assert results[1][1] == results[0][1]
@@ -459,7 +462,9 @@ def test_every_metric_is_defined(stage, tmp_path):
         assert [line["step"] for line in lines] == [1, 2]
         keys[script] = lines[0].keys() | lines[1].keys()
     table_key = re.compile(r"^\| `(\w+)` \|", re.MULTILINE)
-    assert set(table_key.findall(section_of(text, "metrics.jsonl of opd.py"))) == keys[opd]
+    section = section_of(text, "metrics.jsonl of opd.py")
+    assert "| `vuss_1`, `vuss_2`, `vuss_4`, … |" in section
+    assert set(table_key.findall(section)) == keys[opd] - {"vuss_1", "vuss_2", "vuss_4"}
 
     section = section_of(text, "metrics.jsonl of sft.py")
     keys[sft].remove("m/WER")  # the error of a set named m
@@ -531,7 +536,7 @@ def test_a_run_whose_checked_clips_are_all_bad_is_refused(stage, tmp_path, capsy
         *[(opd, f"--{name} nan") for name in ("tau", "lr", "micro-seconds")],
         *[(sft, f"--{name} -1") for name in ("ctc-weight", "time-masks", "seed")],
         (opd, "--warmup-steps 1.5"),
-        (opd, "--support teacher"),
+        (opd, "--support all"),
         (opd, "--no-such-flag 1"),
         (opd, "--step 3"),
         (sft, "--lr inf"),
