@@ -609,8 +609,8 @@ FILE_KEY = "audio+offset"  # the cluster key where lines name neither speaker no
 def clusters_of(clips, key=None):
     """The clusters of clips, as a list of (key, value): clips of one cluster are not independent.
 
-    The key is `key`, or `speaker` if a line has one, else `recording`. Every line must have it, but for
-    `recording`: where a line names none, its file is one, or its part of a tar (FILE_KEY).
+    The key is `key`, or `speaker` if a line has one, else `recording`. Every line must have the key. Only for
+    `recording`, a line without one belongs to its audio file, or to its part of a tar (FILE_KEY).
     Raises InputError for the first line without its key.
     """
     if key is None:
@@ -682,8 +682,8 @@ def clip_table(counts):
 
 
 def rates(sums):
-    """Error rates in % of each file, as a mean over sets (there is one): (..., S, C) → (..., C − 1)."""
-    return (100 * sums[..., :-1] / sums[..., -1:]).mean(axis=-2)
+    """Error rates in % of each file, of one set: (..., 1, C) → (..., C − 1)."""
+    return 100 * sums[..., 0, :-1] / sums[..., 0, -1:]
 
 
 def log_errors(sums):
@@ -820,7 +820,7 @@ def given_or_none(number):
 
 
 def cluster_figures(sets, statistic):
-    """What is said of the clusters of one or several `CountedSet`:
+    """Describes the clusters of one or several `CountedSet`.
 
     clusters: G. effective_clusters: 1 / Σ w², where w is a cluster's share of the reference units, as a mean
     over sets; of one set this is (ΣN)² / ΣN². design_effect: (SE of the statistic by cluster / SE by clip)².
@@ -939,7 +939,7 @@ def pair(counted):
     """The comparison of two files of one set, from their `CountedSet`, as a flat dict.
 
     metric; n clips; a and b (%); difference = b − a (points) with low and high of its 95 % interval, and p;
-    relative = 100 (E_B / E_A − 1) with relative_low, relative_high and relative_p; clusters and so on
+    relative = 100 (E_B / E_A − 1) with relative_low and relative_high; clusters and so on
     (`cluster_figures`; the design effect is that of the difference); sign_flip and its smallest possible
     value sign_flip_floor, for up to 12 clusters; holm: for `compare_folders`; reason: why figures are None.
     """
@@ -962,7 +962,6 @@ def pair(counted):
         "relative": percent(change.value),
         "relative_low": percent(change.low),
         "relative_high": percent(change.high),
-        "relative_p": change.p,
         **cluster_figures([counted], difference),
         **sign_flip_figures(table),
         "holm": None,
@@ -1172,6 +1171,10 @@ def compare_seeds(folders_a, folders_b, style="default", simplify=False, cluster
             **cluster_figures([counted[stem]], lambda sums: contrast(rates(sums), n_a)),
         }
 
+    adjusted = holm([figures["difference"]["p"] for figures in sets.values()])
+    for figures, p in zip(sets.values(), adjusted):
+        figures["holm"] = p
+
     stems, left_out_reason = macro_stems(counted)
     macro = {"stems": stems, "relative": None, "reason": left_out_reason}
     if stems:
@@ -1312,18 +1315,21 @@ def print_summaries(summaries):
 def print_comparison(comparison, name_a="A", name_b="B"):
     """Prints the relative changes of a comparison (`compare_folders`) as a table.
 
-    Columns: set, metric, both rates, change, its 95 % interval and its p. With several sets the last rows are
-    the macro, and the mean of the rates, which has no interval because it mixes WER and CER. Lines below say
-    what was clustered, where intervals are rough, why figures are missing, and what was left out.
+    Columns: set, metric, both rates, change and its 95 % interval. With several sets the last rows are the
+    macro with its p, the primary figure, and the mean of the rates, which has no interval because it mixes
+    WER and CER. Lines below say what was clustered, where intervals are rough, why figures are missing, and
+    what was left out.
     name_a, name_b: what the two sides are called in the header.
     """
     rows = []
+    macro = comparison.get("macro")
+    is_one_set = len(comparison["sets"]) == 1
     for stem, figures in comparison["sets"].items():
         shown = [figures["metric"], figures["a"], figures["b"]]
-        rows.append([stem, *shown, *change_cells(figures, figures["relative_p"])])
-    macro = comparison.get("macro")
+        p = p_text(macro["p"]) if macro and is_one_set else None
+        rows.append([stem, *shown, *change_cells(figures), p])
     if macro and len(rows) > 1:
-        rows.append(["macro", None, None, None, *change_cells(macro, macro["p"])])
+        rows.append(["macro", None, None, None, *change_cells(macro), p_text(macro["p"])])
         rows.append(["mean", None, macro["mean_a"], macro["mean_b"], None, None, None])
     if rows:
         print_table(rows, ["set", "metric", f"{name_a} %", f"{name_b} %", "change", "95 %", "p"])
@@ -1340,11 +1346,11 @@ def print_comparison(comparison, name_a="A", name_b="B"):
         tqdm.write(f"{stem}: left out: {reason}")
 
 
-def change_cells(figures, p):
-    """Cells for the relative change, its interval, and its p."""
+def change_cells(figures):
+    """Cells for the relative change and its interval."""
     change = None if figures["relative"] is None else f"{figures['relative']:+.1f} %"
     interval = interval_text(figures["relative_low"], figures["relative_high"], "+.1f")
-    return [change, interval, p_text(p)]
+    return [change, interval]
 
 
 def print_differences(pairs):
@@ -1414,18 +1420,21 @@ def print_seeds(comparison):
     rows = []
     reasons = {}
     for stem, figures in c["sets"].items():
-        rows.append([stem, *spread_cells(figures["difference"], "points", ".2f")])
-        rows.append([stem, *spread_cells(figures["relative"], "change %", ".1f")])
+        p_values = [p_text(figures["difference"]["p"]), p_text(figures["holm"])]
+        rows.append([stem, *spread_cells(figures["difference"], "points", ".2f"), *p_values])
+        rows.append([stem, *spread_cells(figures["relative"], "change %", ".1f"), None, None])
         reasons[f"{stem}, points"] = figures["difference"]
         reasons[f"{stem}, change %"] = figures["relative"]
     clustered = dict(c["sets"])
     reasons["macro"] = c["macro"]
     if c["macro"]["relative"]:
-        rows.append(["macro", *spread_cells(c["macro"]["relative"], "change %", ".1f")])
+        p = p_text(c["macro"]["relative"]["p"])
+        rows.append(["macro", *spread_cells(c["macro"]["relative"], "change %", ".1f"), p, None])
         reasons["macro, change %"] = c["macro"]["relative"]
         clustered["macro"] = c["macro"]
 
     header = ["set", "B − A in", "mean", "cluster SE", "95 % cluster", "seed sd", "95 % total", "df", "p"]
+    header.append("Holm p")
     if c["reason"]:
         n_columns = 5  # the others need several runs
         header = header[:n_columns]
@@ -1467,14 +1476,13 @@ def run_rows(comparison, n_columns):
 
 
 def spread_cells(figures, unit, places):
-    """Cells of one row of `print_seeds` after its set."""
+    """Cells of one row of `print_seeds` between its set and its p."""
     texts = {}
     for key, form in (("value", "+" + places), ("cluster_se", places), ("seed_sd", places), ("df", ".1f")):
         texts[key] = None if figures[key] is None else format(figures[key], form)
     cluster = interval_text(figures["cluster_low"], figures["cluster_high"], "+" + places)
     total = interval_text(figures["low"], figures["high"], "+" + places)
-    cells = [unit, texts["value"], texts["cluster_se"], cluster, texts["seed_sd"], total, texts["df"]]
-    return [*cells, p_text(figures["p"])]
+    return [unit, texts["value"], texts["cluster_se"], cluster, texts["seed_sd"], total, texts["df"]]
 
 
 def interval_text(low, high, places=".2f"):

@@ -863,20 +863,24 @@ def union_support(student_ids, teacher_ids):
 
 
 def narrow_support(kind, support_ids, support_mask, student_topk, teacher_topk):
-    """The mask (N, 2K) of another support than the union, whose ids are all in the union.
+    """The mask (N, 2K) of a support whose ids are all in the union.
 
-    kind: "union", "teacher" (T_t), "student" (S_t) or "intersection" (S_t ∩ T_t). Not in the paper but the
-    union. support_ids, support_mask (N, 2K) are the union's; student_topk, teacher_topk (N, K).
+    kind: "union" (the paper's), "teacher" (T_t), "student" (S_t) or "intersection" (S_t ∩ T_t).
+    support_ids, support_mask (N, 2K) are the union's; student_topk, teacher_topk (N, K).
     """
-    in_student = (support_ids[:, :, None] == student_topk[:, None]).any(dim=2)  # (N, 2K)
-    in_teacher = (support_ids[:, :, None] == teacher_topk[:, None]).any(dim=2)
-    if kind == "teacher":
-        return support_mask & in_teacher
-    if kind == "student":
-        return support_mask & in_student
-    if kind == "intersection":
-        return support_mask & in_student & in_teacher
+    if kind in ("student", "intersection"):
+        support_mask = support_mask & is_in(support_ids, student_topk)
+    if kind in ("teacher", "intersection"):
+        support_mask = support_mask & is_in(support_ids, teacher_topk)
     return support_mask
+
+
+def is_in(ids, topk_ids, chunk=1024):
+    """(N, U) bool: is ids[n, u] one of the row's topk_ids (N, K)? `chunk` rows at a time."""
+    parts = []
+    for rows, row_topk in zip(ids.split(chunk), topk_ids.split(chunk)):
+        parts.append((rows[:, :, None] == row_topk[:, None]).any(dim=2))
+    return torch.cat(parts)
 
 
 def support_kl(student_logits, teacher_logits, support_mask, temperature=1.0, divergence="forward", beta=0.5):
@@ -1173,15 +1177,16 @@ PARTS = {  # by the names of stock transformers; with tied weights the embedding
 
 
 def trained_parameters(model, parts=tuple(PARTS)):
-    """{name: parameter} of the parts that train; all others are frozen, as in no run of the paper.
+    """Freezes the parts that are not named, and returns {name: parameter} of all that trains.
 
-    A parameter that is frozen already stays so: an adapter such as LoRA freezes the weights under it.
+    The paper trains all parts. A parameter that is frozen already stays so: an adapter such as LoRA freezes
+    the weights under it. A module that a fork adds belongs to no part, and trains.
     """
-    prefixes = []
-    for part in parts:
-        prefixes += PARTS[part]
+    frozen = []
+    for part in PARTS.keys() - set(parts):
+        frozen += PARTS[part]
     for name, parameter in model.named_parameters():
-        if not name.startswith(tuple(prefixes)):
+        if name.startswith(tuple(frozen)):
             parameter.requires_grad_(False)
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 

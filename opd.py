@@ -3,7 +3,8 @@
 The student transcribes each clip by itself, the frozen teacher scores those very tokens, and the student is
 pulled toward the teacher by KL on the union of both top-k supports. No transcript is read.
 
-The controlled arms change the objective and nothing else. Clips, order, steps, optimizer and schedule stay:
+The controlled arms change what is learned from a clip and nothing else. Clips, order, steps, optimizer and
+schedule stay:
 
     opd           the defaults
     offline-kl    --states reference                  the same KL, along the manifest's transcripts
@@ -25,9 +26,10 @@ The main deviations from the released code, each on purpose:
     7. Weights, gradients and the optimizer are float32; only computing is bf16, with --bf16.
     8. A clip's encoder output does not depend on its batch mates.
 
-Prints a progress bar, the error before and after with 95 % intervals, and mean VUSS. Writes OUT/model (a
-stock model folder), OUT/step-N (checkpoints), metrics.jsonl, samples.jsonl and summary.json; docs/metrics.md
-defines every number. The example takes three minutes on two CPU cores. Defaults are the paper's, for 24 GPUs.
+Prints a progress bar, the error before and after, its change with a 95 % interval, and mean VUSS. Writes
+OUT/model (a stock model folder), OUT/step-N (checkpoints), metrics.jsonl, samples.jsonl and summary.json;
+docs/metrics.md defines every number. The example takes three minutes on two CPU cores. Defaults are the
+paper's, for 24 GPUs.
 """
 
 import collections
@@ -345,6 +347,7 @@ def main(args):
             batch = batch.to(device)
             teacher_batch = teacher_batch.to(device)
             uniforms = uniforms.to(device)
+            references = references.to(device) if references else None
 
             # ============================ the method, one micro-batch of B clips ============================
             # Encode: one pass of the encoder, with gradient, serves the rollout and the loss.
@@ -374,15 +377,15 @@ def main(args):
                 )
                 rollout = student_rollout(written, alignment)
             else:
-                rollout = references.to(device)
+                rollout = references
 
             # The student reads the transcript, with gradient. S_t of a transcript that it did not write
             # comes from these rows.
             student_hidden = student(batch, rollout, encoded)  # (N, H)
-            if states == "student":
-                student_topk = rollout.topk_ids[rollout.row_mask()]  # (N, K)
-            else:
+            if rollout.topk_ids is None:
                 student_topk = student_support(student, student_hidden, alignment, args.k)  # (N, K)
+            else:
+                student_topk = rollout.topk_ids[rollout.row_mask()]  # (N, K)
 
             # The teacher reads the same tokens, id by id, behind its own prompt. Its weights are frozen, so
             # no graph is built. (Without a language in the manifest, the script of the text decides it.)
@@ -423,6 +426,7 @@ def main(args):
             loss.sum().backward()
             # ================================================================================================
 
+            # For the log: the paper's KL and overlap on U_t, whatever the loss is.
             kl, kl_counted = support_kl(student_logits.detach(), teacher_logits, support_mask)
             sums.update(loss=loss.sum().item(), counted=counted.sum().item())
             sums.update(kl=kl.sum().item(), kl_counted=kl_counted.sum().item())
@@ -430,7 +434,9 @@ def main(args):
             step_clips += batch_clips
             step_texts += texts
             if is_sampled and samples is None:
-                samples = sample_lines(done, student, teacher, args, batch_clips, teacher_batch, rollout, kl)
+                samples = sample_lines(
+                    done, student, teacher, alignment, args, batch_clips, teacher_batch, rollout, kl
+                )
 
         # ---- one gradient --------------------------------------------------------------------------------
         # Σ over ranks of Σ over micro-batches, divided once by |𝒯|: the gradient does not depend on the cut.
@@ -557,10 +563,14 @@ def rollout_sums(batch, rollout, texts, student_topk, teacher_topk, support_mask
     }
 
 
-def sample_lines(step, student, teacher, args, clips, teacher_batch, rollout, kl, n=2):
+def sample_lines(step, student, teacher, alignment, args, clips, teacher_batch, rollout, kl, n=2):
     """A few transcripts to read: the reference, what was learned from, the teacher's; KL a token in nats."""
     written = teacher.sample(
-        teacher_batch, args.max_new_tokens, k=1, tokens_per_second=args.tokens_per_second
+        teacher_batch,
+        args.max_new_tokens,
+        k=1,
+        tokens_per_second=args.tokens_per_second,
+        forbidden=alignment.teacher_forbidden,
     )
     teacher_texts = teacher.front_end.texts(written)
     kl_per_clip = kl.split((rollout.lens + rollout.stopped).tolist())

@@ -169,24 +169,22 @@ def measure_sets(args, rank, world, device):
         )
         histogram += confidence_histogram(values)
 
-        # A row counts in several groups: all, its set, its language, its part of the transcript.
+        # Sums over the rows of each part of the transcripts.
         row_clip, position = rollout.row_mask().nonzero(as_tuple=True)  # (N,), (N,)
-        row_clip = row_clip.tolist()
-        n_rows = (rollout.lens + rollout.stopped).tolist()  # B
-        row_groups = []
-        for b, t in zip(row_clip, position.tolist()):
-            groups = clip_groups(set_names[indices[b]], batch_clips[b].language)
-            quarter = QUARTERS * t // n_rows[b] + 1
-            tenth = TENTHS * t // n_rows[b] + 1
-            row_groups.append((*groups, f"quarter {quarter}", f"tenth {tenth}"))
-        add_rows(sums, values, row_groups)
+        n_rows = (rollout.lens + rollout.stopped)[row_clip]  # (N,) of the row's clip
+        for name, n_parts in (("quarter", QUARTERS), ("tenth", TENTHS)):
+            part = n_parts * position // n_rows
+            for n in range(n_parts):
+                add_rows(sums[f"{name} {n + 1}"], values, part == n)
 
-        # A clip has a line: the means over its rows, and what its baselines are made of.
-        clip_sums = collections.defaultdict(collections.Counter)
-        add_rows(clip_sums, values, [(b,) for b in row_clip])
+        # A clip has a line, the means over its rows and its baselines, and counts in several groups.
         transcripts = student.front_end.texts(rollout)
         for b, i in enumerate(indices):
             counts = count_baselines(clips[i], **written[b])
+            clip_sums = collections.Counter()
+            add_rows(clip_sums, values, row_clip == b)
+            for group in clip_groups(set_names[i], clips[i].language):
+                sums[group].update(clip_sums)
             lines[i] = {
                 "clip": clips[i].where,
                 "audio": clips[i].audio,
@@ -194,7 +192,7 @@ def measure_sets(args, rank, world, device):
                 "language": clips[i].language,
                 "transcript": transcripts[b],
                 "stopped": bool(rollout.stopped[b]),
-                **means(clip_sums[b]),
+                **means(clip_sums),
                 **baselines(counts),
                 **counts,
             }
@@ -267,14 +265,11 @@ def clip_groups(set_name, language):
     return "all", f"set {set_name}", f"language {language or '(none)'}"
 
 
-def add_rows(sums, values, row_groups):
-    """Adds per-row values {name: (N,)} to `sums` {group: Counter}. row_groups: N tuples of groups."""
-    matrix = torch.stack(list(values.values()), dim=1).cpu().numpy()  # (N, M)
-    groups = set().union(*row_groups)
-    for group in sorted(groups):
-        member = np.array([group in own for own in row_groups])  # (N,)
-        sums[group]["positions"] += int(member.sum())
-        sums[group].update(dict(zip(values, matrix[member].sum(axis=0).tolist())))
+def add_rows(sums, values, row_mask):
+    """Adds the rows of row_mask (N,) to `sums`, a Counter: their number, and the sum of each value (N,)."""
+    if row_mask.any():
+        sums["positions"] += int(row_mask.sum())
+        sums.update({name: value[row_mask].sum().item() for name, value in values.items()})
 
 
 def means(sums):
@@ -430,25 +425,13 @@ def nested_ks(k):
     return [2**n for n in range((k - 1).bit_length())]
 
 
-def nested_vuss(student_topk, teacher_topk, chunk_pairs=2**22):
-    """VUSS at k = 1, 2, 4, … below K: {vuss_k: (N,) float64}.
-
-    student_topk, teacher_topk as in `set_overlap`. The best k of a list are its first k. So all ids of one
-    list are compared with all of the other once, chunk_pairs at a time; the first k × k answers are for k.
-    """
-    K = student_topk.shape[1]
-    ks = nested_ks(K)
-    n_rows = max(chunk_pairs // K**2, 1)
-    parts = {f"vuss_{k}": [] for k in ks}
-    for student_ids, teacher_ids in zip(student_topk.split(n_rows), teacher_topk.split(n_rows)):
-        is_student = student_ids >= 0  # (n, K)
-        is_teacher = teacher_ids >= 0
-        is_equal = (student_ids[:, :, None] == teacher_ids[:, None, :]) & is_student[:, :, None]  # (n, K, K)
-        for k in ks:
-            n_each = is_student[:, :k].sum(dim=1) + is_teacher[:, :k].sum(dim=1)
-            n_both = is_equal[:, :k, :k].sum(dim=(1, 2))
-            parts[f"vuss_{k}"].append(n_each - n_both)
-    return {name: torch.cat(part).double() for name, part in parts.items()}
+def nested_vuss(student_topk, teacher_topk):
+    """VUSS at k = 1, 2, 4, … below K: {vuss_k: (N,) float64}. The best k ids of a list are its first k."""
+    values = {}
+    for k in nested_ks(student_topk.shape[1]):
+        _, support_mask = union_support(student_topk[:, :k], teacher_topk[:, :k])
+        values[f"vuss_{k}"] = support_mask.sum(dim=1).double()
+    return values
 
 
 def probability_overlap(student_logits, teacher_logits, student_topk, teacher_topk, token_ids):

@@ -55,7 +55,7 @@ from data import (
     stop_not_finite,
     write_json,
 )
-from eval import evaluate, languages_of, looping, print_summaries, read_sets
+from eval import clusters_of, evaluate, languages_of, looping, print_summaries, read_sets
 from model import (
     Qwen3ASR,
     SpeechLM,
@@ -180,6 +180,8 @@ def main(args):
     eval_sets = read_sets(args.eval, args.max_seconds)
     check_languages(clips.languages, language, model)
     check_languages(languages_of(eval_sets), language, model)
+    for set_clips in eval_sets.values():
+        clusters_of(set_clips)  # a line without its speaker shows now, not after the training
     front_end = model.front_end
 
     def make_micro_batch(step, indices, batch_clips, waveforms):

@@ -226,7 +226,7 @@ def test_arms_see_the_same_clips_and_differ_in_their_flag_only(stage, tmp_path, 
         seen[arm] = []
         monkeypatch.setattr(opd, "step_batches", record(arm))
         out = tmp_path / arm
-        lines = train(opd, stage, out, "--steps", 5, "--batch-size", 4, "--micro-seconds", 2, *flags)
+        lines = train(opd, stage, out, "--steps", 3, "--batch-size", 6, "--micro-seconds", 2, *flags)
         rates[arm] = [line["lr"] for line in lines]
         configs[arm] = json.loads((out / "config.json").read_text())
         starts[arm] = lines[0]["loss"]
@@ -306,21 +306,27 @@ PART_NAMES = {
 }
 
 
-@pytest.mark.parametrize("kind", ["tied", "untied", "qwen3_asr"])
-@pytest.mark.parametrize("parts", ["encoder", "adapter", "lm", "encoder adapter"])
+@pytest.mark.parametrize(
+    "parts, kind",
+    [
+        ("encoder", "tied"),
+        ("lm", "tied"),
+        ("lm", "untied"),
+        ("adapter", "qwen3_asr"),
+        ("encoder adapter", "tied"),
+    ],
+)
 def test_parts_that_do_not_train_stay_bit_for_bit(parts, kind, stage, tmp_path):
     folder = tmp_path / "student"
     teacher = stage / "teacher"
     if kind == "qwen3_asr":
         qwen3_asr_folder(folder)
-        teacher = folder
+        teacher = qwen3_asr_folder(tmp_path / "teacher", seed=1)
     else:
         tiny_model(2, tied=kind == "tied", spread=0.1).save_pretrained(folder)
     out = tmp_path / "run"
-    models = ["--student", folder, "--teacher", teacher, "--support", "full"]
-    if kind == "qwen3_asr":  # a teacher that differs: another seed
-        models[3] = qwen3_asr_folder(tmp_path / "teacher", seed=1)
-    train(opd, stage, out, *models, "--train-parts", *parts.split(), "--batch-size", 12)
+    flags = ["--student", folder, "--teacher", teacher, "--support", "full", "--batch-size", 12]
+    train(opd, stage, out, *flags, "--train-parts", *parts.split())
     start = weights_of(folder)
     end = weights_of(out / "model")
     prefixes = sum((PART_NAMES[part] for part in parts.split()), ())

@@ -1,6 +1,8 @@
 """The embedded example: what is shipped, and (slow) that the main command does what the README says."""
 
+import collections
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -15,6 +17,10 @@ from data import collate, load_audio, read_manifest
 from model import SpeechLM, align_vocabularies
 
 EXAMPLE = ROOT / "example"
+sys.path.insert(0, str(EXAMPLE))
+
+import make  # noqa: E402
+
 TESTS = ["en-clean", "en-other", "zh-read", "zh-net", "zh-meeting"]
 
 
@@ -27,21 +33,38 @@ def clips_of(*names):
 
 def test_amounts_and_sizes():
     assert sum(clip.duration for clip in clips_of("train")) >= 40 * 60
-    assert all(90 <= len(clips_of(name)) <= 110 for name in TESTS)
+    assert all(90 <= len(clips_of(name)) <= 128 for name in TESTS)
+    assert 100 <= len(clips_of("dev")) <= 160
     assert all(1 <= clip.duration <= 4 for clip in clips_of("train", "dev", *TESTS))
     assert sum(path.stat().st_size for path in EXAMPLE.glob("*.tar")) <= 12e6
     models = [path for name in ("teacher", "base") for path in (EXAMPLE / name).rglob("*")]
     assert sum(path.stat().st_size for path in models) <= 12e6
 
 
+def variant_of(speaker):
+    """What makes a voice, in either language: "zh+m3" and "en-us+m3" are one variant."""
+    return speaker.split("+")[1]
+
+
 def test_training_dev_and_tests_share_no_voice_and_no_sentence():
+    """Nor do the sets that are not shipped: what teacher and base learned from."""
     sets = [clips_of("train"), clips_of("dev"), clips_of(*TESTS)]
     texts = [{clip.text for clip in clips} for clips in sets]
-    voices = [{clip.fields["speaker"] for clip in clips} for clips in sets]
+    voices = [{variant_of(clip.fields["speaker"]) for clip in clips} for clips in sets]
     for a, b in ((0, 1), (0, 2), (1, 2)):
         assert not texts[a] & texts[b] and not voices[a] & voices[b]
-    labelled = {clip.key for clip in clips_of("labelled")}
-    assert labelled < {clip.key for clip in sets[0]}
+    for name, heard in (("dev", voices[1]), ("test", voices[2])):
+        for speaker in make.EXTRA["en"] + make.EXTRA["zh"]:
+            assert variant_of(speaker) not in heard, (name, speaker)
+
+
+def test_test_sets_hold_enough_voices():
+    """At least 15 voices in each set, with 6 to 8 clips each; dev has eight voices a language."""
+    for name in TESTS:
+        counts = collections.Counter(clip.fields["speaker"] for clip in clips_of(name))
+        assert len(counts) >= 15 and set(counts.values()) <= {6, 7, 8}, name
+    dev = {(clip.language, clip.fields["speaker"]) for clip in clips_of("dev")}
+    assert collections.Counter(language for language, _ in dev) == {"en": 8, "zh": 8}
 
 
 def test_words_and_characters():

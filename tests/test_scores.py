@@ -565,7 +565,7 @@ def test_comparison_against_brute_force(tmp_path):
     for name, figures in comparison["sets"].items():
         own = [row for row in rows if row[0] == name]
         value, se, low, high, p = brute_force(own, difference_of)
-        change, _, change_low, change_high, change_p = brute_force(own, macro_of)
+        change, _, change_low, change_high, _ = brute_force(own, macro_of)
         _, se_by_clip, *_ = brute_force(own, difference_of, by_clip)
         n_clusters = len({row[1] for row in own})
         p_values.append(p)
@@ -581,7 +581,6 @@ def test_comparison_against_brute_force(tmp_path):
             "relative": relative(change),
             "relative_low": relative(change_low),
             "relative_high": relative(change_high),
-            "relative_p": change_p,
             "clusters": n_clusters,
             "effective_clusters": effective_of(own),
             "design_effect": (se / se_by_clip) ** 2,
@@ -647,7 +646,7 @@ def test_order_of_lines_is_free_and_exchange_flips_the_signs(tmp_path):
         assert [figures[key] for key in keys] == pytest.approx(flipped, rel=1e-9)
         for key, opposite in (("relative", "relative"), ("relative_low", "relative_high")):
             assert (1 + figures[key] / 100) * (1 + other[opposite] / 100) == pytest.approx(1, rel=1e-9)
-        for key in ("relative_p", "sign_flip", "design_effect", "effective_clusters"):
+        for key in ("sign_flip", "design_effect", "effective_clusters"):
             assert figures[key] == pytest.approx(other[key], rel=1e-9)
 
 
@@ -816,15 +815,15 @@ def test_compare_two_files_prints_and_stores_one_pair(tmp_path, capsys):
     assert json.loads((tmp_path / "pair.json").read_text()) == figures
     low, high = f"{figures['low']:+.2f}", f"{figures['high']:+.2f}"
     change = [f"{figures[key]:+.1f}" for key in ("relative", "relative_low", "relative_high")]
-    p_values = [f"{figures[key]:.4f}" for key in ("p", "relative_p")]
+    p = f"{figures['p']:.4f}"
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines == [
         "set metric clips A % B % B − A 95 % p".split(),
-        ["x", "WER", "4", "40.00", "15.00", "-25.00", low, "to", high, p_values[0]],
+        ["x", "WER", "4", "40.00", "15.00", "-25.00", low, "to", high, p],
         "set clusters by effective design effect sign-flip p floor".split(),
         "x 4 speaker 4.00 1.00 0.1250 0.1250".split(),
         "set metric A % B % change 95 % p".split(),
-        ["x", "WER", "40.00", "15.00", change[0], "%", change[1], "to", change[2], p_values[1]],
+        ["x", "WER", "40.00", "15.00", change[0], "%", change[1], "to", change[2], "–"],
         "intervals over clusters by speaker: x 4".split(),
         "fewer than 12 effective clusters, so intervals are rough: x 4.0".split(),
     ]
@@ -1130,7 +1129,13 @@ def test_seeds_print_every_run_and_three_spreads(runs, tmp_path, capsys, monkeyp
     assert lines[2].split() == ["x", "A", "%", *(f"{value:.2f}" for value in c["sets"]["x"]["a"])]
     macro = c["macro"]["relative"]
     assert lines[10].split() == ["macro", "change", "%", *(f"{value:.2f}" for value in macro["per_seed"])]
-    assert lines[11].split() == "set B − A in mean cluster SE 95 % cluster seed sd 95 % total df p".split()
+    header = "set B − A in mean cluster SE 95 % cluster seed sd 95 % total df p Holm p"
+    assert lines[11].split() == header.split()
+    p_values = [figures["difference"]["p"] for figures in c["sets"].values()]
+    adjusted = [figures["holm"] for figures in c["sets"].values()]
+    assert adjusted == evaluation.holm(p_values) != p_values
+    shown = [evaluation.p_text(p_values[0]), evaluation.p_text(adjusted[0])]
+    assert lines[12].split()[:2] == ["x", "points"] and lines[12].split()[-2:] == shown
     cells = [f"{macro['value']:+.1f}", f"{macro['cluster_se']:.1f}"]
     cells += [
         f"{macro['cluster_low']:+.1f}",
@@ -1139,7 +1144,7 @@ def test_seeds_print_every_run_and_three_spreads(runs, tmp_path, capsys, monkeyp
         f"{macro['seed_sd']:.1f}",
     ]
     cells += [f"{macro['low']:+.1f}", "to", f"{macro['high']:+.1f}", f"{macro['df']:.1f}"]
-    assert lines[16].split() == ["macro", "change", "%", *cells, evaluation.p_text(macro["p"])]
+    assert lines[16].split() == ["macro", "change", "%", *cells, evaluation.p_text(macro["p"]), "–"]
     assert [line.split(":")[0] for line in lines[17:20]] == ["cluster", "seed sd", "total, df, p"]
 
     os.remove("r4/config.json")
