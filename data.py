@@ -203,9 +203,7 @@ class Clips:
                     self.n_failed += 1
                     continue
                 if text_field and clip.text is None:
-                    raise InputError(
-                        f'{clip.where}: no "{text_field}", which every line needs (--text-field)'
-                    )
+                    raise InputError(f'{clip.where}: no "{text_field}", which every line needs here')
                 if clip.duration > max_seconds:
                     self.n_long += 1
                     continue
@@ -754,6 +752,17 @@ def look_at_out(args, script, contents):
         return None, None
     print(f"{out}: goes on from step {step}", flush=True)
     return step, steps.get(step)
+
+
+def check_out(out):
+    """Raises InputError where a folder for results is not empty, or a file is in its place."""
+    if os.path.isdir(out) and os.listdir(out):
+        raise InputError(f"--out {out} is not empty: choose a new folder")
+    place = os.path.abspath(out)
+    while not os.path.exists(place):
+        place = os.path.dirname(place)
+    if not os.path.isdir(place):
+        raise InputError(f"--out {out}: {place} is a file; give the name of a new folder")
 
 
 def begin_run(args, script, contents, first_step):

@@ -41,6 +41,7 @@ from data import (
     add_lines,
     argument_parser,
     at_least,
+    check_out,
     clip_from_file,
     collate,
     gather,
@@ -121,10 +122,12 @@ def parse_args(argv=None):
 
 def main(args):
     rank, world, device = setup_distributed()
-    if args.out and os.path.isdir(args.out) and os.listdir(args.out):
-        raise InputError(f"--out {args.out} is not empty: choose a new folder")
+    if args.out:
+        check_out(args.out)
     if args.json and not os.path.isdir(os.path.dirname(os.path.abspath(args.json))):
         raise InputError(f"--json {args.json}: no such folder; make it first")
+    if args.json and os.path.isdir(args.json):
+        raise InputError(f"--json {args.json} is a folder; give the name of a file")
     if args.model:
         decode_and_score(args, rank, world, device)
     elif rank > 0:
@@ -183,15 +186,12 @@ def decode_and_score(args, rank, world, device):
     if rank > 0:
         return  # also where a clip failed: torchrun would stop rank 0 before it has printed
     n_scored = sum(summary["scored"] for summary in summaries.values())
-    n_failed = sum(summary["failed"] for summary in summaries.values())
-    store(args, summaries)
     if args.out or n_scored:
         print_summaries(summaries)
         where = f"; results in {args.out}" if args.out else ""
         print(f"{world} process(es) on {device.type}{where}", flush=True)
-    if n_failed:
-        print(f"eval.py: {n_failed} clip(s) not decoded", file=sys.stderr)
-        sys.exit(1)
+    store(args, summaries)
+    stop_if_failed(summaries)
 
 
 def score_files(args):
@@ -209,6 +209,15 @@ def score_files(args):
         write_json(os.path.join(args.out, "summary.json"), summaries)
     print_summaries(summaries)
     store(args, summaries)
+    stop_if_failed(summaries)
+
+
+def stop_if_failed(summaries):
+    """Ends with status 1 where a clip could not be decoded."""
+    n_failed = sum(summary["failed"] for summary in summaries.values())
+    if n_failed:
+        print(f"eval.py: {n_failed} clip(s) not decoded", file=sys.stderr)
+        sys.exit(1)
 
 
 def compare_results(args):
@@ -1110,9 +1119,16 @@ def evaluation_of(folder):
         if newest is None:
             raise InputError(f"{run}: this run has no evaluation (eval-N); train with --eval")
         folder = os.path.join(run, f"eval-{newest}")
-    config_path = os.path.join(run, "config.json")
-    config = read_json(config_path) if os.path.exists(config_path) else {}
-    return folder, config.get("args", {}).get("seed")
+    return folder, seed_of(os.path.join(run, "config.json"))
+
+
+def seed_of(config_path):
+    """The seed that a run's config.json names; None where there is no such file, or another program's."""
+    try:
+        seed = read_json(config_path)["args"]["seed"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return seed if type(seed) is int else None
 
 
 def why_unpaired(seeds_a, seeds_b):
@@ -1135,6 +1151,12 @@ def compare_seeds(folders_a, folders_b, style="default", simplify=False, cluster
     runs_a = [evaluation_of(folder) for folder in folders_a]
     runs_b = [evaluation_of(folder) for folder in folders_b]
     folders = [folder for folder, _ in runs_a + runs_b]
+    newest = set()  # what run folders stand for
+    for run, folder in zip([*folders_a, *folders_b], folders):
+        if os.path.abspath(run) != folder:
+            newest.add(os.path.basename(folder))
+    if len(newest) > 1:
+        raise InputError(f"the runs stand at {', '.join(sorted(newest))}; finish them, or name RUN/eval-N")
     real_paths = [os.path.realpath(folder) for folder in folders]
     for folder, real_path in zip(folders, real_paths):
         if real_paths.count(real_path) > 1:
@@ -1389,7 +1411,7 @@ def print_few_clusters(figures):
     few = []
     for name, f in figures.items():
         n_effective = f["effective_clusters"]
-        if n_effective is not None and n_effective < FEW_CLUSTERS:
+        if n_effective is not None and n_effective < FEW_CLUSTERS - 1e-6:  # 12 equal ones may be 11.999…
             few.append(f"{name} {n_effective:.1f}")
     if few:
         tqdm.write(f"fewer than {FEW_CLUSTERS} effective clusters, so intervals are rough: {', '.join(few)}")

@@ -70,6 +70,7 @@ from data import (
     write_json,
 )
 from eval import (
+    clusters_of,
     compare_folders,
     evaluate,
     languages_of,
@@ -203,6 +204,8 @@ def parse_args(argv=None):
     )
     add("--seed", type=at_least(0, int), default=0, help="of the order of clips and of sampling")
     args = parser.parse_args(argv)
+    if args.k < 2 and args.objective == "kl" and args.support in ("teacher", "student", "intersection"):
+        parser.error("--k 1: a support of one id has no KL; give a larger one")
     if args.states == "student" and args.objective == "ce":
         parser.error("--objective ce: a student learns nothing from its own words; give other --states")
     if args.student_share > 1:
@@ -252,6 +255,8 @@ def main(args):
     eval_sets = read_sets(args.eval, args.max_seconds)
     check_languages(clips.languages, language, student, teacher)
     check_languages(languages_of(eval_sets), language, student)
+    for set_clips in eval_sets.values():
+        clusters_of(set_clips)  # a line without its speaker shows now, and leaves no folder behind
 
     to_teacher = alignment.to_teacher.cpu()
 
@@ -283,7 +288,9 @@ def main(args):
     )
     if rank == 0:
         hours = clips.seconds.sum(dtype=float) / 3600
-        left_out = f"{clips.n_long} left out as longer than {args.max_seconds:g} s"
+        left_out = (
+            f"left out: {clips.n_long} longer than {args.max_seconds:g} s, {clips.n_failed} not decoded"
+        )
         epochs = args.steps * args.batch_size / len(clips)
         print(
             f"train: {len(clips)} clips, {hours:.2f} h, {left_out}; {args.steps} steps = {epochs:.1f} epochs"

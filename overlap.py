@@ -33,6 +33,7 @@ from data import (
     add_lines,
     argument_parser,
     at_least,
+    check_out,
     collate,
     gather,
     language_code,
@@ -235,14 +236,6 @@ def measure_sets(args, rank, world, device):
     print_measures(measure_table)
     tqdm.write("")
     print_baselines(baseline_table)
-
-
-def check_out(out):
-    """Raises InputError where --out is a file or a folder that is not empty."""
-    if os.path.isdir(out) and os.listdir(out):
-        raise InputError(f"--out {out} is not empty: choose a new folder")
-    if os.path.exists(out) and not os.path.isdir(out):
-        raise InputError(f"--out {out} is a file: give the name of a new folder")
 
 
 def check_references(clips, student, alignment):
@@ -699,9 +692,10 @@ def read_run(run):
     lines = read_lines(path)
     if not lines:
         raise InputError(f"--runs {run}: its metrics.jsonl has no step yet")
-    missing = sorted(RUN_PANELS.keys() - lines[0].keys())
-    if missing:
-        raise InputError(f"--runs {run}: its metrics.jsonl has no {missing[0]!r}; give a run of opd.py")
+    for line in lines:
+        missing = sorted(RUN_PANELS.keys() - line.keys())
+        if missing:
+            raise InputError(f"--runs {run}: its metrics.jsonl has no {missing[0]!r}; give a run of opd.py")
     return lines
 
 
@@ -1077,8 +1071,9 @@ def read_table(path):
             raise InputError(f"{where}: {run_name(cell)} is there twice; leave one out")
         by_seed[cell["seed"]] = cell
 
-    students = list(dict.fromkeys(student for student, _ in runs))
-    teachers = list(dict.fromkeys(teacher for _, teacher in runs))
+    # Sorted, so that the drawn permutations, and with them p, do not depend on the order of the cells.
+    students = sorted({student for student, _ in runs})
+    teachers = sorted({teacher for _, teacher in runs})
     seed = common_seed(path, students, teachers, runs)
     names = list(cells[0]["measures"])
     measures = {name: np.empty((len(students), len(teachers))) for name in names}

@@ -264,6 +264,7 @@ REFUSED = {
     "--divergence jsd --beta 0": "--divergence reverse and forward",
     "--divergence jsd --beta 1": "--divergence reverse and forward",
     "--divergence jsd --beta nan": "--divergence reverse and forward",
+    "--k 1 --support intersection": "--k 1",
     "--train-parts head": "--train-parts",
     "--support all": "--support",
 }

@@ -327,9 +327,10 @@ def test_a_clip_that_fails_is_reported_counted_and_nothing_else(tmp_path, wav, c
         "audio": "../bad.wav",
     }
 
-    evaluation.main(
-        evaluation.parse_args(["--score", str(tmp_path / "out" / "m.jsonl"), "--out", str(tmp_path / "x")])
-    )
+    argv = ["--score", str(tmp_path / "out" / "m.jsonl"), "--out", str(tmp_path / "x")]
+    with pytest.raises(SystemExit) as stop:
+        evaluation.main(evaluation.parse_args(argv))
+    assert stop.value.code == 1
     assert json.loads((tmp_path / "x" / "summary.json").read_text()) == {"m": {**summary, "rtf": None}}
 
 

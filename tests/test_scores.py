@@ -1294,7 +1294,9 @@ def test_score_recounts_and_sums_up(tmp_path, capsys):
     ]
     path = write_lines(tmp_path / "in" / "mixed.jsonl", lines)
     before = open(path, "rb").read()
-    run("--score", path, "--out", tmp_path / "out", "--json", tmp_path / "s.json")
+    with pytest.raises(SystemExit) as stop:
+        run("--score", path, "--out", tmp_path / "out", "--json", tmp_path / "s.json")
+    assert stop.value.code == 1  # a clip was not decoded
     assert os.listdir(tmp_path / "out") == ["summary.json"] and open(path, "rb").read() == before
     assert json.loads((tmp_path / "s.json").read_text()) == summaries_of(tmp_path / "out")
     # errors: 2 deletions, 59 insertions, 2 on silence, 2 deletions, 1 deletion, none
@@ -1400,3 +1402,27 @@ def test_flags_without_meaning_are_refused(argv, capsys):
     with pytest.raises(SystemExit) as caught:
         evaluation.parse_args(argv.split())
     assert caught.value.code == 2 and "error: " in capsys.readouterr().err
+
+
+def test_runs_that_stand_at_different_steps_are_not_compared(runs, capsys):
+    folders, _ = runs
+    os.rename(f"{folders[1]}/eval-10", f"{folders[1]}/eval-7")
+    with pytest.raises(evaluation.InputError, match="stand at eval-10, eval-7"):
+        evaluation.compare_seeds(folders[:2], folders[2:4])
+    named = [folders[0], f"{folders[1]}/eval-7"]
+    assert evaluation.compare_seeds(named, folders[2:4])["paired"] is False
+
+
+@pytest.mark.parametrize("flag, name", [("--out", "file"), ("--out", "file/x"), ("--json", "folder")])
+def test_results_that_cannot_be_stored_are_refused_at_the_start(tmp_path, flag, name):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    path = write_lines(tmp_path / "x.jsonl", [result_line(0)])
+    with pytest.raises(evaluation.InputError, match=flag):
+        run("--score", path, flag, tmp_path / name)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "null", '{"args": 5}', '{"args": {"seed": [1]}}'])
+def test_another_programs_config_names_no_seed(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    assert evaluation.seed_of(str(tmp_path / "config.json")) is None

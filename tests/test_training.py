@@ -502,6 +502,16 @@ def test_a_refused_run_leaves_no_folder_behind(script, mistake, out, stage, tmp_
     assert folder.exists() == (out == "empty") and not list(tmp_path.rglob("*.json*"))
 
 
+@BOTH
+def test_an_evaluation_set_with_some_speakers_only_is_refused_at_the_start(script, stage, tmp_path, capsys):
+    lines = lines_of(stage / "m.jsonl")
+    lines[0]["speaker"] = "anna"
+    manifest = write_lines(tmp_path / "m.jsonl", lines)
+    assert status_of(script, argv_of(script, stage, tmp_path / "run", "--eval", manifest)) == 2
+    assert 'm.jsonl:2: no "speaker"' in error_line(capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
+
+
 def test_two_models_without_a_common_tokenizer_are_refused(stage, tmp_path, capsys):
     tokenizer = byte_tokenizer()
     state = json.loads(tokenizer.backend_tokenizer.to_str())

@@ -384,8 +384,8 @@ def test_a_measure_that_knows_nothing_of_pairs_has_no_test(measure):
 def content():
     """3 × 3 cells with seeds 1 and 2, and 0 in the first cell only. Seeds differ by e^0.2 in one set."""
     cells = []
-    for i, student in enumerate(("small", "base", "large")):
-        for j, teacher in enumerate(("near", "far", "odd")):
+    for i, student in enumerate(("a-small", "b-base", "c-large")):
+        for j, teacher in enumerate(("a-near", "b-far", "c-odd")):
             for seed in (2, 1):
                 cells.append(
                     {
@@ -410,8 +410,8 @@ def write(tmp_path, content):
 
 def test_read_table(tmp_path, content):
     table = overlap.read_table(write(tmp_path, content))
-    assert table["students"] == ["small", "base", "large"]
-    assert table["teachers"] == ["near", "far", "odd"]
+    assert table["students"] == ["a-small", "b-base", "c-large"]
+    assert table["teachers"] == ["a-near", "b-far", "c-odd"]
     assert (table["seed"], table["n_further"], table["sets"]) == (1, 10, ["en", "zh"])
     signs = table["expected_sign"]
     assert (table["primary"], signs["vuss"], signs["jaccard"]) == ("vuss", 1, -1)
@@ -426,6 +426,12 @@ def test_read_table(tmp_path, content):
     # Seeds 1 and 2 are 0.1 apart in y: 0.005 a cell; seed 0 of the first cell is as its seed 2.
     first = 0.1**2 * 2 / 3
     assert table["seed_variance"] == pytest.approx((8 * 0.005 + first) / (8 + 2))
+
+
+def test_the_order_of_the_cells_changes_nothing(tmp_path, content):
+    analysis = overlap.analyse(overlap.read_table(write(tmp_path, content)))
+    content["cells"].reverse()
+    assert overlap.analyse(overlap.read_table(write(tmp_path, content))) == analysis
 
 
 def test_without_a_second_seed_the_seed_variance_is_not_known(tmp_path, content):
@@ -460,7 +466,7 @@ def test_the_command_prints_the_verdict_and_every_table(tmp_path, content, capsy
 
 
 def test_the_command_says_that_a_table_is_too_small(tmp_path, content, capsys):
-    content["cells"] = [cell for cell in content["cells"] if cell["teacher"] != "odd"]
+    content["cells"] = [cell for cell in content["cells"] if cell["teacher"] != "c-odd"]
     overlap.validate(write(tmp_path, content))
     assert "no test: 3 student(s) × 2 teacher(s); a test needs 3 × 3 or more" in capsys.readouterr().out
 
@@ -479,7 +485,7 @@ def change(key, value):
 
 def drop_pair(content):
     content["cells"] = [
-        cell for cell in content["cells"] if (cell["student"], cell["teacher"]) != ("base", "odd")
+        cell for cell in content["cells"] if (cell["student"], cell["teacher"]) != ("b-base", "c-odd")
     ]
 
 
@@ -488,9 +494,9 @@ def part_seeds(content):
 
 
 DEFECTS = {
-    "no pair": (drop_pair, "no run of student base with teacher odd; add it"),
+    "no pair": (drop_pair, "no run of student b-base with teacher c-odd; add it"),
     "no common seed": (part_seeds, "no seed has a run in every cell; run one seed"),
-    "twice": (change("seed", 1), "cell 19: student small with teacher near, seed 1 is there twice"),
+    "twice": (change("seed", 1), "cell 19: student a-small with teacher a-near, seed 1 is there twice"),
     "no key": (change("after", None), 'cell 19: key "after" is missing'),
     "true": (change("seed", True), 'cell 19: "seed" must be a whole number, found true'),
     "no name": (change("student", ""), 'cell 19: "student" must be a name, found ""'),
@@ -503,8 +509,8 @@ DEFECTS = {
     "text": (change("before", {"en": "20", "zh": 10.0}), '"before" of en is "20"; give a finite number'),
     "measure": (change("measures", {"vuss": 1}), 'cell 19: "measures" lacks jaccard; all cells'),
     "set": (change("before", {"en": 1, "zh": 1, "yue": 1}), 'cell 19: "before" alone has yue; all cells'),
-    "base": (change("before", {"en": 21, "zh": 10.0}), '"before" of student small differs between cells'),
-    "teacher": (change("teacher_errors", {"en": 5, "zh": 9.0}), '"teacher_errors" of teacher near differs'),
+    "base": (change("before", {"en": 21, "zh": 10.0}), '"before" of student a-small differs between cells'),
+    "teacher": (change("teacher_errors", {"en": 5, "zh": 9.0}), '"teacher_errors" of teacher a-near differs'),
     "no cells": (lambda content: content.update(cells=[]), 'has no list "cells"; give one object'),
     "no object": (lambda content: content.update(cells=[1]), "cell 1: expected an object, found int"),
     "primary": (lambda content: content.update(primary="x"), 'primary measure "x" is not in "measures"'),
