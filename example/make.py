@@ -40,9 +40,14 @@ HERE = Path(__file__).resolve().parent
 RATE_HZ = 16000
 MIN_S, MAX_S = 1.0, 4.0  # a clip outside is drawn again
 OPUS_LEVEL = 0.967  # libsndfile: bit rate = (1 - level) * 250 kbit/s + 6 kbit/s, about 14 kbit/s
-N_TRAIN, N_TEST = 1200, 100
+N_TRAIN = 1200
+N_DEV = 120
+N_TEST = 120  # 6 clips of each of 20 voices
 EXTRA_SHARD = 2000  # clips in one tar of the extra set
-N_LABELLED = 25  # clips of each speaker that the base learns from: half of train
+# The base learns from the first hours of the extra set: clean clips, and few of the degraded ones. So the
+# unlabelled audio of train has something to teach: conditions that the base has hardly heard.
+BASE_HOURS = 5.0
+BASE_DEGRADED = 8  # one in so many degraded clips
 PROMPT = "Please transcribe this audio."
 N_TOKENS = 512
 SPECIAL_TOKENS = [
@@ -89,26 +94,38 @@ TRAIN = {
         "zh+belinda",
     ],
 }
-DEV = {
-    "en": ["en-us+m5", "en-gb+f4", "en-us+michel"],
-    "zh": ["zh+m5", "zh+f4", "zh+michel"],
-}
-TEST = {
-    "en": ["en-us+m3", "en-gb+f2", "flite+rms", "en-gb-scotland+Andy", "en-us+steph", "en-gb-x-rp+Hugo"],
-    "zh": ["zh+m3", "zh+f2", "zh+klatt4", "zh+Andy", "zh+steph", "zh+Hugo"],
-}
+ACCENTS = ["en-us", "en-gb", "en-gb-scotland", "en-us-nyc", "en-gb-x-rp"]
+
+
+def voices_of(variants):
+    """Voices of both languages from espeak's variants; the English ones take turns at the accents."""
+    return {
+        "en": [f"{ACCENTS[i % len(ACCENTS)]}+{variant}" for i, variant in enumerate(variants)],
+        "zh": [f"zh+{variant}" for variant in variants],
+    }
+
+
+# No robot, no whisper, and of variants that differ in little more than their name only one. Five more were
+# tried and left out, because the teacher has over 50 % error on them in some condition: Marco, steph, travis,
+# zac, kaukovalta. What a teacher does not understand says nothing about learning from it.
+DEV = voices_of("m5 f4 Mike aunty grandpa grandma pedro max".split())
+TEST_VARIANTS = """
+    m3 f2 Andy Mario sandro quincy rob victor shelby anika gustave iven croak Nguyen boris marcelo norbert
+    Storm Lee pablo
+""".split()
+TEST = voices_of(TEST_VARIANTS)
+TEST["en"][-1] = "flite+rms"
 MORE_VARIANTS = """
     m6 m7 m8 f5 klatt klatt3 Alicia Andrea antonio benjamin caleb david Denis Diogo ed edward Gene
     Henrique john miguel paul
 """.split()
-ACCENTS = ["en-us", "en-gb", "en-gb-scotland", "en-us-nyc", "en-gb-x-rp"]
 EXTRA = {
-    "en": TRAIN["en"] + ["flite+awb"] + [f"{ACCENTS[i % 5]}+{v}" for i, v in enumerate(MORE_VARIANTS)],
-    "zh": TRAIN["zh"] + [f"zh+{v}" for v in MORE_VARIANTS],
+    "en": TRAIN["en"] + ["flite+awb"] + voices_of(MORE_VARIANTS)["en"],
+    "zh": TRAIN["zh"] + voices_of(MORE_VARIANTS)["zh"],
 }
 SPEAKERS = {"train": TRAIN, "extra": EXTRA, "dev": DEV}  # the other sets: TEST
 
-# set -> (language, condition); dev takes them in this order, N_TEST / 5 clips each
+# set -> (language, condition); dev takes them in this order, N_DEV / 5 clips each
 TESTS = {
     "en-clean": ("en", "clean"),
     "en-other": ("en", "noisy"),
@@ -231,11 +248,23 @@ def resample(x, n_out):
     return np.fft.irfft(np.fft.rfft(x)[: n_out // 2 + 1], n_out) * (n_out / len(x))
 
 
+def language_of(speaker):
+    return "zh" if speaker.startswith("zh+") else "en"
+
+
 def speak(speaker, text, rng):
-    """Speech (n,) at 16 kHz, RMS 0.1. Pitch, speed and vocal-tract scale vary around the speaker's own."""
+    """Speech (n,) at 16 kHz, RMS 0.1. Pitch and vocal-tract scale are the speaker's own, speed varies.
+
+    In training, pitch and scale vary too, which stands for more voices.
+    """
     own = rng_of("speaker", speaker)
-    scale = own.uniform(0.91, 1.1) * rng.uniform(0.985, 1.015)  # > 1: shorter vocal tract, higher and faster
-    pitch = own.uniform(30, 70) + rng.uniform(-8, 8)
+    vary_scale = rng.uniform(0.985, 1.015)
+    vary_pitch = rng.uniform(-8, 8)
+    if speaker in DEV[language_of(speaker)] + TEST[language_of(speaker)]:
+        vary_scale = 1.0
+        vary_pitch = 0.0
+    scale = own.uniform(0.91, 1.1) * vary_scale  # > 1: shorter vocal tract, higher and faster
+    pitch = own.uniform(30, 70) + vary_pitch
     speed = own.uniform(0.92, 1.08) * rng.uniform(0.93, 1.07) / scale
     voice, variant = speaker.split("+")
     if voice == "flite":
@@ -342,7 +371,7 @@ def make_clip(job):
         language, turn = ("en", "zh")[number % 2], number // 2
         condition = str(rng.choice(CONDITIONS, p=TRAIN_MIX[language]))
     else:
-        kind = list(TESTS)[number * len(TESTS) // N_TEST] if set_name == "dev" else set_name
+        kind = list(TESTS)[number * len(TESTS) // N_DEV] if set_name == "dev" else set_name
         language, condition = TESTS[kind]
         turn = number
     speakers = SPEAKERS.get(set_name, TEST)[language]
@@ -427,15 +456,10 @@ def make_audio(args):
                 for clip in pool.imap(make_clip, [(args.seed, "train", n) for n in numbers], chunksize=8):
                     lines.append(add_to_tar(tar, *clip))
         write_manifest(HERE / "train.jsonl", lines)
-        labelled = {
-            line["id"]
-            for speaker in TRAIN["en"] + TRAIN["zh"]
-            for line in [line for line in lines if line["speaker"] == speaker][:N_LABELLED]
-        }
-        write_manifest(HERE / "labelled.jsonl", [line for line in lines if line["id"] in labelled])
         with new_tar(HERE / "test.tar") as tar:
             for name in ["dev", *TESTS]:
-                clips = pool.imap(make_clip, [(args.seed, name, n) for n in range(N_TEST)], chunksize=8)
+                n_clips = N_DEV if name == "dev" else N_TEST
+                clips = pool.imap(make_clip, [(args.seed, name, n) for n in range(n_clips)], chunksize=8)
                 write_manifest(HERE / f"{name}.jsonl", [add_to_tar(tar, *clip) for clip in clips])
 
         args.work.mkdir(parents=True, exist_ok=True)
@@ -449,6 +473,20 @@ def make_audio(args):
                         lines.append(add_to_tar(tar, *clip))
                         seconds += clip[0]["duration"]
         write_manifest(args.work / "extra.jsonl", lines)
+        write_manifest(args.work / "labelled.jsonl", labelled_lines(lines))
+
+
+def labelled_lines(extra_lines):
+    """What the base learns from, in the order of the extra set."""
+    hours = np.cumsum([line["duration"] for line in extra_lines]) / 3600
+    lines = []
+    n_degraded = 0
+    for line in extra_lines[: np.searchsorted(hours, BASE_HOURS) + 1]:
+        is_clean = line["condition"] == "clean"
+        if is_clean or n_degraded % BASE_DEGRADED == 0:
+            lines.append(line)
+        n_degraded += not is_clean
+    return lines
 
 
 # ------------------------------------------------------------------------------------------------- tokenizer
@@ -541,8 +579,8 @@ MODELS = {  # name: (sizes, manifests, flags of sft.py); dev.jsonl chose the fla
     ),
     "base": (
         config(96, 3, 96, 2, 256),
-        ["example/labelled.jsonl"],
-        "--steps 3000 --batch-size 16 --warmup-steps 100 --ctc-weight 3.0 --eval-every 500",
+        ["{work}/labelled.jsonl"],
+        "--steps 2500 --batch-size 16 --warmup-steps 100 --ctc-weight 1.0 --eval-every 500",
     ),
 }
 
