@@ -37,7 +37,7 @@ ARMS = {
     "ce-reference": ["--states", "reference", "--objective", "ce"],
     "ce-teacher": ["--states", "teacher", "--objective", "ce"],
 }
-LEARNING_RATES = [5e-4, 1e-3, 2e-3]  # the grid, the same for all
+LEARNING_RATES = [2.5e-4, 5e-4, 1e-3, 2e-3]  # the grid, the same for all
 KIN = {"teacher-kl": "offline-kl", "ce-teacher": "ce-reference"}  # they take the learning rate of their kin
 SEEDS = {"opd": 8, "offline-kl": 8, "teacher-kl": 5, "ce-reference": 5, "ce-teacher": 3}
 

@@ -28,7 +28,7 @@ def test_every_command_is_one_that_opd_takes(monkeypatch):
     monkeypatch.chdir(ROOT)
     assert {run["question"] for run in driver.experiments([])} == {"tune"}  # the others need their rates
     runs = driver.experiments(tuned_lines())
-    assert len({run["name"] for run in runs}) == len(runs) == 9 + sum(driver.SEEDS.values())
+    assert len({run["name"] for run in runs}) == len(runs) == 12 + sum(driver.SEEDS.values())
     seen = set()
     for run in runs:
         args = opd.parse_args(driver.command_of(run)[1:])
