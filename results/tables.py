@@ -61,11 +61,16 @@ def markdown(header, rows):
 
 
 def tuning(runs):
-    rows = []
+    """The grid of learning rates: error on dev after 100 steps, a row an arm."""
+    grid = {}
     for run in runs:
         if run["question"] == "tune":
-            rows.append([run["arm"], f"{run['lr']:g}", f"{rate(run['errors']['dev']):.2f}"])
-    return markdown(["arm", "learning rate", "error on dev after 100 steps, %"], rows)
+            grid.setdefault(run["arm"], {})[run["lr"]] = rate(run["errors"]["dev"])
+    rates = sorted({lr for errors in grid.values() for lr in errors})
+    rows = []
+    for arm, errors in grid.items():
+        rows.append([arm, *(f"{errors[lr]:.2f}" if lr in errors else "–" for lr in rates)])
+    return markdown(["error on dev, %", *(f"lr {lr:g}" for lr in rates)], rows)
 
 
 def arms(runs):
@@ -94,11 +99,12 @@ def contrasts(runs):
     for run in runs:
         by_arm.setdefault(run["arm"], {})[run["seed"]] = run
     rows = []
+    baseline = by_arm.pop(BASELINE, {})
     for arm, own in by_arm.items():
-        if arm == BASELINE:
+        seeds = sorted(own.keys() & baseline.keys())
+        if not seeds:
             continue
-        seeds = sorted(own.keys() & by_arm[BASELINE].keys())
-        pairs = [by_arm[BASELINE][seed] for seed in seeds] + [own[seed] for seed in seeds]
+        pairs = [baseline[seed] for seed in seeds] + [own[seed] for seed in seeds]
         figures = relative_figures(table_of(pairs), len(seeds), is_paired=True)
         per_seed = " ".join(f"{value:+.1f}" for value in figures["per_seed"])
         speakers = f"{figures['cluster_low']:+.1f} to {figures['cluster_high']:+.1f}"
