@@ -9,6 +9,7 @@ import pathlib
 import sys
 
 import numpy as np
+from matplotlib.figure import Figure
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -120,6 +121,20 @@ def contrasts(runs):
     return markdown(header, rows)
 
 
+def draw(runs, path):
+    """Every run as a point: its macro change against the base, by arm; a line is the mean over seeds."""
+    figure = Figure(figsize=(6, 3.2), layout="constrained")
+    axis = figure.subplots()
+    names = list(dict.fromkeys(run["arm"] for run in runs))
+    for place, arm in enumerate(names):
+        changes = [macro_change(run) for run in runs if run["arm"] == arm]
+        axis.plot([place] * len(changes), changes, "o", alpha=0.6)
+        axis.hlines(np.mean(changes), place - 0.25, place + 0.25, color="black", linewidth=1)
+    axis.set_xticks(range(len(names)), names)
+    axis.set_ylabel("macro change against the base, %")
+    figure.savefig(path, dpi=100)
+
+
 def main():
     runs = read_runs()
     print(tuning(runs))
@@ -127,6 +142,7 @@ def main():
     if table_1:
         print(arms(table_1))
         print(contrasts(table_1))
+        draw(table_1, HERE / "table-1.png")
 
 
 if __name__ == "__main__":
