@@ -1,6 +1,8 @@
 """Computes the tables of RESULTS.md from results/runs.jsonl, by the statistics of eval.py.
 
-python results/tables.py
+    python results/tables.py
+
+It prints the tables and writes results/table-1.png.
 """
 
 import json
