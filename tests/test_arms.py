@@ -138,7 +138,12 @@ STEPS = {
 }
 
 
-@pytest.mark.parametrize("name", STEPS)
+SLOW_STEPS = ["ce-teacher", "support of the student", "reverse", "jsd", "full, reverse"]
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW_STEPS else name for name in STEPS]
+)
 def test_a_step_of_an_arm_is_its_definition(name, stage, tmp_path):
     settings = STEPS[name]
     flags = ["--batch-size", 5, "--clip", 0]
@@ -180,6 +185,7 @@ def test_more_supervised_training_is_sft(stage, tmp_path):
     assert_same_gradient(gradient_of(tmp_path / "arm"), gradient_of(tmp_path / "sft"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arm", ["offline-kl", "ce-teacher"])
 def test_no_cut_changes_a_step_of_an_arm(arm, stage, tmp_path):
     flags = ["--batch-size", 5, "--clip", 0, *ARMS[arm]]
@@ -282,6 +288,7 @@ def test_combinations_without_meaning_are_refused(flags, capsys):
 # ---- GKD's mixture -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_share_of_the_steps_takes_the_students_states(stage, tmp_path):
     """A share of 1 is opd, one of 0 the arm itself; in between each step is one of the two, by its draw."""
     steps = ["--steps", 6, "--lr", 0]

@@ -331,6 +331,7 @@ def test_full_support_is_a_union_of_all_ids(stage, tmp_path):
     assert_same_gradient(gradient_of(full), gradient_of(union))
 
 
+@pytest.mark.slow
 @BOTH
 def test_bf16_computes_in_bf16_and_trains_float32(script, stage, tmp_path, monkeypatch):
     out = tmp_path / "run"
@@ -362,6 +363,7 @@ def test_bf16_computes_in_bf16_and_trains_float32(script, stage, tmp_path, monke
 # ---- sampled rollouts --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_draws_depend_on_the_seed_the_step_and_the_clip(stage, tmp_path):
     """The same audio on two lines and weights that stand still: what differs is drawn."""
     line = lines_of(stage / "m.jsonl")[11]

@@ -45,6 +45,7 @@ def rejections(vuss, y, n_draws=999, at_once=20):
     return (np.concatenate(p_values) < 0.05).mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(8, 6), (6, 4)])
 def test_without_an_effect_the_primary_test_keeps_its_size_and_the_pooled_correlation_does_not(shape):
     vuss, y = simulate(2000, *shape, true_r=0)
@@ -304,6 +305,7 @@ def test_without_an_effect_there_is_no_evidence():
     assert "by 6 × 4 cells" in result["verdict"]
 
 
+@pytest.mark.slow
 def test_without_an_effect_partial_spearman_errs_and_the_verdict_does_not(monkeypatch):
     """Errors are noisy signs of strength; what they miss of it drives measure and error after."""
     monkeypatch.setattr(overlap, "DRAWS", 199)
