@@ -136,7 +136,7 @@ def test_defaults_are_the_papers_and_the_example_sets_its_own():
 
 @pytest.mark.slow
 def test_the_main_command(tmp_path):
-    """README, quick start: mean error falls by at least 15 %, four of five sets improve, 2 GB a process."""
+    """README, quick start: mean error falls by 15 % or more, four of five sets improve, 2 GB a process."""
     out = tmp_path / "run"
     status, text = run_command("opd.py", ["@example/opd.args", "--out", out], nproc=2, seconds=1200)
     assert status == 0, text[-3000:]
@@ -144,5 +144,9 @@ def test_the_main_command(tmp_path):
     before, after = ([summary[when][name]["value"] for name in TESTS] for when in ("before", "after"))
     assert np.mean(after) <= 0.85 * np.mean(before)
     assert sum(a < b for a, b in zip(after, before)) >= 4
-    assert summary["vuss_last"] < summary["vuss_first"]
-    assert lines_of(out / "metrics.jsonl")[-1]["rss_gb"] < 2
+    lines = lines_of(out / "metrics.jsonl")
+    kl = [line["kl"] for line in lines]
+    assert np.mean(kl[-10:]) < 0.7 * np.mean(kl[:10])
+    assert lines[-1]["rss_gb"] < 2
+    change = summary["change"]["macro"]
+    assert change["relative_high"] < 0 and change["clusters"] == 40
