@@ -1427,7 +1427,8 @@ def print_reasons(figures):
 def print_seeds(comparison):
     """Prints the comparison of two recipes over seeds (`compare_seeds`): each run, then the three spreads."""
     c = comparison
-    n_a, n_b = len(c["seeds_a"]), len(c["seeds_b"])
+    n_a = len(c["seeds_a"])
+    n_b = len(c["seeds_b"])
     if c["paired"]:
         seeds = ", ".join(map(str, c["seeds_a"]))
         tqdm.write(f"paired by seed: {seeds}")

@@ -65,11 +65,13 @@ def markdown(header, rows):
 
 def tuning(runs):
     """The grid of learning rates: error on dev after 100 steps, a row an arm."""
-    grid = {}
+    grid = {}  # arm → {learning rate: error}
+    rates = set()
     for run in runs:
         if run["question"] == "tune":
             grid.setdefault(run["arm"], {})[run["lr"]] = rate(run["errors"]["dev"])
-    rates = sorted({lr for errors in grid.values() for lr in errors})
+            rates.add(run["lr"])
+    rates = sorted(rates)
     rows = []
     for arm, errors in grid.items():
         rows.append([arm, *(f"{errors[lr]:.2f}" if lr in errors else "–" for lr in rates)])
