@@ -138,7 +138,7 @@ STEPS = {
 }
 
 
-SLOW_STEPS = ["ce-teacher", "support of the student", "reverse", "jsd", "full, reverse"]
+SLOW_STEPS = ["teacher-kl", "ce-teacher", "support of the student", "reverse", "jsd", "full, reverse"]
 
 
 @pytest.mark.parametrize(
@@ -232,11 +232,11 @@ def test_arms_see_the_same_clips_and_differ_in_their_flag_only(stage, tmp_path, 
         seen[arm] = []
         monkeypatch.setattr(opd, "step_batches", record(arm))
         out = tmp_path / arm
-        lines = train(opd, stage, out, "--steps", 3, "--batch-size", 6, "--micro-seconds", 2, *flags)
+        lines = train(opd, stage, out, "--steps", 2, "--batch-size", 6, "--micro-seconds", 2, *flags)
         rates[arm] = [line["lr"] for line in lines]
         configs[arm] = json.loads((out / "config.json").read_text())
         starts[arm] = lines[0]["loss"]
-    assert len(seen["opd"]) > 6
+    assert len(seen["opd"]) > 4
     for arm in ARMS:
         assert seen[arm] == seen["opd"]
         assert rates[arm] == rates["opd"]

@@ -224,6 +224,7 @@ def assert_holds_what_trained(out, start):
         assert torch.equal(end[name], last[name]) and not torch.equal(end[name], start[name]), name
 
 
+@pytest.mark.slow
 def test_a_copy_with_another_divergence(stage, tmp_path):
     """The sum of both directions, by a change of one line of support_kl."""
     folder, out = tmp_path / "copy", tmp_path / "run"

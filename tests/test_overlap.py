@@ -796,6 +796,7 @@ def write_run(folder, n_steps, **constants):
     return folder
 
 
+@pytest.mark.slow
 def test_runs_are_drawn_over_their_steps(tmp_path, monkeypatch, capsys):
     """A curve a run in seven panels, and the runs' names in the eighth. 150 steps: means of three."""
     figures = []

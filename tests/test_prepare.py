@@ -215,6 +215,7 @@ def test_what_is_no_audio_or_holds_none_is_left_out(pack, run, tmp_path, monkeyp
     assert left_out[1] == (1, "lasts 0 s or less, or its header states no length", "empty.wav")
 
 
+@pytest.mark.slow
 def test_as_a_script(tmp_path):
     """A mistake of the user is one line and status 2."""
     librispeech(tmp_path / "ls")

@@ -70,6 +70,7 @@ def test_a_step_of_sft_is_its_definition(stage, tmp_path):
     assert_same_gradient(gradient_of(out), gradient, 1e-5)
 
 
+@pytest.mark.slow
 def test_sft_learns_by_heart_then_transcribes(stage, tmp_path):
     """Four clips by heart: eval.py finds no error, and its result file is a manifest of the next stage."""
     sft_out, results = tmp_path / "sft", tmp_path / "results"

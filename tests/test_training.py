@@ -201,6 +201,7 @@ def test_opd_reads_no_transcript(stage, tmp_path):
     assert results[0] == results[1] == results[2]
 
 
+@pytest.mark.slow
 def test_opd_pulls_the_student_to_the_teacher(stage, tmp_path):
     lines = train(opd, stage, tmp_path / "run", "--steps", 15, "--batch-size", 6, "--lr", 2e-2)
     assert [line["step"] for line in lines] == list(range(1, 16))
@@ -278,6 +279,7 @@ def with_other_ids(model):
     return other
 
 
+@pytest.mark.slow
 def test_a_teacher_with_other_ids_for_the_same_tokens_is_the_same_teacher(stage, tmp_path):
     teacher = tiny_model(1, width=48, hidden=64, tied=False, spread=0.1)
     results = []
@@ -301,7 +303,7 @@ SAMPLED = ["--temperature", 0.7]
     "script, world, batch_size, micro_seconds, more",
     [
         pytest.param(opd, 1, 5, 0.1, [], id="opd, a clip at a time"),
-        pytest.param(opd, 4, 3, 600, [], id="opd, four ranks, one without a clip"),
+        pytest.param(opd, 4, 3, 600, [], id="opd, four ranks, one without a clip", marks=pytest.mark.slow),
         pytest.param(opd, 2, 5, 0.1, SAMPLED, id="opd, sampled, two ranks, three and two micro-batches"),
         pytest.param(sft, 2, 5, 0.1, CTC_AND_MASKS, id="sft, two ranks, three and two micro-batches"),
         pytest.param(sft, 1, 5, 0.1, CTC_AND_MASKS, id="sft, a clip at a time"),
