@@ -249,6 +249,7 @@ def test_arms_see_the_same_clips_and_differ_in_their_flag_only(stage, tmp_path, 
     assert len(set(starts.values())) == 5
 
 
+@pytest.mark.slow
 def test_only_reference_states_read_the_text(stage, tmp_path, capsys):
     lines = [{key: x for key, x in line.items() if key != "text"} for line in lines_of(stage / "m.jsonl")]
     path = write_lines(tmp_path / "m.jsonl", lines)

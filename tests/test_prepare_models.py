@@ -170,6 +170,7 @@ def test_student_from_config_is_a_function_of_the_seed(tmp_path):
     assert (text["hidden_act"], text["rms_norm_eps"], text["eos_token_id"]) == ("silu", 1e-6, 257)
 
 
+@pytest.mark.slow
 def test_student_refuses_what_does_not_fit(tmp_path):
     nano, lm = glm_asr_nano_folder(tmp_path / "nano"), qwen3_lm_folder(tmp_path / "lm")
     (tmp_path / "c.json").write_text("{}")

@@ -304,7 +304,15 @@ SAMPLED = ["--temperature", 0.7]
     [
         pytest.param(opd, 1, 5, 0.1, [], id="opd, a clip at a time"),
         pytest.param(opd, 4, 3, 600, [], id="opd, four ranks, one without a clip", marks=pytest.mark.slow),
-        pytest.param(opd, 2, 5, 0.1, SAMPLED, id="opd, sampled, two ranks, three and two micro-batches"),
+        pytest.param(
+            opd,
+            2,
+            5,
+            0.1,
+            SAMPLED,
+            id="opd, sampled, two ranks, three and two micro-batches",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(sft, 2, 5, 0.1, CTC_AND_MASKS, id="sft, two ranks, three and two micro-batches"),
         pytest.param(sft, 1, 5, 0.1, CTC_AND_MASKS, id="sft, a clip at a time"),
     ],
