@@ -537,6 +537,10 @@ def score(results, style="default", simplify=False):
     return scored
 
 
+def is_scored(result):
+    return "errors" in result and "error" not in result
+
+
 def metric_name(languages):
     """WER, CER, or MER where some lines are scored by word and some by character."""
     by_character = {language in CHARACTER_LANGUAGES for language in languages}
@@ -555,7 +559,7 @@ def summarize(results, clusters, style="default", simplify=False, seconds=None):
     seconds / seconds of audio.
     """
     decoded = [result for result in results if "error" not in result]
-    scored = [result for result in decoded if "errors" in result]
+    scored = [result for result in results if is_scored(result)]
     languages = [language_of(result) for result in scored]
     names = {normalizer_name(language, style, simplify) for language in languages}
 
@@ -563,7 +567,7 @@ def summarize(results, clusters, style="default", simplify=False, seconds=None):
     scored_clusters = []
     counts = []
     for result, cluster in zip(results, clusters, strict=True):
-        if "error" in result or "errors" not in result:
+        if not is_scored(result):
             continue
         for key in COUNTS:
             total[key] += result[key]
@@ -906,10 +910,6 @@ def count_set(paths, style="default", simplify=False, cluster=None, strict=True)
     if not counts[:, -1].any():
         raise InputError(f"{paths[0]}: no reference has a unit to compare")
     return CountedSet(metric_name(languages), clusters, counts, len(first) - len(rows))
-
-
-def is_scored(result):
-    return "errors" in result and "error" not in result
 
 
 def check_pairs(results, own, other, other_path):

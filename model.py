@@ -1112,6 +1112,14 @@ def teacher_rollout(rollout, alignment):
     return Rollout(ids.clamp(min=0), rollout.lens, rollout.stopped)  # padding becomes id 0 and is never read
 
 
+def missing_token(text, front_end, to_teacher):
+    """The first token of a text that has no counterpart in the teacher (to_teacher (V,) < 0), or None."""
+    for i in front_end.encode_text(text):
+        if to_teacher[i] < 0:
+            return front_end.decode([i])
+    return None
+
+
 def student_rollout(rollout, alignment):
     """A transcript of the teacher in the student's ids. It was written without ids that the student lacks."""
     ids = alignment.to_student[rollout.ids]

@@ -89,6 +89,7 @@ from model import (
     load_state,
     local_folder,
     make_optimizer,
+    missing_token,
     narrow_support,
     save_checkpoint,
     save_model,
@@ -262,10 +263,8 @@ def main(args):
 
     def check_reference(clip):
         """Raises AudioError where the teacher lacks a token of the reference: such a clip cannot be used."""
-        ids = student.front_end.encode_text(clip.text)
-        missing = [i for i in ids if to_teacher[i] < 0]
-        if missing:
-            token = student.front_end.tokenizer.convert_ids_to_tokens(missing[0])
+        token = missing_token(clip.text, student.front_end, to_teacher)
+        if token is not None:
             raise AudioError(f"{clip.where}: the teacher's vocabulary lacks a token of the text, {token!r}")
 
     def make_micro_batch(step, indices, batch_clips, waveforms):
@@ -375,13 +374,7 @@ def main(args):
                     encoded=encoded,
                 )
             elif states == "teacher":
-                written = teacher.sample(
-                    teacher_batch,
-                    args.max_new_tokens,
-                    k=1,
-                    tokens_per_second=args.tokens_per_second,
-                    forbidden=alignment.teacher_forbidden,
-                )
+                written = teacher_transcripts(teacher, teacher_batch, alignment, args)
                 rollout = student_rollout(written, alignment)
             else:
                 rollout = references
@@ -555,6 +548,17 @@ def states_of(args, step):
     return "student" if draw < args.student_share else args.states
 
 
+def teacher_transcripts(teacher, teacher_batch, alignment, args):
+    """What the teacher writes greedily, without ids that the student lacks: a `Rollout` in its own ids."""
+    return teacher.sample(
+        teacher_batch,
+        args.max_new_tokens,
+        k=1,
+        tokens_per_second=args.tokens_per_second,
+        forbidden=alignment.teacher_forbidden,
+    )
+
+
 def rollout_sums(batch, rollout, texts, student_topk, teacher_topk, support_mask):
     """What the log needs of a micro-batch, summed over its rows and clips."""
     overlap = set_overlap(student_topk, teacher_topk, support_mask)
@@ -572,13 +576,7 @@ def rollout_sums(batch, rollout, texts, student_topk, teacher_topk, support_mask
 
 def sample_lines(step, student, teacher, alignment, args, clips, teacher_batch, rollout, kl, n=2):
     """A few transcripts to read: the reference, what was learned from, the teacher's; KL a token in nats."""
-    written = teacher.sample(
-        teacher_batch,
-        args.max_new_tokens,
-        k=1,
-        tokens_per_second=args.tokens_per_second,
-        forbidden=alignment.teacher_forbidden,
-    )
+    written = teacher_transcripts(teacher, teacher_batch, alignment, args)
     teacher_texts = teacher.front_end.texts(written)
     kl_per_clip = kl.split((rollout.lens + rollout.stopped).tolist())
     lines = []

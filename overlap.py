@@ -49,11 +49,15 @@ from eval import (
     MAX_NEW_TOKENS,
     TOKENS_PER_SECOND,
     cell_text,
+    cluster_table,
     count_errors,
+    estimate,
     holm,
     language_of,
     languages_of,
     normalize,
+    p_text,
+    percent,
     print_table,
     read_sets,
 )
@@ -61,6 +65,7 @@ from model import (
     SpeechLM,
     align_vocabularies,
     check_languages,
+    missing_token,
     student_rollout,
     student_support,
     support_kl,
@@ -168,6 +173,9 @@ def measure_sets(args, rank, world, device):
         rollout, values, written = measure(
             student, teacher, alignment, batch_clips, default_language, args, device
         )
+        # To the CPU at once: below are many small sums, and each would wait for the device.
+        rollout = rollout.to("cpu")
+        values = {name: value.cpu() for name, value in values.items()}
         histogram += confidence_histogram(values)
 
         # Sums over the rows of each part of the transcripts.
@@ -244,13 +252,12 @@ def check_references(clips, student, alignment):
     for clip in clips:
         if clip.text is None:
             raise InputError(f'{clip.where}: no "text", which --states reference scores; give it one')
-        for i in student.front_end.encode_text(clip.text):
-            if to_teacher[i] < 0:
-                token = student.front_end.decode([i])
-                raise InputError(
-                    f'{clip.where}: "text" has the token {token!r}, which the teacher\'s vocabulary lacks; '
-                    "leave the line out"
-                )
+        token = missing_token(clip.text, student.front_end, to_teacher)
+        if token is not None:
+            raise InputError(
+                f'{clip.where}: "text" has the token {token!r}, which the teacher\'s vocabulary lacks; '
+                "leave the line out"
+            )
 
 
 def clip_groups(set_name, language):
@@ -637,8 +644,8 @@ def position_figure(tenths, k):
 
 def confidence_histogram(values):
     """(bins, bins) number of rows by q and p of the student's likeliest id, both from 0 to 1."""
-    first_student = values["first_student"].cpu().numpy()
-    first_teacher = values["first_teacher"].cpu().numpy()
+    first_student = values["first_student"].numpy()
+    first_teacher = values["first_teacher"].numpy()
     unit = [[0, 1 + 1e-9], [0, 1 + 1e-9]]  # a softmax may round to a little above 1
     return np.histogram2d(first_student, first_teacher, CONFIDENCE_BINS, unit)[0]
 
@@ -1018,19 +1025,17 @@ def left_out_ridge(columns, y, groups, penalty=1.0):
 def jackknife_improvement(squares_without, squares_with, groups):
     """θ = root mean square without the measure − that with it, and its 95 % interval θ ± t_.975(G − 1) SE.
 
-    SE² = (G − 1)/G Σ_g (θ_(g) − θ)², where θ_(g) leaves out the cells of group g of G. The predictions stay
-    what they were. All arguments (n,) → θ, low, high.
+    The jackknife of eval.py, with the G groups of cells as its clusters. The predictions stay what they were.
+    All arguments (n,) → θ, low, high.
     """
-    value = math.sqrt(squares_without.mean()) - math.sqrt(squares_with.mean())
-    deviations = []
-    for group in np.unique(groups):
-        kept = groups != group
-        without_group = math.sqrt(squares_without[kept].mean()) - math.sqrt(squares_with[kept].mean())
-        deviations.append(without_group - value)
-    n_groups = len(deviations)
-    standard_error = math.sqrt((n_groups - 1) / n_groups * np.sum(np.square(deviations)))
-    half_width = float(scipy.stats.t.ppf(0.975, n_groups - 1)) * standard_error
-    return value, value - half_width, value + half_width
+
+    def improvement(sums):  # (..., 1, 3): sums of squares without and with the measure, number of cells
+        root_mean_squares = np.sqrt(sums[..., 0, :2] / sums[..., 0, 2:])
+        return root_mean_squares[..., 0] - root_mean_squares[..., 1]
+
+    columns = np.stack([squares_without, squares_with, np.ones(len(groups))], axis=1)  # (n, 3)
+    figures = estimate(cluster_table([groups.tolist()], [columns]), improvement)
+    return figures.value, figures.low, figures.high
 
 
 def regret(y, score):
@@ -1285,16 +1290,12 @@ def print_predictions(result):
     print_table(rows, ["measure", "new student", *columns, "new teacher", *columns, "regret %"])
 
 
-def p_text(p):
-    return None if p is None else f"{p:.4f}"
-
-
 def sign_text(sign):
     return {1: "+", -1: "−"}.get(sign)
 
 
 def percent_text(log_ratio):
-    return None if log_ratio is None else f"{100 * math.expm1(log_ratio):.1f}"
+    return None if log_ratio is None else f"{percent(log_ratio):.1f}"
 
 
 if __name__ == "__main__":

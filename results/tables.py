@@ -5,7 +5,6 @@
 It prints the tables and writes results/table-1.png.
 """
 
-import json
 import os
 import pathlib
 import sys
@@ -16,30 +15,21 @@ from matplotlib.figure import Figure
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+from run import error_rate, finished_lines  # noqa: E402
+
 from eval import CountedSet, joint_table, percent, relative_figures  # noqa: E402
 
 TESTS = ["en-clean", "en-other", "zh-read", "zh-net", "zh-meeting"]
 BASELINE = "offline-kl"
 
 
-def read_runs():
-    with open(HERE / "runs.jsonl", encoding="utf-8") as file:
-        return [json.loads(raw) for raw in file]
-
-
-def rate(speakers):
-    """Σ errors / Σ units in %, of {speaker: [errors, units]}."""
-    counts = np.array(list(speakers.values()), dtype=float)
-    return 100 * counts[:, 0].sum() / counts[:, 1].sum()
-
-
 def mean_rate(run):
-    return float(np.mean([rate(run["errors"][stem]) for stem in TESTS]))
+    return float(np.mean([error_rate(run["errors"][stem]) for stem in TESTS]))
 
 
 def macro_change(run):
     """100 (e^M − 1) of one run against the base, M the mean over sets of ln(rate after / rate before)."""
-    logs = [np.log(rate(run["errors"][stem]) / run["before"][stem]) for stem in TESTS]
+    logs = [np.log(error_rate(run["errors"][stem]) / run["before"][stem]) for stem in TESTS]
     return percent(float(np.mean(logs)))
 
 
@@ -69,7 +59,7 @@ def tuning(runs):
     rates = set()
     for run in runs:
         if run["question"] == "tune":
-            grid.setdefault(run["arm"], {})[run["lr"]] = rate(run["errors"]["dev"])
+            grid.setdefault(run["arm"], {})[run["lr"]] = error_rate(run["errors"]["dev"])
             rates.add(run["lr"])
     rates = sorted(rates)
     rows = []
@@ -85,7 +75,7 @@ def arms(runs):
         own = sorted((run for run in runs if run["arm"] == arm), key=lambda run: run["seed"])
         by_set = []
         for stem in TESTS:
-            by_set.append(f"{np.mean([rate(run['errors'][stem]) for run in own]):.1f}")
+            by_set.append(f"{np.mean([error_rate(run['errors'][stem]) for run in own]):.1f}")
         seeds = " ".join(f"{mean_rate(run):.1f}" for run in own)
         change = np.mean([macro_change(run) for run in own])
         first = np.mean([run["vuss_first"] for run in own])
@@ -140,7 +130,7 @@ def draw(runs, path):
 
 
 def main():
-    runs = read_runs()
+    runs = finished_lines()
     print(tuning(runs))
     table_1 = [run for run in runs if run["question"] == "table-1"]
     if table_1:
