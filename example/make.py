@@ -1,7 +1,8 @@
 """Rebuilds the embedded bilingual example (a toy task: synthetic speech, small vocabulary) from nothing.
 
     apt-get install espeak-ng flite
-    python example/make.py audio        # train, dev, five test sets -> example/; extra -> --work
+    python example/make.py audio        # train, dev, five test sets -> example/
+    python example/make.py extra        # what teacher and base learn from, which is not shipped -> --work
     python example/make.py tokenizer    # byte-level BPE of 512 tokens -> --work
     python example/make.py models       # teacher and base by sft.py, which share the tokenizer -> example/
     python example/make.py all
@@ -462,6 +463,9 @@ def make_audio(args):
                 clips = pool.imap(make_clip, [(args.seed, name, n) for n in range(n_clips)], chunksize=8)
                 write_manifest(HERE / f"{name}.jsonl", [add_to_tar(tar, *clip) for clip in clips])
 
+
+def make_extra(args):
+    with multiprocessing.Pool(args.workers) as pool:
         args.work.mkdir(parents=True, exist_ok=True)
         lines, seconds = [], 0.0
         while seconds < args.extra_hours * 3600:
@@ -657,7 +661,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("stage", choices=["audio", "tokenizer", "models", "all"])
+    parser.add_argument("stage", choices=["audio", "extra", "tokenizer", "models", "all"])
     add = parser.add_argument
     add("--work", type=Path, default=Path("/tmp/asr-opd-example"), help="folder of what is not shipped")
     add("--extra-hours", type=float, default=8.0, help="hours of extra training audio, 0: none")
@@ -667,7 +671,7 @@ def parse_args(argv=None):
 
 
 def main(args):
-    stages = {"audio": make_audio, "tokenizer": make_tokenizer, "models": make_models}
+    stages = {"audio": make_audio, "extra": make_extra, "tokenizer": make_tokenizer, "models": make_models}
     for name in stages if args.stage == "all" else [args.stage]:
         start = time.time()
         stages[name](args)

@@ -2,17 +2,21 @@
 
     python results/run.py --list               # what is finished, and what is left
     python results/run.py --jobs 2             # everything that is left, two runs side by side
-    python results/run.py --only table-1       # one question
+    python results/run.py --only table-1       # some questions
 
 A run is finished when results/runs.jsonl has its line. So this can be stopped at any moment, and started
-again: what was being run begins anew. Each run is one process of one thread, in runs/results/NAME.
+again: what was being run begins anew. Each run is one process of one thread, in runs/results/NAME. Models
+and data that an unfinished run needs are made first, and made anew where they are missing. They take
+espeak-ng and flite (example/make.py), and the recordings of ASR_OPD_DATA for question 4.
 
-A line holds the question, the arm, the settings, the command, the seconds, VUSS, and for each set the errors
-and reference units of each speaker, from which results/tables.py computes everything else.
+A line holds the question, the arm, the settings, the command, the seconds, and what results/tables.py
+computes the tables from: the errors of each speaker in each set (speakers in the order of results/units.json,
+which has their reference units), VUSS during the run, or the measures of overlap.py.
 """
 
 import argparse
 import collections
+import datetime
 import json
 import os
 import pathlib
@@ -21,14 +25,74 @@ import subprocess
 import sys
 import time
 
+import numpy as np
+
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent
 RUNS = HERE / "runs.jsonl"
-WORK = ROOT / "runs" / "results"
-sys.path.insert(0, str(ROOT))
+UNITS = HERE / "units.json"
+OUT = "runs/results"  # from ROOT
+WORK = ROOT / OUT
 
 TESTS = [f"example/{name}.jsonl" for name in ("en-clean", "en-other", "zh-read", "zh-net", "zh-meeting")]
 DEV = ["example/dev.jsonl"]
+BASE = "example/base"
+TEACHER = "example/teacher"
+
+# ------------------------------------------------------------------------------------- models and their data
+# Name → command. Its folder is runs/results/NAME, which stands for OUT in the command.
+
+SFT = ["sft.py", "--workers", "0", "--keep", "99", "--out", "OUT"]
+SPEC_AUGMENT = ["--time-masks", "1", "--time-width", "20", "--freq-masks", "1", "--freq-width", "20"]
+STYLE_TEXT = f"{OUT}/style-text/train.jsonl"
+TD_TEXT = f"{OUT}/td-text/train.jsonl"
+TD = ["--train", TD_TEXT, "--text-field", "hyp", "--batch-size", "32", "--warmup-steps", "20"]
+N_TD_SEEDS = 3
+
+MODELS = {
+    # What the example's models have learned from, and weights to begin with.
+    "extra": ["example/make.py", "extra", "--extra-hours", "5", "--work", "OUT"],
+    "start-base": [
+        *("-m", "prepare.student", "--config", "example/base/config.json"),
+        *("--tokenizer", "example/base", "--out", "OUT"),
+    ],
+    "start-teacher": [
+        *("-m", "prepare.student", "--config", "example/teacher/config.json"),
+        *("--tokenizer", "example/base", "--out", "OUT"),
+    ],
+    # Students: the checkpoints of the base's training, made again.
+    "students": [
+        *SFT,
+        *("--train", f"{OUT}/extra/labelled.jsonl", "--model", f"{OUT}/start-base"),
+        *("--steps", "2500", "--batch-size", "16", "--warmup-steps", "100", "--lr", "3e-3"),
+        *("--ctc-weight", "1", "--save-every", "100", *SPEC_AUGMENT),
+    ],
+    # Weaker teachers: the checkpoints of a shorter training of the teacher.
+    "teachers": [
+        *SFT,
+        *("--train", "example/train.jsonl", f"{OUT}/extra/extra.jsonl", "--model", f"{OUT}/start-teacher"),
+        *("--steps", "1600", "--batch-size", "32", "--warmup-steps", "200", "--lr", "3e-3"),
+        *("--ctc-weight", "0.5", "--save-every", "200", *SPEC_AUGMENT),
+    ],
+    # A teacher of another style: the shipped one, tuned on capitals and punctuation.
+    "style-text": ["results/style.py", "example/train.jsonl", "OUT"],
+    "teacher-style": [
+        *SFT,
+        *("--train", STYLE_TEXT, "--model", TEACHER),
+        *("--steps", "300", "--batch-size", "32", "--warmup-steps", "20", "--lr", "1e-3"),
+    ],
+    # TD: what the teacher writes, and students that have learned from it.
+    "td-text": ["eval.py", "--model", TEACHER, "--data", "example/train.jsonl", "--out", "OUT"],
+}
+TD_STUDENTS = (1000, 1300, 1600)  # checkpoints that get TD
+for n_steps in TD_STUDENTS:
+    MODELS[f"student-td-{n_steps}"] = [
+        *SFT,
+        *("--model", f"{OUT}/students/step-{n_steps}/model"),
+        *(*TD, "--steps", "100", "--lr", "5e-4"),
+    ]
+
+# ------------------------------------------------------------------------------------------------------ runs
 
 ARMS = {
     "opd": [],
@@ -41,6 +105,27 @@ LEARNING_RATES = [2.5e-4, 5e-4, 1e-3, 2e-3]  # the grid, the same for all
 KIN = {"teacher-kl": "offline-kl", "ce-teacher": "ce-reference"}  # they take the learning rate of their kin
 SEEDS = {"opd": 8, "offline-kl": 8, "teacher-kl": 5, "ce-reference": 5, "ce-teacher": 3}
 
+STUDENTS = {f"sft-{n}": f"{OUT}/students/step-{n}/model" for n in (1000, 1300, 1600, 1900, 2200)}
+for n_steps in TD_STUDENTS:
+    STUDENTS[f"sft-{n_steps}-td"] = f"{OUT}/student-td-{n_steps}/model"
+TEACHERS = {
+    "shipped": TEACHER,
+    "sft-800": f"{OUT}/teachers/step-800/model",
+    "sft-1200": f"{OUT}/teachers/step-1200/model",
+    "sft-1600": f"{OUT}/teachers/step-1600/model",
+    "style": f"{OUT}/teacher-style/model",
+    "clone": f"{OUT}/students/step-1700/model",  # the students' own training, a little on
+}
+# Pairs that get two more seeds, for the noise ceiling.
+REPEATED = [
+    ("sft-1000", "shipped"),
+    ("sft-1300", "sft-1200"),
+    ("sft-1600", "style"),
+    ("sft-1900", "clone"),
+    ("sft-2200", "sft-1600"),
+    ("sft-1300-td", "sft-800"),
+]
+
 
 def experiments(finished):
     """All runs in the order in which they are made, as dicts. finished: the lines that exist."""
@@ -49,19 +134,109 @@ def experiments(finished):
     # Question 0: the learning rate of three arms, by the error on dev after 100 steps.
     for arm in ("opd", "offline-kl", "ce-reference"):
         for lr in LEARNING_RATES:
-            runs.append({"question": "tune", "arm": arm, "seed": 0, "steps": 100, "lr": lr, "sets": DEV})
+            runs.append(opd_run("tune", arm, 0, lr, steps=100, sets=DEV))
+    rates = {}
+    for arm in ARMS:
+        rates[arm] = tuned_rate(KIN.get(arm, arm), finished)
+    if None in rates.values():
+        return runs
 
     # Question 1: the arms from one base. Seed by seed, so that a stop leaves pairs.
     for seed in range(max(SEEDS.values())):
         for arm, n_seeds in SEEDS.items():
-            lr = tuned_rate(KIN.get(arm, arm), finished)
-            if seed < n_seeds and lr is not None:
-                runs.append(
-                    {"question": "table-1", "arm": arm, "seed": seed, "steps": 200, "lr": lr, "sets": TESTS}
-                )
-    for run in runs:
-        run["name"] = f"{run['question']}-{run['arm']}-lr{run['lr']:g}-seed{run['seed']}"
+            if seed < n_seeds:
+                runs.append(opd_run("table-1", arm, seed, rates[arm]))
+    runs.append(eval_run("table-1", "base", BASE))
+    runs.append(eval_run("table-1", "teacher", TEACHER))
+
+    # Question 2: the recipe. TD is 100 steps, OPD and more SFT are 200. Overlap is measured on the way.
+    for seed in range(N_TD_SEEDS):
+        sft = [*SFT, *TD, "--lr", f"{rates['ce-teacher']:g}", "--seed", str(seed), "--eval", *TESTS]
+        td = f"table-2-td-seed{seed}"
+        td_model = f"{OUT}/{td}/model"
+        labels = {"question": "table-2", "teacher": TEACHER, "seed": seed, "lr": rates["ce-teacher"]}
+        command = [*sft, "--model", BASE, "--steps", "100"]
+        runs.append({**labels, "name": td, "arm": "td", "student": BASE, "steps": 100, "command": command})
+        command = [*sft, "--model", td_model, "--steps", "200"]
+        name = f"table-2-td+sft-seed{seed}"
+        runs.append(
+            {**labels, "name": name, "arm": "td+sft", "student": td_model, "steps": 200, "command": command}
+        )
+        for arm, student in (("opd", BASE), ("td+opd", td_model)):
+            flags = ["--save-every", "50", "--keep", "9"]
+            run = opd_run("table-2", arm, seed, rates["opd"], student=student, flags=flags)
+            runs.append(run)
+            for step in (0, 50, 100, 150, 200):
+                model = f"{OUT}/{run['name']}/step-{step}/model" if step else student
+                overlap = overlap_run("table-2", f"{run['name']}-step{step}", model, TEACHER)
+                runs.append({**overlap, "arm": arm, "seed": seed, "steps": step})
+
+    # Question 3: does overlap predict the gain? Both models alone, each pair before, 100 steps of OPD.
+    for name, model in STUDENTS.items():
+        runs.append(eval_run("table-3", f"student-{name}", model))
+    for name, model in TEACHERS.items():
+        runs.append(eval_run("table-3", f"teacher-{name}", model))
+    for student, student_model in STUDENTS.items():
+        for teacher, teacher_model in TEACHERS.items():
+            name = f"table-3-{student}-{teacher}"
+            runs.append(overlap_run("table-3", f"{name}-before", student_model, teacher_model))
+            runs.append(pair_run(student, teacher, 0, rates["opd"]))
+    for seed in (1, 2):
+        for student, teacher in REPEATED:
+            runs.append(pair_run(student, teacher, seed, rates["opd"]))
+    # And what overlap does: KL on the intersection, or on as many ids as the union has, the student's own.
+    for seed in range(3):
+        for arm, flags in (("intersection", []), ("student", ["--k", "52"])):
+            runs.append(opd_run("support", arm, seed, rates["opd"], flags=["--support", arm, *flags]))
     return runs
+
+
+def opd_run(question, arm, seed, lr, *, steps=200, student=BASE, teacher=TEACHER, flags=(), sets=TESTS):
+    """A run of opd.py."""
+    command = ["opd.py", "@example/opd.args", *ARMS.get(arm, []), *flags]
+    if student != BASE:
+        command += ["--student", student]
+    if teacher != TEACHER:
+        command += ["--teacher", teacher]
+    command += ["--seed", str(seed), "--steps", str(steps), "--lr", f"{lr:g}"]
+    if "--save-every" not in flags:
+        command += ["--save-every", str(steps)]
+    return {
+        "question": question,
+        "name": f"{question}-{arm}-lr{lr:g}-seed{seed}",
+        "arm": arm,
+        "student": student,
+        "teacher": teacher,
+        "seed": seed,
+        "steps": steps,
+        "lr": lr,
+        "command": [*command, "--eval", *sets, "--out", "OUT"],
+    }
+
+
+def pair_run(student, teacher, seed, lr):
+    """A cell of question 3: 100 steps of OPD of one student with one teacher."""
+    run = opd_run("table-3", "opd", seed, lr, steps=100, student=STUDENTS[student], teacher=TEACHERS[teacher])
+    run["name"] = f"table-3-{student}-{teacher}-seed{seed}"
+    return run
+
+
+def eval_run(question, name, model):
+    """A model as it is, on the test sets."""
+    command = ["eval.py", "--model", model, "--data", *TESTS, "--out", "OUT"]
+    return {"question": question, "name": f"{question}-{name}", "model": model, "command": command}
+
+
+def overlap_run(question, name, student, teacher):
+    """The overlap of a student with a teacher, on dev."""
+    command = ["overlap.py", "--student", student, "--teacher", teacher, "--data", *DEV, "--out", "OUT"]
+    return {
+        "question": question,
+        "name": name,
+        "student": student,
+        "teacher": teacher,
+        "command": command,
+    }
 
 
 def tuned_rate(arm, finished):
@@ -69,65 +244,111 @@ def tuned_rate(arm, finished):
     errors = {}
     for line in finished:
         if line["question"] == "tune" and line["arm"] == arm:
-            errors[line["lr"]] = error_rate(line["errors"]["dev"])
+            errors[line["lr"]] = sum(line["errors"]["dev"])
     if len(errors) < len(LEARNING_RATES):
         return None
     return min(errors, key=errors.get)
 
 
-def error_rate(speakers):
-    """Σ errors / Σ units in %, of {speaker: [errors, units]}."""
-    errors = sum(counts[0] for counts in speakers.values())
-    units = sum(counts[1] for counts in speakers.values())
-    return 100 * errors / units
+# ------------------------------------------------------------------------------------------------- the loop
 
 
-def command_of(run):
-    command = ["opd.py", "@example/opd.args", *ARMS[run["arm"]]]
-    command += ["--seed", str(run["seed"]), "--steps", str(run["steps"]), "--lr", f"{run['lr']:g}"]
-    command += ["--save-every", str(run["steps"]), "--eval", *run["sets"]]
-    return [*command, "--out", f"runs/results/{run['name']}"]
+def needs(run):
+    """The names whose folders a command reads."""
+    names = []
+    for argument in run["command"]:
+        if argument.startswith(f"{OUT}/"):
+            names.append(argument.split("/")[2])
+    return names
 
 
-def start(run):
-    """Starts a run in one process of one thread. What an earlier start left is removed."""
-    shutil.rmtree(WORK / run["name"], ignore_errors=True)
+def is_complete(name):
+    return (WORK / name / "finished").exists()
+
+
+def next_job(runs, makers, busy):
+    """The first of `runs` that can start now, or what makes a folder that one of them waits for, or None."""
+    for run in runs:
+        if run["name"] in busy:
+            continue
+        missing = [makers[name] for name in needs(run) if not is_complete(name)]
+        job = next_job(missing, makers, busy) if missing else run
+        if job is not None:
+            return job
+    return None
+
+
+def start(job):
+    """Starts a job in one process of one thread. What an earlier start left is removed."""
+    shutil.rmtree(WORK / job["name"], ignore_errors=True)
     WORK.mkdir(parents=True, exist_ok=True)
-    with open(WORK / f"{run['name']}.log", "w", encoding="utf-8") as log:
+    with open(WORK / f"{job['name']}.log", "w", encoding="utf-8") as log:
         return subprocess.Popen(
-            [sys.executable, *command_of(run)],
+            [sys.executable, *command_of(job)],
             cwd=ROOT,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         )
+
+
+def command_of(job):
+    return [f"{OUT}/{job['name']}" if argument == "OUT" else argument for argument in job["command"]]
 
 
 def line_of(run, seconds):
     """The line of a run that has ended well."""
     out = WORK / run["name"]
-    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
-    line = {key: value for key, value in run.items() if key != "sets"}
-    line["command"] = " ".join(command_of(run))
-    line["seconds"] = round(seconds)
-    line["vuss_first"] = round(summary["vuss_first"], 3)
-    line["vuss_last"] = round(summary["vuss_last"], 3)
-    line["errors"] = errors_by_speaker(out / f"eval-{run['steps']}")
-    line["before"] = {stem: round(figures["value"], 3) for stem, figures in summary["before"].items()}
+    line = {**run, "command": " ".join(command_of(run)), "seconds": round(seconds)}
+    line["date"] = datetime.date.today().isoformat()
+    if run["command"][0] == "overlap.py":
+        overlap = json.loads((out / "overlap.json").read_text(encoding="utf-8"))
+        line["measures"] = rounded(overlap["measures"]["all"])
+        line["baselines"] = rounded(overlap["baselines"]["all"])
+        return line
+    folder = out if run["command"][0] == "eval.py" else out / f"eval-{run['steps']}"
+    line["errors"] = errors_by_speaker(folder)
+    if run["command"][0] == "opd.py":
+        line["vuss"] = vuss_of(out / "metrics.jsonl")
     return line
 
 
+def rounded(figures):
+    """The numbers among {name: value}, to six digits."""
+    return {name: float(f"{value:.6g}") for name, value in figures.items() if value is not None}
+
+
+def vuss_of(path):
+    """{k: VUSS at k, as the mean over the first ten steps, the last ten, and all} of a metrics.jsonl."""
+    steps = [json.loads(raw) for raw in path.read_text(encoding="utf-8").splitlines()]
+    table = {}
+    for key in steps[0]:
+        if key == "vuss" or key.startswith("vuss_"):
+            values = [step[key] for step in steps]
+            means = [np.mean(values[:10]), np.mean(values[-10:]), np.mean(values)]
+            table[key.removeprefix("vuss_")] = [round(float(mean), 3) for mean in means]
+    return table
+
+
 def errors_by_speaker(folder):
-    """{set: {speaker: [errors, units]}} of the result files in a folder."""
-    sets = {}
+    """{set: errors of each speaker, speakers sorted} of the result files in a folder.
+
+    The reference units of each speaker go to results/units.json, where they must be the same for all runs.
+    """
+    units = json.loads(UNITS.read_text(encoding="utf-8")) if UNITS.exists() else {}
+    errors = {}
     for path in sorted(folder.glob("*.jsonl")):
         speakers = collections.defaultdict(lambda: [0, 0])
         for raw in path.read_text(encoding="utf-8").splitlines():
             result = json.loads(raw)
             speakers[result["speaker"]][0] += result["errors"]
             speakers[result["speaker"]][1] += result["units"]
-        sets[path.stem] = dict(speakers)
-    return sets
+        names = sorted(speakers)
+        units_of_set = {name: speakers[name][1] for name in names}
+        assert units.setdefault(path.stem, units_of_set) == units_of_set, f"{path}: other clips than before"
+        errors[path.stem] = [speakers[name][0] for name in names]
+    UNITS.write_text(json.dumps(units, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
+    return errors
 
 
 def finished_lines():
@@ -136,48 +357,63 @@ def finished_lines():
     return [json.loads(raw) for raw in RUNS.read_text(encoding="utf-8").splitlines()]
 
 
+def finish(job, seconds):
+    """Marks the folder of a job as complete, and adds the line of a run that has none yet."""
+    (WORK / job["name"] / "finished").touch()
+    names = {line["name"] for line in finished_lines()}
+    if "question" in job and job["name"] not in names:
+        line = json.dumps(line_of(job, seconds), ensure_ascii=False, separators=(",", ":"))
+        with open(RUNS, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+    print(f"{job['name']}: {seconds:.0f} s", flush=True)
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--list", action="store_true", help="print what is finished and what is left")
-    parser.add_argument("--only", help="one question, such as table-1")
+    parser.add_argument("--only", nargs="+", help="some questions, such as table-1")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side, one core each")
     return parser.parse_args(argv)
 
 
 def main(args):
-    running = {}  # process → its run and when it began
+    running = {}  # process → its job and when it began
     while True:
         lines = finished_lines()
-        names = {line["name"] for line in lines}
-        runs = [run for run in experiments(lines) if args.only in (None, run["question"])]
-        left = [run for run in runs if run["name"] not in names]
+        finished_names = {line["name"] for line in lines}
+        all_runs = experiments(lines)
+        runs = [run for run in all_runs if args.only is None or run["question"] in args.only]
+        left = [run for run in runs if run["name"] not in finished_names]
         if args.list:
             print(f"{len(runs) - len(left)} of {len(runs)} runs are finished; next:")
             for run in left:
                 print("  python", " ".join(command_of(run)))
             return
-        started = {run["name"] for run, _ in running.values()}
-        waiting = [run for run in left if run["name"] not in started]
-        if not waiting and not running:
+
+        makers = {name: {"name": name, "command": command} for name, command in MODELS.items()}
+        makers.update({run["name"]: run for run in all_runs})
+        busy = {job["name"] for job, _ in running.values()}
+        job = next_job(left, makers, busy)
+        if job is None and not running:
             return
-        if waiting and len(running) < args.jobs:
-            process = start(waiting[0])
-            running[process] = (waiting[0], time.time())
+        if job is not None and len(running) < args.jobs:
+            running[start(job)] = (job, time.time())
             continue
+
         time.sleep(1)
         for process in list(running):
             if process.poll() is None:
                 continue
-            run, began = running.pop(process)
+            job, began = running.pop(process)
             if process.returncode:
-                raise SystemExit(f"{run['name']} failed: see {WORK / run['name']}.log")
-            line = line_of(run, time.time() - began)
-            with open(RUNS, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            shutil.rmtree(WORK / run["name"])
-            print(f"{run['name']}: {line['seconds']} s; {len(left) - 1} left", flush=True)
+                raise SystemExit(f"{job['name']} failed: see {WORK / job['name']}.log")
+            finish(job, time.time() - began)
+            # A run's folder goes, unless a run that is left reads it. Models stay.
+            needed = {name for run in left for name in needs(run)}
+            if "question" in job and job["name"] not in needed:
+                shutil.rmtree(WORK / job["name"])
 
 
 if __name__ == "__main__":
