@@ -44,7 +44,7 @@ TEACHER = "example/teacher"
 
 SFT = ["sft.py", "--workers", "0", "--keep", "99", "--out", "OUT"]
 SPEC_AUGMENT = ["--time-masks", "1", "--time-width", "20", "--freq-masks", "1", "--freq-width", "20"]
-STYLE_TEXT = f"{OUT}/style-text/train.jsonl"
+SETS = f"{OUT}/sets"
 TD_TEXT = f"{OUT}/td-text/train.jsonl"
 TD = ["--train", TD_TEXT, "--text-field", "hyp", "--batch-size", "32", "--warmup-steps", "20"]
 N_TD_SEEDS = 3
@@ -75,10 +75,10 @@ MODELS = {
         *("--ctc-weight", "0.5", "--save-every", "200", *SPEC_AUGMENT),
     ],
     # A teacher of another style: the shipped one, tuned on capitals and punctuation.
-    "style-text": ["results/style.py", "example/train.jsonl", "OUT"],
+    "sets": ["results/sets.py", "OUT"],
     "teacher-style": [
         *SFT,
-        *("--train", STYLE_TEXT, "--model", TEACHER),
+        *("--train", f"{SETS}/style.jsonl", "--model", TEACHER),
         *("--steps", "300", "--batch-size", "32", "--warmup-steps", "20", "--lr", "1e-3"),
     ],
     # TD: what the teacher writes, and students that have learned from it.
@@ -91,6 +91,32 @@ for n_steps in TD_STUDENTS:
         *("--model", f"{OUT}/students/step-{n_steps}/model"),
         *(*TD, "--steps", "100", "--lr", "5e-4"),
     ]
+
+# Human speech: digit strings of six speakers, one of them held out. The teacher learns from the other five,
+# the base from two of them, and the audio without transcripts is of the five.
+FSDD = os.path.join(os.environ.get("ASR_OPD_DATA", ROOT.parent / "shared" / "data"), "fsdd")
+SPEAKERS = ["george", "jackson", "lucas", "nicolas", "theo", "yweweler"]
+DIGITS = ["-m", "prepare.fsdd", FSDD]
+for n, held_out in enumerate(SPEAKERS):
+    others = SPEAKERS[n + 1 :] + SPEAKERS[:n]
+    for set_name, speakers, count in (
+        ("labelled", others, 3000),
+        ("base", others[:2], 1000),
+        ("train", others, 1200),
+        ("test", [held_out], 300),
+    ):
+        seed = str(("labelled", "base", "train", "test").index(set_name))
+        MODELS[f"digits-{held_out}-{set_name}"] = [
+            *(*DIGITS, "--speakers", *speakers, "--count", str(count), "--seed", seed),
+            *("--split", "test" if set_name == "test" else "train", "--out", f"OUT/digits-{held_out}.jsonl"),
+        ]
+    for name, steps, data in (("teacher", 600, "labelled"), ("base", 400, "base")):
+        MODELS[f"digits-{held_out}-{name}-model"] = [
+            *SFT,
+            *("--train", f"{OUT}/digits-{held_out}-{data}/digits-{held_out}.jsonl"),
+            *("--model", f"{OUT}/start-{name}", "--steps", str(steps), "--batch-size", "16"),
+            *("--warmup-steps", "100", "--lr", "3e-3", "--ctc-weight", "1", *SPEC_AUGMENT),
+        ]
 
 # ------------------------------------------------------------------------------------------------------ runs
 
@@ -125,6 +151,30 @@ REPEATED = [
     ("sft-2200", "sft-1600"),
     ("sft-1300-td", "sft-800"),
 ]
+
+DIGIT_SPEAKERS = ["jackson", "nicolas", "theo"]  # held out; then the other three
+STRENGTHS = [600, 1200, 2500]  # steps of the base's training, which has 2,500
+ABLATIONS = {
+    "default": [],
+    "support-teacher": ["--support", "teacher"],
+    "support-student": ["--support", "student"],
+    "support-intersection": ["--support", "intersection"],
+    "support-full": ["--support", "full"],
+    "divergence-reverse": ["--divergence", "reverse"],
+    "divergence-jsd": ["--divergence", "jsd"],
+    "k-4": ["--k", "4"],
+    "k-8": ["--k", "8"],
+    "k-16": ["--k", "16"],
+    "k-64": ["--k", "64"],
+    "tau-0.5": ["--tau", "0.5"],
+    "tau-2": ["--tau", "2"],
+    "temperature-0.7": ["--temperature", "0.7"],
+    "temperature-1": ["--temperature", "1"],
+    "student-share-0.5": ["--states", "reference", "--student-share", "0.5"],
+    "parts-encoder": ["--train-parts", "encoder"],
+    "parts-adapter": ["--train-parts", "adapter"],
+    "parts-lm": ["--train-parts", "lm"],
+}
 
 
 def experiments(finished):
@@ -188,6 +238,52 @@ def experiments(finished):
     for seed in range(3):
         for arm, flags in (("intersection", []), ("student", ["--k", "52"])):
             runs.append(opd_run("support", arm, seed, rates["opd"], flags=["--support", arm, *flags]))
+
+    # Question 4: human speech. 100 steps from a base that has heard two of the five; the sixth is tested.
+    for held_out in DIGIT_SPEAKERS:
+        folder = f"{OUT}/digits-{held_out}"
+        stem = f"digits-{held_out}.jsonl"
+        student = f"{folder}-base-model/model"
+        teacher = f"{folder}-teacher-model/model"
+        test = [f"{folder}-test/{stem}"]
+        for name, model in (("base", student), ("teacher", teacher)):
+            runs.append(eval_run("digits", f"{name}-{held_out}", model, test))
+        for seed in range(2):
+            for arm in ("opd", "offline-kl", "ce-reference"):
+                run = opd_run(
+                    "digits", arm, seed, rates[arm], steps=100, student=student, teacher=teacher, sets=test
+                )
+                run["command"] += ["--train", f"{folder}-train/{stem}"]
+                run["name"] += f"-{held_out}"
+                runs.append(run)
+
+    # Question 5: students of other strength (25, 50 and 100 % of the base's training), and less audio.
+    for seed in range(2):
+        for arm in ("opd", "offline-kl"):
+            for steps in STRENGTHS:
+                run = opd_run("strength", arm, seed, rates[arm], student=f"{OUT}/students/step-{steps}/model")
+                run["name"] += f"-sft-{steps}"
+                runs.append(run)
+            for part in ("quarter", "half"):
+                run = opd_run("amount", arm, seed, rates[arm], flags=["--train", f"{SETS}/{part}.jsonl"])
+                run["name"] += f"-{part}"
+                runs.append(run)
+    for steps in STRENGTHS:
+        runs.append(eval_run("strength", f"student-sft-{steps}", f"{OUT}/students/step-{steps}/model"))
+
+    # Question 6: silence, noise, and clips longer than any in training, before and after.
+    odd_sets = [f"{SETS}/{name}.jsonl" for name in ("silence", "noise", "long")]
+    runs.append(eval_run("robustness", "base", BASE, odd_sets))
+    runs.append(eval_run("robustness", "teacher", TEACHER, odd_sets))
+    for seed in (6, 7):
+        for arm in ("opd", "offline-kl"):
+            name = f"table-1-{arm}-lr{rates[arm]:g}-seed{seed}"
+            runs.append(eval_run("robustness", f"{arm}-seed{seed}", f"{OUT}/{name}/model", odd_sets))
+
+    # Question 7: one flag at a time, 100 steps.
+    for seed in range(2):
+        for arm, flags in ABLATIONS.items():
+            runs.append(opd_run("ablation", arm, seed, rates["opd"], steps=100, flags=flags))
     return runs
 
 
@@ -221,9 +317,9 @@ def pair_run(student, teacher, seed, lr):
     return run
 
 
-def eval_run(question, name, model):
-    """A model as it is, on the test sets."""
-    command = ["eval.py", "--model", model, "--data", *TESTS, "--out", "OUT"]
+def eval_run(question, name, model, sets=TESTS):
+    """A model as it is, on some sets."""
+    command = ["eval.py", "--model", model, "--data", *sets, "--out", "OUT"]
     return {"question": question, "name": f"{question}-{name}", "model": model, "command": command}
 
 
@@ -293,7 +389,12 @@ def start(job):
 
 
 def command_of(job):
-    return [f"{OUT}/{job['name']}" if argument == "OUT" else argument for argument in job["command"]]
+    """The command of a job, with the name of its folder."""
+    out = f"{OUT}/{job['name']}"
+    command = []
+    for argument in job["command"]:
+        command.append(out + argument[3:] if argument.startswith("OUT") else argument)
+    return command
 
 
 def line_of(run, seconds):
@@ -308,6 +409,8 @@ def line_of(run, seconds):
         return line
     folder = out if run["command"][0] == "eval.py" else out / f"eval-{run['steps']}"
     line["errors"] = errors_by_speaker(folder)
+    if run["question"] == "robustness":
+        line["health"] = health(folder)
     if run["command"][0] == "opd.py":
         line["vuss"] = vuss_of(out / "metrics.jsonl")
     return line
@@ -328,6 +431,15 @@ def vuss_of(path):
             means = [np.mean(values[:10]), np.mean(values[-10:]), np.mean(values)]
             table[key.removeprefix("vuss_")] = [round(float(mean), 3) for mean in means]
     return table
+
+
+def health(folder):
+    """{set: [clips, empty, looping, capped transcripts]} of an evaluation."""
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    counts = {}
+    for stem, figures in summary.items():
+        counts[stem] = [figures["n"], figures["empty"], figures["looping"], figures["capped"]]
+    return counts
 
 
 def errors_by_speaker(folder):

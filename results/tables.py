@@ -1,10 +1,14 @@
-"""Computes the tables of RESULTS.md from results/runs.jsonl, by the statistics of eval.py.
+"""Computes the tables and pictures of RESULTS.md from results/runs.jsonl, by the statistics of eval.py.
 
-    python results/tables.py
+    python results/tables.py            # prints the tables, writes the pictures
+    python results/tables.py --write    # and puts the tables where RESULTS.md and README.md have their marks
 
-It prints the tables and writes results/table-1.png.
+A table stands between the lines <!-- table NAME --> and <!-- end -->. What has not been run is left out.
 """
 
+import argparse
+import collections
+import json
 import os
 import pathlib
 import sys
@@ -13,130 +17,638 @@ import numpy as np
 from matplotlib.figure import Figure
 
 HERE = pathlib.Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+ROOT = HERE.parent
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(HERE))
 
-from run import error_rate, finished_lines  # noqa: E402
+from run import ARMS, STUDENTS, TEACHERS, UNITS, finished_lines  # noqa: E402
 
-from eval import CountedSet, joint_table, percent, relative_figures  # noqa: E402
+from eval import CountedSet, joint_table, p_text, percent, relative_figures  # noqa: E402
+from overlap import analyse, double_centre, read_table  # noqa: E402
 
 TESTS = ["en-clean", "en-other", "zh-read", "zh-net", "zh-meeting"]
-BASELINE = "offline-kl"
+KS = [1, 2, 4, 8, 16, 32]
+
+# Measures of question 3. Those that repeat another one are left out: each costs power.
+MEASURES = ["vuss", "vuss_4", "top1", "mass_teacher", "advantage", "entropy_gap", "kl_full", "teacher_logp"]
+BASELINES = ["error_between", "token_agreement", "trigram_f1"]
+
+# ---- figures of runs ---------------------------------------------------------------------------------------
 
 
-def mean_rate(run):
-    return float(np.mean([error_rate(run["errors"][stem]) for stem in TESTS]))
+def units_of(stem):
+    """{speaker: reference units} of a set, in the order of the errors of a line."""
+    units = json.loads(UNITS.read_text(encoding="utf-8"))[stem]
+    return {speaker: units[speaker] for speaker in sorted(units)}
 
 
-def macro_change(run):
-    """100 (e^M − 1) of one run against the base, M the mean over sets of ln(rate after / rate before)."""
-    logs = [np.log(error_rate(run["errors"][stem]) / run["before"][stem]) for stem in TESTS]
+def rate(line, stem):
+    """Σ errors / Σ units in %."""
+    return 100 * sum(line["errors"][stem]) / sum(units_of(stem).values())
+
+
+def mean_rate(line):
+    return float(np.mean([rate(line, stem) for stem in TESTS]))
+
+
+def macro_change(line, before):
+    """100 (e^M − 1), M the mean over sets of ln(rate / rate before)."""
+    logs = [np.log(rate(line, stem) / rate(before, stem)) for stem in TESTS]
     return percent(float(np.mean(logs)))
 
 
-def table_of(runs):
+def evaluation_of(lines, question, model):
+    """The line of a model as it is, or None."""
+    for line in lines:
+        if line["question"] == question and line.get("model") == model:
+            return line
+    return None
+
+
+def by_arm(lines):
+    """{arm: its lines, by seed}, arms in the order of the lines."""
+    arms = collections.defaultdict(list)
+    for line in lines:
+        arms[line["arm"]].append(line)
+    return {arm: sorted(own, key=lambda line: line["seed"]) for arm, own in arms.items()}
+
+
+def joint_counts(lines, stems=TESTS):
     """The table (G, S, runs + 1) of eval.py: errors by speaker and set in each run, then units."""
     sets = []
-    for stem in TESTS:
-        speakers = sorted(runs[0]["errors"][stem])
-        rows = []
-        for speaker in speakers:
-            errors = [run["errors"][stem][speaker][0] for run in runs]
-            rows.append([*errors, runs[0]["errors"][stem][speaker][1]])
-        clusters = [("speaker", speaker) for speaker in speakers]
-        sets.append(CountedSet("", clusters, np.array(rows, dtype=float)))
+    for stem in stems:
+        units = units_of(stem)
+        columns = [line["errors"][stem] for line in lines] + [list(units.values())]
+        clusters = [("speaker", speaker) for speaker in units]
+        sets.append(CountedSet("", clusters, np.array(columns, dtype=float).T))
     return joint_table(sets)
+
+
+def paired(runs_a, runs_b):
+    """The lines of two recipes that share their seeds, in the order of the seeds."""
+    seeds_a = {line["seed"]: line for line in runs_a}
+    seeds_b = {line["seed"]: line for line in runs_b}
+    seeds = sorted(seeds_a.keys() & seeds_b.keys())
+    return [seeds_a[seed] for seed in seeds], [seeds_b[seed] for seed in seeds]
+
+
+# ---- Markdown ----------------------------------------------------------------------------------------------
 
 
 def markdown(header, rows):
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
-def tuning(runs):
+def signed(value):
+    return f"{value:+.1f}".replace("-", "−")
+
+
+def spread(low, high):
+    return "–" if low is None else f"{signed(low)} to {signed(high)}"
+
+
+CONTRAST_HEADER = ["macro change, %", "mean", "each seed", "seed sd: a rerun on these sets?"]
+CONTRAST_HEADER += ["95 %: these models, other speakers?", "95 %: the recipe, other seeds and speakers?", "p"]
+
+
+def contrast_row(name, runs_a, runs_b):
+    """B against A, paired by seed: the macro change with its three spreads."""
+    runs_a, runs_b = paired(runs_a, runs_b)
+    figures = relative_figures(joint_counts(runs_a + runs_b), len(runs_a), is_paired=True)
+    return figures_row(name, figures)
+
+
+def figures_row(name, figures):
+    per_seed = " ".join(signed(value) for value in figures["per_seed"])
+    row = [name, signed(figures["value"]), per_seed]
+    seed_sd = "–" if figures["seed_sd"] is None else f"{figures['seed_sd']:.1f}"
+    row += [seed_sd, spread(figures["cluster_low"], figures["cluster_high"])]
+    return [*row, spread(figures["low"], figures["high"]), p_text(figures["p"]) or "–"]
+
+
+def rates_row(name, lines):
+    """Rates of each set as the mean over seeds, their mean, and the mean of each seed."""
+    by_set = [f"{np.mean([rate(line, stem) for line in lines]):.1f}" for stem in TESTS]
+    means = [mean_rate(line) for line in lines]
+    each = " ".join(f"{mean:.1f}" for mean in means) if len(means) > 1 else ""
+    return [name, *by_set, f"{np.mean(means):.1f}", each]
+
+
+RATES_HEADER = [*TESTS, "mean", "mean of each seed"]
+
+
+def dots(path, groups, label):
+    """Each value of {name: values} as a point; a line is the mean of a group."""
+    figure = Figure(figsize=(max(6, 0.5 * len(groups)), 3.4), layout="constrained")
+    axis = figure.subplots()
+    for place, values in enumerate(groups.values()):
+        axis.plot([place] * len(values), values, "o", alpha=0.6)
+        axis.hlines(np.mean(values), place - 0.25, place + 0.25, color="black", linewidth=1)
+    rotation = 60 if len(groups) > 8 else 0
+    axis.set_xticks(range(len(groups)), list(groups), rotation=rotation)
+    axis.set_ylabel(label)
+    figure.savefig(path, dpi=80)
+
+
+# ---- question 1 --------------------------------------------------------------------------------------------
+
+
+def tuning(lines):
     """The grid of learning rates: error on dev after 100 steps, a row an arm."""
-    grid = {}  # arm → {learning rate: error}
-    rates = set()
-    for run in runs:
-        if run["question"] == "tune":
-            grid.setdefault(run["arm"], {})[run["lr"]] = error_rate(run["errors"]["dev"])
-            rates.add(run["lr"])
-    rates = sorted(rates)
+    grid = collections.defaultdict(dict)  # arm → {learning rate: error}
+    for line in lines:
+        if line["question"] == "tune":
+            grid[line["arm"]][line["lr"]] = rate(line, "dev")
+    rates = sorted({lr for errors in grid.values() for lr in errors})
     rows = []
     for arm, errors in grid.items():
-        rows.append([arm, *(f"{errors[lr]:.2f}" if lr in errors else "–" for lr in rates)])
+        best = min(errors, key=errors.get)
+        cells = [f"**{errors[lr]:.2f}**" if lr == best else f"{errors[lr]:.2f}" for lr in rates]
+        rows.append([arm, *cells])
     return markdown(["error on dev, %", *(f"lr {lr:g}" for lr in rates)], rows)
 
 
-def arms(runs):
-    """Each arm with every seed: mean error of the five sets, and the macro change against the base."""
-    rows = []
-    for arm in dict.fromkeys(run["arm"] for run in runs):
-        own = sorted((run for run in runs if run["arm"] == arm), key=lambda run: run["seed"])
-        by_set = []
-        for stem in TESTS:
-            by_set.append(f"{np.mean([error_rate(run['errors'][stem]) for run in own]):.1f}")
-        seeds = " ".join(f"{mean_rate(run):.1f}" for run in own)
-        change = np.mean([macro_change(run) for run in own])
-        first = np.mean([run["vuss_first"] for run in own])
-        last = np.mean([run["vuss_last"] for run in own])
-        mean = f"{np.mean([mean_rate(run) for run in own]):.1f}"
-        rows.append(
-            [arm, f"{own[0]['lr']:g}", *by_set, mean, seeds, f"{change:+.1f} %", f"{first:.2f} → {last:.2f}"]
-        )
-    header = ["arm", "lr", *TESTS, "mean", "mean of each seed", "macro change", "VUSS"]
+def arms(lines):
+    """Table 1: base, arms and teacher."""
+    base = evaluation_of(lines, "table-1", "example/base")
+    teacher = evaluation_of(lines, "table-1", "example/teacher")
+    runs = by_arm(line for line in lines if line["question"] == "table-1" and "arm" in line)
+    rows = [[*rates_row("base", [base]), "", "", ""]]
+    for arm in ARMS:
+        own = runs[arm]
+        change = np.mean([macro_change(line, base) for line in own])
+        first = np.mean([line["vuss"]["vuss"][0] for line in own])
+        last = np.mean([line["vuss"]["vuss"][1] for line in own])
+        vuss = f"{first:.2f} → {last:.2f}"
+        rows.append([*rates_row(arm, own), f"{signed(change)} %", vuss, f"{own[0]['lr']:g}"])
+    rows.append([*rates_row("teacher", [teacher]), "", "", ""])
+    header = ["%", *RATES_HEADER, "macro change", "VUSS, first → last 10 steps", "lr"]
     return markdown(header, rows)
 
 
-def contrasts(runs):
-    """Each arm against BASELINE, paired by seed: the macro change with three spreads."""
-    by_arm = {}
-    for run in runs:
-        by_arm.setdefault(run["arm"], {})[run["seed"]] = run
+def draw_arms(lines):
+    base = evaluation_of(lines, "table-1", "example/base")
+    runs = by_arm(line for line in lines if line["question"] == "table-1" and "arm" in line)
+    groups = {arm: [macro_change(line, base) for line in runs[arm]] for arm in ARMS}
+    dots(HERE / "table-1.png", groups, "macro change against the base, %")
+
+
+def arms_short(lines):
+    """Table 1 for the README."""
+    base = evaluation_of(lines, "table-1", "example/base")
+    teacher = evaluation_of(lines, "table-1", "example/teacher")
+    runs = by_arm(line for line in lines if line["question"] == "table-1" and "arm" in line)
+    rows = [[*rates_row("base", [base])[:-1], "", ""]]
+    for arm in ARMS:
+        change = np.mean([macro_change(line, base) for line in runs[arm]])
+        rows.append([*rates_row(f"`{arm}`", runs[arm])[:-1], f"{signed(change)} %", str(len(runs[arm]))])
+    rows.append([*rates_row("teacher", [teacher])[:-1], "", ""])
+    return markdown(["%", *TESTS, "mean", "macro change", "seeds"], rows)
+
+
+def arms_contrasts(lines):
+    """Each arm against offline-kl; the first is the primary comparison."""
+    runs = by_arm(line for line in lines if line["question"] == "table-1" and "arm" in line)
     rows = []
-    baseline = by_arm.pop(BASELINE, {})
-    for arm, own in by_arm.items():
-        seeds = sorted(own.keys() & baseline.keys())
-        if not seeds:
-            continue
-        pairs = [baseline[seed] for seed in seeds] + [own[seed] for seed in seeds]
-        figures = relative_figures(table_of(pairs), len(seeds), is_paired=True)
-        per_seed = " ".join(f"{value:+.1f}" for value in figures["per_seed"])
-        speakers = f"{figures['cluster_low']:+.1f} to {figures['cluster_high']:+.1f}"
-        row = [f"{arm} against {BASELINE}", f"{figures['value']:+.1f}", per_seed]
-        if figures["seed_sd"] is None:
-            row += ["–", speakers, "–", "–"]
-        else:
-            total = f"{figures['low']:+.1f} to {figures['high']:+.1f}"
-            row += [f"{figures['seed_sd']:.1f}", speakers, total, f"{figures['p']:.4f}"]
+    for arm in ("opd", "teacher-kl", "ce-reference", "ce-teacher"):
+        name = f"**{arm}** (primary)" if arm == "opd" else arm
+        rows.append(contrast_row(f"{name} against offline-kl", runs["offline-kl"], runs[arm]))
+    return markdown(CONTRAST_HEADER, rows)
+
+
+# ---- question 2 --------------------------------------------------------------------------------------------
+
+
+def recipe_runs(lines):
+    """{arm: lines with errors} of question 2."""
+    return by_arm(line for line in lines if line["question"] == "table-2" and "errors" in line)
+
+
+def recipe(lines):
+    """Table 2: the recipe."""
+    base = evaluation_of(lines, "table-1", "example/base")
+    runs = recipe_runs(lines)
+    rows = [[*rates_row("base", [base]), ""]]
+    names = {"opd": "base + OPD", "td": "base + TD", "td+sft": "base + TD + more SFT"}
+    names["td+opd"] = "base + TD + OPD"
+    for arm, name in names.items():
+        change = np.mean([macro_change(line, base) for line in runs[arm]])
+        rows.append([*rates_row(name, runs[arm]), f"{signed(change)} %"])
+    return markdown(["%", *RATES_HEADER, "macro change"], rows)
+
+
+def recipe_contrasts(lines):
+    runs = recipe_runs(lines)
+    rows = []
+    for arm, other in (("td+opd", "opd"), ("td+opd", "td+sft"), ("td+sft", "opd")):
+        rows.append(contrast_row(f"{arm} against {other}", runs[other], runs[arm]))
+    return markdown(CONTRAST_HEADER, rows)
+
+
+def recipe_vuss(lines):
+    """VUSS during OPD with and without TD, and the difference at equal error on dev."""
+    runs = recipe_runs(lines)
+    rows = []
+    for arm, name in (("opd", "without TD"), ("td+opd", "with TD")):
+        row = [name]
+        for k in KS:
+            key = "vuss" if k == KS[-1] else f"vuss_{k}"
+            values = [line["vuss"][key][2] for line in runs[arm]]
+            row.append(f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})")
         rows.append(row)
-    header = ["macro change, %", "mean", "each seed", "seed sd: a rerun on these sets?"]
-    header += ["95 %: these models, other speakers?", "95 %: the recipe, other seeds and speakers?", "p"]
+    row = ["TD's difference at equal error, each seed"]
+    curves = recipe_curves(lines)
+    for k in KS:
+        differences = []
+        for seed, opd in curves["opd"].items():
+            differences.append(difference_at_equal_error(opd, curves["td+opd"][seed], k))
+        row.append(" ".join(f"{value:+.3f}".replace("-", "−") for value in differences))
+    rows.append(row)
+    return markdown(["VUSS", *(f"k = {k}" for k in KS)], rows)
+
+
+def recipe_curves(lines):
+    """{arm: {seed: [(steps of OPD, error on dev, measures)]}}."""
+    curves = {"opd": collections.defaultdict(list), "td+opd": collections.defaultdict(list)}
+    for line in lines:
+        if line["question"] == "table-2" and "measures" in line:
+            point = (line["steps"], line["baselines"]["error_student"], line["measures"])
+            curves[line["arm"]][line["seed"]].append(point)
+    return curves
+
+
+def difference_at_equal_error(curve_a, curve_b, k):
+    """Mean over the points of curve B of its VUSS − that of curve A at the same error, linear between points.
+
+    Points of B whose error curve A does not have are left out; NaN where that is all of them.
+    """
+    key = "vuss" if k == KS[-1] else f"vuss_{k}"
+    errors_a = [error for _, error, _ in curve_a]
+    values_a = [measures[key] for _, _, measures in curve_a]
+    order = np.argsort(errors_a)
+    differences = []
+    for _, error, measures in curve_b:
+        if min(errors_a) <= error <= max(errors_a):
+            at_error = np.interp(error, np.array(errors_a)[order], np.array(values_a)[order])
+            differences.append(measures[key] - at_error)
+    return float(np.mean(differences)) if differences else float("nan")
+
+
+def draw_recipe(lines):
+    """VUSS at k = 4 and at k = 32 over the error on dev, along OPD with and without TD."""
+    curves = recipe_curves(lines)
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    for axis, key in zip(figure.subplots(1, 2), ("vuss_4", "vuss")):
+        for arm, colour in (("opd", "C0"), ("td+opd", "C1")):
+            for seed, curve in curves[arm].items():
+                errors = [error for _, error, _ in curve]
+                values = [measures[key] for _, _, measures in curve]
+                label = {"opd": "without TD", "td+opd": "with TD"}[arm] if seed == 0 else None
+                axis.plot(errors, values, "o-", color=colour, alpha=0.6, label=label)
+        axis.set_xlabel("error on dev, %, before and after 50, 100, 150, 200 steps")
+        axis.set_ylabel("VUSS at k = 4" if key == "vuss_4" else "VUSS at k = 32")
+        axis.legend()
+    figure.savefig(HERE / "table-2.png", dpi=80)
+
+
+# ---- question 3 --------------------------------------------------------------------------------------------
+
+
+def overlap_table(lines):
+    """Writes runs/results/table-3.json, which `overlap.py --validate` takes. → what it says, or None."""
+    pairs = {}  # (student, teacher) models → overlap before
+    for line in lines:
+        if line["question"] == "table-3" and "measures" in line:
+            pairs[line["student"], line["teacher"]] = line
+    cells = []
+    for line in lines:
+        if line["question"] != "table-3" or "arm" not in line:
+            continue
+        before = evaluation_of(lines, "table-3", line["student"])
+        teacher = evaluation_of(lines, "table-3", line["teacher"])
+        overlap = pairs[line["student"], line["teacher"]]
+        figures = {**overlap["measures"], **overlap["baselines"]}
+        cell = {
+            "student": name_of(line["student"], STUDENTS),
+            "teacher": name_of(line["teacher"], TEACHERS),
+            "seed": line["seed"],
+            "measures": {name: figures[name] for name in MEASURES + BASELINES},
+        }
+        for key, source in (("before", before), ("teacher_errors", teacher), ("after", line)):
+            cell[key] = {stem: rate(source, stem) for stem in TESTS}
+        cells.append(cell)
+    # A student counts once it has met every teacher.
+    met = collections.Counter(cell["student"] for cell in cells if cell["seed"] == 0)
+    cells = [cell for cell in cells if met[cell["student"]] == len(TEACHERS)]
+    path = ROOT / "runs" / "results" / "table-3.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"primary": "vuss", "expected_sign": {"vuss": 1}, "cells": cells}
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return read_table(str(path))
+
+
+def name_of(model, models):
+    """The short name of a model folder."""
+    return next(name for name, folder in models.items() if folder == model)
+
+
+def pairs(lines):
+    """Students × teachers: mean error of the five sets after 100 steps, with the models' own."""
+    after = {}
+    for line in lines:
+        if line["question"] == "table-3" and "arm" in line and line["seed"] == 0:
+            pair = name_of(line["student"], STUDENTS), name_of(line["teacher"], TEACHERS)
+            after[pair] = f"{mean_rate(line):.1f}"
+    rows = [["its own error", ""]]
+    for model in TEACHERS.values():
+        rows[0].append(f"{mean_rate(evaluation_of(lines, 'table-3', model)):.1f}")
+    for student, model in STUDENTS.items():
+        row = [student, f"{mean_rate(evaluation_of(lines, 'table-3', model)):.1f}"]
+        row += [after.get((student, teacher), "–") for teacher in TEACHERS]
+        rows.append(row)
+    return markdown(["mean error, %: student", "before", *(f"teacher {name}" for name in TEACHERS)], rows)
+
+
+def overlaps(lines):
+    """Students × teachers: VUSS at k = 32 before OPD."""
+    values = {}
+    for line in lines:
+        if line["question"] == "table-3" and "measures" in line:
+            pair = name_of(line["student"], STUDENTS), name_of(line["teacher"], TEACHERS)
+            values[pair] = f"{line['measures']['vuss']:.2f}"
+    rows = []
+    for student in STUDENTS:
+        rows.append([student, *(values.get((student, teacher), "–") for teacher in TEACHERS)])
+    return markdown(["VUSS at k = 32 before", *TEACHERS], rows)
+
+
+def prediction(lines):
+    """Each measure: does it predict the error after, beyond the models' own errors?"""
+    table = overlap_table(lines)
+    result = analyse(table)
+    rows = []
+    for name, figures in result["measures"].items():
+        p = figures["r_p"] if name == "vuss" else figures["r_p_holm"]
+        new = figures["new_teacher"]
+        row = [f"**{name}** (primary)" if name == "vuss" else name]
+        row += ["+" if figures["expected_sign"] > 0 else "−", f"{figures['r']:+.2f}", p_text(p)]
+        for key in ("partial", "tau_teachers", "tau_students"):
+            row.append(f"{figures[key]:+.2f} ({p_text(figures[f'{key}_p_holm'])})")
+        row.append(f"{new['improvement']:+.3f} ({new['low']:+.3f} to {new['high']:+.3f})")
+        row.append(f"{percent(figures['regret']):.1f}")
+        rows.append([cell.replace("-", "−") for cell in row])
+    rows.append(["errors only", *[""] * 7, f"{percent(result['regret_lowest_error']):.1f}"])
+    header = ["measure", "sign", "r", "p", "partial (p)", "τ teachers (p)", "τ students (p)"]
+    header += ["new teacher: better by, ln (95 %)", "regret, %"]
+    ceiling = result["noise_ceiling"]
+    ceiling = "not known" if ceiling is None else f"{ceiling:.2f}"
+    pooled = f"pooled Spearman of VUSS, which validates nothing: {result['pooled_spearman']:.2f}"
+    text = f"Noise ceiling of r: {ceiling}; {pooled}. Verdict: *{result['verdict']}*."
+    return markdown(header, rows) + "\n\n" + text
+
+
+def draw_prediction(lines):
+    """VUSS against ln(error after), as they are and double-centred; a colour a teacher."""
+    table = overlap_table(lines)
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    axes = figure.subplots(1, 2)
+    vuss = table["measures"]["vuss"]
+    for axis, m, y in (
+        (axes[0], vuss, table["y"]),
+        (axes[1], double_centre(vuss), double_centre(table["y"])),
+    ):
+        for j, teacher in enumerate(table["teachers"]):
+            axis.plot(m[:, j], y[:, j], "o", label=teacher)
+    axes[0].set_xlabel("VUSS at k = 32 before")
+    axes[0].set_ylabel("mean ln(error after, %)")
+    axes[0].legend(fontsize="small")
+    axes[1].set_xlabel("VUSS, without what belongs to one model alone")
+    axes[1].set_ylabel("ln(error after), likewise")
+    figure.savefig(HERE / "table-3.png", dpi=80)
+
+
+def supports(lines):
+    """KL on the union, the intersection, and the student's own 52 ids."""
+    base = evaluation_of(lines, "table-1", "example/base")
+    runs = by_arm(line for line in lines if line["question"] == "support")
+    seeds = {line["seed"] for own in runs.values() for line in own}
+    union = []
+    for line in lines:
+        if line["question"] == "table-1" and line.get("arm") == "opd" and line["seed"] in seeds:
+            union.append(line)
+    rows = []
+    for name, own in {"union (k = 32)": union, **runs}.items():
+        change = np.mean([macro_change(line, base) for line in own])
+        rows.append([*rates_row(name, own), f"{signed(change)} %"])
+    contrasts = []
+    for name, own in runs.items():
+        contrasts.append(contrast_row(f"{name} against union", union, own))
+    rates = markdown(["%", *RATES_HEADER, "macro change"], rows)
+    return rates + "\n\n" + markdown(CONTRAST_HEADER, contrasts)
+
+
+# ---- question 4 --------------------------------------------------------------------------------------------
+
+
+def digit_runs(lines):
+    """→ {arm: its runs}, {(base or teacher, set): its line}, and the sets, one a held-out speaker."""
+    runs = by_arm(line for line in lines if line["question"] == "digits" and "arm" in line)
+    models = {}
+    stems = []
+    for line in lines:
+        if line["question"] == "digits" and "model" in line:
+            stem = next(iter(line["errors"]))
+            models[line["name"].split("-")[1], stem] = line
+            stems.append(stem)
+    return runs, models, list(dict.fromkeys(stems))
+
+
+def digits(lines):
+    """Human digit strings: error on the held-out speaker."""
+    runs, models, stems = digit_runs(lines)
+    rows = []
+    for name in ("base", *runs, "teacher"):
+        row = [name]
+        for stem in stems:
+            if name in runs:
+                rates = [rate(line, stem) for line in runs[name] if stem in line["errors"]]
+            else:
+                rates = [rate(models[name, stem], stem)]
+            row.append(" ".join(f"{value:.1f}" for value in rates))
+        rows.append(row)
+    contrasts = []
+    for arm, other in (("opd", "offline-kl"), ("opd", "ce-reference"), ("offline-kl", "ce-reference")):
+        figures = relative_figures(*digit_counts(runs[other], runs[arm], stems), is_paired=True)
+        contrasts.append(figures_row(f"{arm} against {other}", figures))
+    header = [stem.removeprefix("digits-") for stem in stems]
+    rates = markdown(["WER, %, held-out speaker", *header], rows)
+    return rates + "\n\n" + markdown(["change, %", *CONTRAST_HEADER[1:]], contrasts)
+
+
+def draw_digits(lines):
+    runs, models, _ = digit_runs(lines)
+    groups = {}
+    for arm, own in runs.items():
+        changes = []
+        for line in own:
+            stem = next(iter(line["errors"]))
+            changes.append(100 * (rate(line, stem) / rate(models["base", stem], stem) - 1))
+        groups[arm] = changes
+    dots(HERE / "digits.png", groups, "change against the base, %, a point a run")
+
+
+def digit_counts(runs_a, runs_b, stems):
+    """The table (speakers, 1, runs + 1) of both recipes, and the number of runs of A."""
+    seeds = sorted({line["seed"] for line in runs_a} & {line["seed"] for line in runs_b})
+    counts = np.zeros((len(stems), 1, 2 * len(seeds) + 1))
+    for n, (recipe_runs, first) in enumerate(((runs_a, 0), (runs_b, len(seeds)))):
+        for line in recipe_runs:
+            if line["seed"] in seeds:
+                stem = next(iter(line["errors"]))
+                counts[stems.index(stem), 0, first + seeds.index(line["seed"])] = sum(line["errors"][stem])
+    for g, stem in enumerate(stems):
+        counts[g, 0, -1] = sum(units_of(stem).values())
+    return counts, len(seeds)
+
+
+# ---- questions 5 to 7 --------------------------------------------------------------------------------------
+
+
+def strength(lines):
+    """opd against offline-kl by the student's strength, and by the amount of audio."""
+    base = evaluation_of(lines, "table-1", "example/base")
+    conditions = collections.defaultdict(lambda: collections.defaultdict(list))
+    for line in lines:
+        if line["question"] in ("strength", "amount") and "arm" in line:
+            suffix = line["name"].split(f"-seed{line['seed']}-")[1]
+            conditions[suffix][line["arm"]].append(line)
+        if line["question"] == "table-1" and line.get("arm") in ("opd", "offline-kl") and line["seed"] < 2:
+            conditions["base, all audio"][line["arm"]].append(line)
+    rows = []
+    for name, runs in conditions.items():
+        student = runs["opd"][0]["student"]
+        before = evaluation_of(lines, "strength", student) or base
+        row = [name, f"{mean_rate(before):.1f}"]
+        for arm in ("opd", "offline-kl"):
+            row.append(" ".join(f"{mean_rate(line):.1f}" for line in runs[arm]))
+        contrast = contrast_row("", runs["offline-kl"], runs["opd"])
+        rows.append([*row, contrast[1], contrast[2], contrast[4]])
+    header = ["student or audio", "before, mean %", "opd, each seed", "offline-kl, each seed"]
+    header += ["opd against offline-kl, macro %", "each seed", "95 %: these models, other speakers?"]
     return markdown(header, rows)
 
 
-def draw(runs, path):
-    """Every run as a point: its macro change against the base, by arm; a line is the mean over seeds."""
-    figure = Figure(figsize=(6, 3.2), layout="constrained")
-    axis = figure.subplots()
-    names = list(dict.fromkeys(run["arm"] for run in runs))
-    for place, arm in enumerate(names):
-        changes = [macro_change(run) for run in runs if run["arm"] == arm]
-        axis.plot([place] * len(changes), changes, "o", alpha=0.6)
-        axis.hlines(np.mean(changes), place - 0.25, place + 0.25, color="black", linewidth=1)
-    axis.set_xticks(range(len(names)), names)
-    axis.set_ylabel("macro change against the base, %")
-    figure.savefig(path, dpi=100)
+def robustness(lines):
+    """Transcripts of silence and noise, and of long clips."""
+    rows = []
+    for line in lines:
+        if line["question"] != "robustness":
+            continue
+        row = [line["name"].removeprefix("robustness-")]
+        for stem in ("silence", "noise"):
+            n_clips, empty, looping, capped = line["health"][stem]
+            words = sum(line["errors"][stem]) / n_clips
+            row += [f"{n_clips - empty} of {n_clips}", f"{words:.1f}", f"{looping} / {capped}"]
+        n_clips, empty, looping, capped = line["health"]["long"]
+        row += [f"{rate(line, 'long'):.1f}", f"{empty} / {looping} / {capped}"]
+        rows.append(row)
+    header = [
+        "",
+        "silence: with text",
+        "units a clip",
+        "looping / capped",
+        "noise: with text",
+        "units a clip",
+    ]
+    header += ["looping / capped", "long clips: error, %", "empty / looping / capped of 80"]
+    return markdown(header, rows)
+
+
+def ablations(lines):
+    """One flag at a time."""
+    base = evaluation_of(lines, "table-1", "example/base")
+    rows = []
+    for arm, own in by_arm(line for line in lines if line["question"] == "ablation").items():
+        change = np.mean([macro_change(line, base) for line in own])
+        rows.append([*rates_row(arm, own), f"{signed(change)} %"])
+    return markdown(["%", *RATES_HEADER, "macro change"], rows)
+
+
+def draw_ablations(lines):
+    base = evaluation_of(lines, "table-1", "example/base")
+    groups = {}
+    for arm, own in by_arm(line for line in lines if line["question"] == "ablation").items():
+        groups[arm] = [macro_change(line, base) for line in own]
+    dots(HERE / "ablations.png", groups, "macro change against the base, %")
+
+
+# ---- all tables --------------------------------------------------------------------------------------------
+
+# Name → the table, and the question whose runs it needs.
+TABLES = {
+    "tune": (tuning, "tune"),
+    "arms": (arms, "table-1"),
+    "arms-short": (arms_short, "table-1"),
+    "arms-contrasts": (arms_contrasts, "table-1"),
+    "recipe": (recipe, "table-2"),
+    "recipe-contrasts": (recipe_contrasts, "table-2"),
+    "recipe-vuss": (recipe_vuss, "table-2"),
+    "pairs": (pairs, "table-3"),
+    "overlaps": (overlaps, "table-3"),
+    "prediction": (prediction, "table-3"),
+    "supports": (supports, "support"),
+    "digits": (digits, "digits"),
+    "strength": (strength, "strength"),
+    "robustness": (robustness, "robustness"),
+    "ablations": (ablations, "ablation"),
+}
+
+
+PICTURES = {
+    "table-1": draw_arms,
+    "table-2": draw_recipe,
+    "table-3": draw_prediction,
+    "digits": draw_digits,
+    "ablation": draw_ablations,
+}
+
+
+def all_tables(lines):
+    """{name: Markdown} of the questions that have runs."""
+    questions = {line["question"] for line in lines}
+    return {name: make(lines) for name, (make, question) in TABLES.items() if question in questions}
+
+
+def with_tables(text, tables):
+    """A document with each table between its marks. A mark without a table stays as it is."""
+    for name, table in tables.items():
+        begin = f"<!-- table {name} -->\n"
+        end = "<!-- end -->"
+        if begin in text:
+            head, rest = text.split(begin, 1)
+            tail = rest.split(end, 1)[1]
+            text = f"{head}{begin}\n{table}\n\n{end}{tail}"
+    return text
 
 
 def main():
-    runs = finished_lines()
-    print(tuning(runs))
-    table_1 = [run for run in runs if run["question"] == "table-1"]
-    if table_1:
-        print(arms(table_1))
-        print(contrasts(table_1))
-        draw(table_1, HERE / "table-1.png")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--write", action="store_true", help="put the tables into RESULTS.md and README.md")
+    args = parser.parse_args()
+    lines = finished_lines()
+    tables = all_tables(lines)
+    for name, table in tables.items():
+        print(f"{name}\n\n{table}\n")
+    for question, draw in PICTURES.items():
+        if any(line["question"] == question for line in lines):
+            draw(lines)
+    if args.write:
+        for path in (ROOT / "RESULTS.md", ROOT / "README.md"):
+            path.write_text(with_tables(path.read_text(encoding="utf-8"), tables), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""The experiments: every command is one that opd.py takes, and the tables are computed from the lines."""
+"""The experiments: every command is one that its script takes, and the tables are computed from the lines."""
 
+import json
 import sys
 
 import numpy as np
@@ -8,33 +9,44 @@ from conftest import ROOT
 
 import eval as evaluation
 import opd
+import overlap
+import sft
 
 sys.path.insert(0, str(ROOT / "results"))
 
 import run as driver  # noqa: E402
+import sets  # noqa: E402
 import tables  # noqa: E402
+
+SCRIPTS = {"opd.py": opd, "sft.py": sft, "eval.py": evaluation, "overlap.py": overlap}
 
 
 def tuned_lines():
-    """The grid of learning rates as if it were finished: the middle one is the best for all."""
+    """The grid of learning rates as if it were finished: the second one is the best for all."""
     lines = []
     for run in driver.experiments([]):
         distance = abs(driver.LEARNING_RATES.index(run["lr"]) - 1)
-        lines.append({**run, "errors": {"dev": {"anna": [10 + distance, 100]}}})
+        lines.append({**run, "errors": {"dev": [10 + distance, 1]}})
     return lines
 
 
-def test_every_command_is_one_that_opd_takes(monkeypatch):
+def test_every_command_is_one_that_its_script_takes(monkeypatch):
     monkeypatch.chdir(ROOT)
     assert {run["question"] for run in driver.experiments([])} == {"tune"}  # the others need their rates
     runs = driver.experiments(tuned_lines())
-    assert len({run["name"] for run in runs}) == len(runs) == 12 + sum(driver.SEEDS.values())
+    assert len({run["name"] for run in runs}) == len(runs)
     seen = set()
-    for run in runs:
-        args = opd.parse_args(driver.command_of(run)[1:])
-        assert (args.seed, args.steps, args.lr) == (run["seed"], run["steps"], run["lr"])
-        assert args.eval == run["sets"] and ("dev" in args.eval[0]) == (run["question"] == "tune")
-        if run["question"] == "table-1":
+    for run in [*runs, *({"name": name, "command": command} for name, command in driver.MODELS.items())]:
+        command = driver.command_of(run)
+        if command[0] not in SCRIPTS:
+            continue
+        args = SCRIPTS[command[0]].parse_args(command[1:])
+        assert args.out == f"runs/results/{run['name']}"
+        if "arm" in run and command[0] == "opd.py":
+            assert (args.seed, args.steps, args.lr) == (run["seed"], run["steps"], run["lr"])
+            assert (args.student, args.teacher) == (run["student"], run["teacher"])
+            assert any("dev" in path for path in args.eval) == (run["question"] == "tune")
+        if run.get("question") == "table-1" and "arm" in run:
             assert args.lr == driver.LEARNING_RATES[1]
             seen.add((run["arm"], args.states, args.objective))
     assert seen == {
@@ -46,21 +58,85 @@ def test_every_command_is_one_that_opd_takes(monkeypatch):
     }
 
 
+def test_whatever_a_run_needs_is_made_first(tmp_path, monkeypatch):
+    """Down to the data, and never twice: what is being made is waited for."""
+    monkeypatch.setattr(driver, "WORK", tmp_path)
+    runs = driver.experiments(tuned_lines())
+    makers = {name: {"name": name, "command": command} for name, command in driver.MODELS.items()}
+    makers.update({run["name"]: run for run in runs})
+    for run in makers.values():
+        for name in driver.needs(run):
+            assert name in makers, (run["name"], name)
+
+    pair = next(run for run in runs if run["name"] == "table-3-sft-1000-td-style-seed0")
+    order = []
+    while not order or order[-1] != pair["name"]:
+        job = driver.next_job([pair], makers, set())
+        assert all(name in order for name in driver.needs(job))
+        (tmp_path / job["name"]).mkdir()
+        (tmp_path / job["name"] / "finished").touch()
+        order.append(job["name"])
+    assert sorted(order[:-1]) == sorted(
+        ["extra", "start-base", "students", "td-text", "student-td-1000", "sets", "teacher-style"]
+    )
+    (tmp_path / "students" / "finished").unlink()
+    (tmp_path / "student-td-1000" / "finished").unlink()
+    assert driver.next_job([pair], makers, {"students"}) is None
+
+
 def line(arm, seed, errors):
-    """A line of table-1 with two speakers a set, who make so many errors in ten words each."""
-    sets = {stem: {"anna": [errors, 10], "bert": [errors + 1, 10]} for stem in tables.TESTS}
-    return {"arm": arm, "seed": seed, "errors": sets, "before": dict.fromkeys(tables.TESTS, 50.0)}
+    """A line of table-1: in each set the first speaker makes so many errors, the others one more."""
+    errors_of_set = {stem: [errors] + [errors + 1] * 19 for stem in tables.TESTS}
+    return {"question": "table-1", "arm": arm, "seed": seed, "errors": errors_of_set}
 
 
 def test_figures_of_the_tables():
-    assert tables.mean_rate(line("opd", 0, 2)) == 25
-    assert tables.macro_change(line("opd", 0, 2)) == pytest.approx(-50)
-    runs = [line("offline-kl", 0, 4), line("opd", 0, 2)]
-    table = tables.table_of(runs)
-    assert table.shape == (2, len(tables.TESTS), 3)
-    assert table.sum(axis=0).tolist() == [[9, 5, 20]] * len(tables.TESTS)
-    figures = evaluation.relative_figures(table, 1, True)
-    assert figures["value"] == pytest.approx(100 * (5 / 9 - 1))
-    logs = [np.log(3 / 5), np.log(2 / 4)]  # without anna, without bert
-    spread = np.sqrt(1 / 2 * sum((value - np.log(5 / 9)) ** 2 for value in logs))
+    a = line("offline-kl", 0, 4)
+    b = line("opd", 0, 2)
+    units = sum(tables.units_of("en-clean").values())
+    assert tables.rate(a, "en-clean") == pytest.approx(100 * 99 / units)
+    assert tables.macro_change(b, a) == pytest.approx(100 * (59 / 99 - 1))
+    counts = tables.joint_counts([a, b])
+    assert counts.shape == (40, len(tables.TESTS), 3)  # 20 English voices and 20 Chinese
+    assert counts.sum(axis=0)[0].tolist() == [99, 59, units]
+    figures = evaluation.relative_figures(counts, 1, True)
+    assert figures["value"] == pytest.approx(100 * (59 / 99 - 1))
+    # Leaving a voice out changes the sets of its language only.
+    with_first = np.log(59 / 99)
+    english = [np.log(57 / 95)] + [np.log(56 / 94)] * 19
+    values = [(2 * value + 3 * with_first) / 5 for value in english]
+    values += [(3 * value + 2 * with_first) / 5 for value in english]
+    spread = np.sqrt(39 / 40 * sum((value - with_first) ** 2 for value in values))
     assert figures["cluster_se"] == pytest.approx(100 * spread)
+
+
+def test_difference_at_equal_error():
+    curve_a = [(0, 30.0, {"vuss": 53.0}), (50, 20.0, {"vuss": 52.0}), (100, 10.0, {"vuss": 50.0})]
+    curve_b = [(0, 25.0, {"vuss": 52.0}), (50, 15.0, {"vuss": 50.5}), (100, 5.0, {"vuss": 40.0})]
+    # 52.5 and 51 on curve A; the last point lies beyond it.
+    assert tables.difference_at_equal_error(curve_a, curve_b, 32) == pytest.approx((-0.5 - 0.5) / 2)
+
+
+def test_another_style_is_the_same_to_the_scores():
+    for text, language in (("close the window at five", "en"), ("请打电话六七六二", "zh")):
+        styled = sets.styled(text, language)
+        assert styled != text
+        assert evaluation.count_errors(text, styled, language)["errors"] == 0
+
+
+@pytest.mark.slow
+def test_documents_show_what_the_runs_say():
+    """RESULTS.md and README.md hold the tables that results/tables.py computes from results/runs.jsonl."""
+    computed = tables.all_tables(driver.finished_lines())
+    for name in ("RESULTS.md", "README.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert tables.with_tables(text, computed) == text, f"{name}: python results/tables.py --write"
+    shown = [name for name in computed if f"<!-- table {name} -->" in (ROOT / "RESULTS.md").read_text()]
+    assert set(computed) - set(shown) <= {"arms-short"}
+
+
+def test_runs_stay_small():
+    files = [path for path in (ROOT / "results").iterdir() if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 500_000
+    names = [json.loads(raw)["name"] for raw in driver.RUNS.read_text(encoding="utf-8").splitlines()]
+    assert len(set(names)) == len(names)
