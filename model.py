@@ -388,6 +388,7 @@ class SpeechLM(nn.Module):
         self.config = config
         self.front_end = front_end
         self.bf16 = False  # compute in bf16 by autocast; the weights stay as they are
+        self.lora_config = None  # peft's, after `add_lora`
         vocab_size = config.text_config.vocab_size
         n_tokens = len(front_end.tokenizer)
         if config.audio_token_id != front_end.audio_id or vocab_size < n_tokens:
@@ -471,7 +472,7 @@ class SpeechLM(nn.Module):
     def save_pretrained(self, folder):
         """Writes a folder that stock transformers loads: weights, configs, tokenizer, processor."""
         os.makedirs(folder, exist_ok=True)
-        weights = self.state_dict()
+        weights = merged_weights(self)
         if self.config.tie_word_embeddings:
             weights.pop("lm_head.weight")
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
@@ -1174,6 +1175,76 @@ def self_check(model, waveforms, languages, default_language=None):
 
 
 # ----------------------------------------------------------------------------------------------------------
+# LoRA (not in the paper): y = W x + (alpha / rank) B A x on the LM's projections, and W stays as it is
+# ----------------------------------------------------------------------------------------------------------
+
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def add_lora(model, rank, alpha, seed):
+    """Freezes the LM and puts LoRA beside its projections, by peft. A (rank, in) is drawn, B (out, rank) 0.
+
+    Raises InputError where peft is not installed.
+    """
+    try:
+        import peft
+    except ImportError:
+        raise InputError("--lora-rank needs the package peft: pip install peft") from None
+    torch.manual_seed(seed)  # the same A on all ranks
+    model.lm_head.requires_grad_(False)
+    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=PROJECTIONS)
+    peft.inject_adapter_in_model(
+        config, model.lm
+    )  # freezes what is not LoRA's, and goes to peft's own float32
+    # As peft reads it beside the whole stock model, whose encoder has projections of the same names.
+    names = "|".join(PROJECTIONS)
+    model.lora_config = peft.LoraConfig(
+        r=rank, lora_alpha=alpha, target_modules=rf".*\.language_model\..*\.({names})", inference_mode=True
+    )
+
+
+def is_lora(module):
+    """Is it a linear layer with the plain LoRA of `add_lora`, and nothing else on it?"""
+    if (type(module).__module__, type(module).__name__) != ("peft.tuners.lora.layer", "Linear"):
+        return False
+    has_dropout = any(type(dropout) is not nn.Identity for dropout in module.lora_dropout.values())
+    has_bias = any(module.lora_bias.values())
+    is_plain = not (
+        module.merged or module.disable_adapters or module.lora_variant or has_dropout or has_bias
+    )
+    return is_plain and list(module.lora_A) == module.active_adapters == ["default"]
+
+
+def weight_of(linear):
+    """The weight (out, in) that a linear layer computes with, LoRA's product added where it has one."""
+    if is_lora(linear):
+        return linear.base_layer.weight + linear.get_delta_weight("default")
+    return linear.weight
+
+
+def merged_weights(model):
+    """The state dict under stock's names: LoRA is added to the weights that it sits on."""
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        if ".lora_" not in name:
+            weights[name.replace(".base_layer.", ".")] = tensor
+    for name, module in model.named_modules():
+        if is_lora(module):
+            weights[f"{name}.weight"] = weight_of(module)
+    return weights
+
+
+def save_lora(model, folder):
+    """Writes A and B of all projections in peft's own format, for stock transformers and vLLM."""
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        if ".lora_" in name:
+            weights["base_model.model." + name.replace(".default.", ".")] = tensor.cpu().contiguous()
+    model.lora_config.save_pretrained(folder)
+    save_file(weights, os.path.join(folder, "adapter_model.safetensors"), metadata={"format": "pt"})
+
+
+# ----------------------------------------------------------------------------------------------------------
 # Optimizer, schedule, checkpoints. `trained` is {name: parameter} of all that trains.
 # ----------------------------------------------------------------------------------------------------------
 
@@ -1255,9 +1326,11 @@ def check_replicas(trained):
 def save_checkpoint(out, step, model, trained, optimizer, keep):
     """Writes out/step-N: `model`, a stock folder in float32, and state.safetensors, what else resuming needs.
 
+    With LoRA also `lora`, peft's folder.
+
     The state holds the step, the updates made, AdamW's moments by parameter name, and every trained tensor
-    that the folder does not hold. All ranks call it; rank 0 writes. Complete or not at all: written beside
-    and renamed. The last `keep` checkpoints stay.
+    that the stock folder does not hold, such as LoRA's. All ranks call it; rank 0 writes. Complete or not at
+    all: written beside and renamed. The last `keep` checkpoints stay.
     """
     check_replicas(trained)
     if rank_and_world()[0] == 0:
@@ -1266,8 +1339,10 @@ def save_checkpoint(out, step, model, trained, optimizer, keep):
         for leftover in glob.glob(os.path.join(glob.escape(out), "step-*.partial")):
             shutil.rmtree(leftover)
         model.save_pretrained(os.path.join(partial, "model"))
+        if model.lora_config is not None:
+            save_lora(model, os.path.join(partial, "lora"))
         state = {"step": torch.tensor(step), "updates": torch.tensor(0)}
-        in_folder = model.state_dict().keys()
+        in_folder = merged_weights(model).keys()
         for name, parameter in trained.items():
             moments = optimizer.state.get(parameter, {})
             if moments:
@@ -1286,9 +1361,11 @@ def save_checkpoint(out, step, model, trained, optimizer, keep):
 def load_state(folder, trained, optimizer):
     """Restores what `save_checkpoint` wrote beside the model folder. InputError where it does not fit."""
     state = load_file(os.path.join(folder, "state.safetensors"))
+    weights = load_file(os.path.join(folder, "model", "model.safetensors"))
     updates = float(state["updates"])
     for name, parameter in trained.items():
-        weight = state.get(f"weight.{name}")
+        # With LoRA the student is the one that the run began with; what trained beside it is in the folder.
+        weight = state.get(f"weight.{name}", weights.get(name))
         if weight is not None:
             parameter.data.copy_(weight)
         if updates == 0:
@@ -1303,8 +1380,13 @@ def load_state(folder, trained, optimizer):
 
 
 def save_model(out, model):
-    """Writes out/model, the finished student, beside and renamed. All ranks call it; rank 0 writes."""
+    """Writes out/model, the finished student, beside and renamed. All ranks call it; rank 0 writes.
+
+    With LoRA also out/lora.
+    """
     if rank_and_world()[0] == 0:
+        if model.lora_config is not None:
+            save_lora(model, os.path.join(out, "lora"))
         final = os.path.join(out, "model")
         for folder in (final, final + ".partial"):
             shutil.rmtree(folder, ignore_errors=True)
@@ -1317,17 +1399,17 @@ def save_model(out, model):
 # The fast decoder: equal to `write_tokens`, only faster. Skip it on first reading.
 # ----------------------------------------------------------------------------------------------------------
 # It copies the LM's weights into fused matrices and keeps keys and values in fixed storage, so that a step
-# is a few large operations, and on a GPU one CUDA graph. A copy would pass over whatever sits on a layer
-# (LoRA, a hook, another class): `may_copy_weights` is asked first.
+# is a few large operations, and on a GPU one CUDA graph. A copy takes LoRA's product with it, and would pass
+# over whatever else sits on a layer (a hook, another class): `may_copy_weights` is asked first.
 
 
 def may_copy_weights(model):
-    """May weights be copied? Only of stock modules with plain linear layers, full attention, and no hook."""
+    """May weights be copied? Only of stock modules with linear layers (plain or LoRA's) and without hooks."""
     kinds = getattr(model.lm.config, "layer_types", None) or []
     if any(kind != "full_attention" for kind in kinds):
         return False
     for module in (model.head, *model.lm.modules()):
-        is_stock = type(module).__module__.startswith(("torch.nn.", "transformers."))
+        is_stock = type(module).__module__.startswith(("torch.nn.", "transformers.")) or is_lora(module)
         if not is_stock or "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
             return False
     with_bias = [model.lm.embed_tokens]  # or without
@@ -1337,7 +1419,8 @@ def may_copy_weights(model):
         mlp = layer.mlp
         with_bias += [attention.q_proj, attention.k_proj, attention.v_proj]
         without_bias += [attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-    are_plain = [type(module) in (nn.Linear, nn.Embedding) for module in with_bias + without_bias]
+    layers = [module.base_layer if is_lora(module) else module for module in with_bias + without_bias]
+    are_plain = [type(layer) in (nn.Linear, nn.Embedding) for layer in layers]
     return all(are_plain) and all(module.bias is None for module in without_bias)
 
 
@@ -1448,15 +1531,15 @@ class FastDecoder:
             qk_norm = torch.cat([q_norm, k_norm]).to(self.dtype)
         return FusedLayer(
             norm_1=layer.input_layernorm.weight,
-            qkv=torch.cat([projection.weight for projection in projections]).to(self.dtype),
+            qkv=torch.cat([weight_of(projection) for projection in projections]).to(self.dtype),
             qkv_bias=torch.cat([p.bias for p in projections]).to(self.dtype) if has_bias else None,
             qk_norm=qk_norm,
             keys=F.pad(past.keys.flatten(0, 1), (0, 0, 0, T)).to(self.dtype),
             values=F.pad(past.values.flatten(0, 1), (0, 0, 0, T)).to(self.dtype),
-            o=attention.o_proj.weight.to(self.dtype),
+            o=weight_of(attention.o_proj).to(self.dtype),
             norm_2=layer.post_attention_layernorm.weight,
-            gate_up=torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]).to(self.dtype),
-            down=mlp.down_proj.weight.to(self.dtype),
+            gate_up=torch.cat([weight_of(mlp.gate_proj), weight_of(mlp.up_proj)]).to(self.dtype),
+            down=weight_of(mlp.down_proj).to(self.dtype),
         )
 
     def step(self, x, t):

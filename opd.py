@@ -82,6 +82,7 @@ from eval import (
 from model import (
     PARTS,
     SpeechLM,
+    add_lora,
     align_vocabularies,
     check_languages,
     cosine_lr,
@@ -182,6 +183,8 @@ def parse_args(argv=None):
         default=list(PARTS),
         help="parts of the student that train; the others stay as they are",
     )
+    add("--lora-rank", type=at_least(0, int), default=0, help="LoRA on a frozen LM, by peft; 0 = all weights")
+    add("--lora-alpha", type=at_least(0), default=32.0, help="LoRA's product counts alpha / rank")
     add("--steps", type=at_least(1, int), default=10_000, help="optimizer updates")
     add("--batch-size", type=at_least(1, int), default=960, help="clips per update, all ranks together")
     add("--micro-seconds", type=at_least(0.01), default=600.0, help="s of audio per forward pass and rank")
@@ -209,6 +212,8 @@ def parse_args(argv=None):
         parser.error("--k 1: a support of one id has no KL; give a larger one")
     if args.states == "student" and args.objective == "ce":
         parser.error("--objective ce: a student learns nothing from its own words; give other --states")
+    if args.lora_rank and "lm" not in args.train_parts:
+        parser.error("--lora-rank trains the LM; name lm in --train-parts")
     if args.student_share > 1:
         parser.error("--student-share is a share of the steps, at most 1")
     if args.student_share and (args.states == "student" or args.objective == "ce"):
@@ -237,7 +242,11 @@ def main(args):
     # ---- models ------------------------------------------------------------------------------------------
     teacher = SpeechLM.from_pretrained(args.teacher, torch.bfloat16 if args.bf16 else torch.float32)
     teacher = teacher.to(device).eval().requires_grad_(False)
-    student = SpeechLM.from_pretrained(os.path.join(checkpoint, "model") if checkpoint else args.student)
+    # LoRA goes on with the frozen weights of the beginning: a checkpoint's folder has them merged.
+    is_resumed = checkpoint and not args.lora_rank
+    student = SpeechLM.from_pretrained(os.path.join(checkpoint, "model") if is_resumed else args.student)
+    if args.lora_rank:
+        add_lora(student, args.lora_rank, args.lora_alpha, args.seed)
     student = student.to(device).train()
     student.bf16 = args.bf16
     if args.recompute:

@@ -57,8 +57,10 @@ from data import (
 )
 from eval import clusters_of, evaluate, languages_of, looping, print_summaries, read_sets
 from model import (
+    PARTS,
     Qwen3ASR,
     SpeechLM,
+    add_lora,
     check_languages,
     cosine_lr,
     load_state,
@@ -68,6 +70,7 @@ from model import (
     save_model,
     sum_gradients,
     token_ce,
+    trained_parameters,
 )
 
 SCRIPT = os.path.basename(__file__)
@@ -110,6 +113,15 @@ def parse_args(argv=None):
     add("--freq-masks", type=at_least(0, int), default=0, help="masks along frequency per clip; 0 = off")
     add("--freq-width", type=at_least(1, int), default=27, help="widest frequency mask, of 128 mel bins")
     # optimization
+    add(
+        "--train-parts",
+        nargs="+",
+        choices=list(PARTS),
+        default=list(PARTS),
+        help="parts of the model that train; the others stay as they are",
+    )
+    add("--lora-rank", type=at_least(0, int), default=0, help="LoRA on a frozen LM, by peft; 0 = all weights")
+    add("--lora-alpha", type=at_least(0), default=32.0, help="LoRA's product counts alpha / rank")
     add("--steps", type=at_least(1, int), default=10_000, help="optimizer updates")
     add("--batch-size", type=at_least(1, int), default=960, help="clips per update, all ranks together")
     add("--micro-seconds", type=at_least(0.01), default=600.0, help="s of audio per forward pass and rank")
@@ -128,7 +140,10 @@ def parse_args(argv=None):
     add(
         "--seed", type=at_least(0, int), default=0, help="of the order of clips, of masks and of the CTC head"
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.lora_rank and "lm" not in args.train_parts:
+        parser.error("--lora-rank trains the LM; name lm in --train-parts")
+    return args
 
 
 def main(args):
@@ -143,12 +158,16 @@ def main(args):
         return
 
     # ---- model -------------------------------------------------------------------------------------------
-    model = SpeechLM.from_pretrained(os.path.join(checkpoint, "model") if checkpoint else args.model)
+    # LoRA goes on with the frozen weights of the beginning: a checkpoint's folder has them merged.
+    is_resumed = checkpoint and not args.lora_rank
+    model = SpeechLM.from_pretrained(os.path.join(checkpoint, "model") if is_resumed else args.model)
+    if args.lora_rank:
+        add_lora(model, args.lora_rank, args.lora_alpha, args.seed)
     model = model.to(device).train()
     model.bf16 = args.bf16
     if args.recompute:
         model.recompute_activations()
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trained = trained_parameters(model, args.train_parts)
     ctc_head = None
     if args.ctc_weight:
         if isinstance(model, Qwen3ASR):
