@@ -72,6 +72,9 @@ class Clip:
     fields: dict  # the line as it was read
     text: str | None = None
     language: str | None = None  # code, or None where the line names none
+    context: str | None = (
+        None  # words that the prompt gives beforehand, such as names; None where there are none
+    )
     begin_time: float = -1.0  # s; −1: from the start
     end_time: float = -1.0  # s; −1: to the end
     offset: int | None = None  # the clip's bytes inside `audio`; None: the whole file
@@ -83,7 +86,7 @@ class Clip:
         return self.audio, self.offset, max(self.begin_time, 0), max(self.end_time, -1)
 
 
-STRINGS = ("audio", "text", "language")
+STRINGS = ("audio", "text", "language", "context")
 SECONDS = ("duration", "begin_time", "end_time")
 BYTES = ("offset", "nbytes")
 
@@ -422,6 +425,7 @@ class Batch:
     silent: torch.Tensor  # (B,) bool: every sample is zero
     languages: list  # B codes as the manifest has them; None where it names none
     default_language: str | None  # in the prompts of those
+    contexts: list  # B texts that the prompts give beforehand; None where there is none
 
     def to(self, device):
         """The batch with its tensors on another device."""
@@ -433,12 +437,14 @@ class Batch:
         return Batch(**values)
 
 
-def collate(waveforms, front_end, languages, default_language=None):
+def collate(waveforms, front_end, languages, default_language=None, contexts=None):
     """The `Batch` of waveforms [(samples,)] with their languages [code or None].
 
     front_end: a model's features, prompt and ids (model.FrontEnd). default_language names the language in the
-    prompt of a clip that has none, where the model's prompt names one at all.
+    prompt of a clip that has none, where the model's prompt names one at all. contexts: of each clip, text or
+    None, that its prompt gives beforehand.
     """
+    contexts = contexts or [None] * len(waveforms)
     mels = [front_end.features(waveform) for waveform in waveforms]
     mel_lens = [mel.shape[1] for mel in mels]
     multiple = front_end.frame_multiple
@@ -449,8 +455,8 @@ def collate(waveforms, front_end, languages, default_language=None):
 
     audio_lens = [front_end.n_audio_tokens(len(waveform)) for waveform in waveforms]
     prompts = []
-    for audio_len, language in zip(audio_lens, languages):
-        prompts.append(front_end.prompt(audio_len, language or default_language))
+    for audio_len, language, context in zip(audio_lens, languages, contexts):
+        prompts.append(front_end.prompt(audio_len, language or default_language, context))
     prompt_ids, prompt_mask = pad_left(prompts, front_end.pad_id)
     return Batch(
         mel=mel,
@@ -462,6 +468,7 @@ def collate(waveforms, front_end, languages, default_language=None):
         silent=torch.tensor([not waveform.any() for waveform in waveforms]),
         languages=list(languages),
         default_language=default_language,
+        contexts=list(contexts),
     )
 
 

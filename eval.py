@@ -88,6 +88,7 @@ def parse_args(argv=None):
 
     # decoding
     add("--language", help="language in the prompt of clips whose line names none (scores are by the line)")
+    add("--no-context", action="store_true", help="prompts do not give a line's context")
     add("--batch-seconds", type=at_least(0.01), default=600.0, help="seconds of audio decoded at once")
     add("--max-seconds", type=at_least(0.01), default=30.0, help="longest clip accepted; longer is an error")
     add("--max-new-tokens", type=at_least(1, int), default=MAX_NEW_TOKENS, help="cap on a transcript")
@@ -159,6 +160,7 @@ def decode_and_score(args, rank, world, device):
     check_languages(languages_of(sets), default_language, model)
     decoding = {
         "default_language": default_language,
+        "with_context": not args.no_context,
         "max_new_tokens": args.max_new_tokens,
         "tokens_per_second": args.tokens_per_second,
     }
@@ -286,6 +288,7 @@ def evaluate(
     out=None,
     *,
     default_language=None,
+    with_context=True,
     max_new_tokens=MAX_NEW_TOKENS,
     tokens_per_second=TOKENS_PER_SECOND,
     style="default",
@@ -305,7 +308,15 @@ def evaluate(
     for stem, clips in sets.items():
         start = time.perf_counter()
         answers = transcribe(
-            model, clips, device, batch_seconds, stem, default_language, max_new_tokens, tokens_per_second
+            model,
+            clips,
+            device,
+            batch_seconds,
+            stem,
+            default_language,
+            with_context,
+            max_new_tokens,
+            tokens_per_second,
         )
         seconds = time.perf_counter() - start
 
@@ -336,6 +347,7 @@ def transcribe(
     batch_seconds,
     label,
     default_language=None,
+    with_context=True,
     max_new_tokens=MAX_NEW_TOKENS,
     tokens_per_second=TOKENS_PER_SECOND,
 ):
@@ -359,7 +371,8 @@ def transcribe(
             continue
 
         languages = [clips[indices[b]].language for b in usable]
-        batch = collate(waveforms, model.front_end, languages, default_language).to(device)
+        contexts = [clips[indices[b]].context for b in usable] if with_context else None
+        batch = collate(waveforms, model.front_end, languages, default_language, contexts).to(device)
         rollout = model.sample(batch, max_new_tokens, k=1, tokens_per_second=tokens_per_second)
         hyps = model.front_end.texts(rollout)
         for b, hyp, stopped in zip(usable, hyps, rollout.stopped.tolist()):

@@ -189,6 +189,8 @@ AUDIO_TOKEN = "<|audio|>"
 PROMPT_TEXT = "Please transcribe this audio."
 PROMPT_TOKENS = ["<|user|>", "<|begin_of_audio|>", AUDIO_TOKEN, "<|end_of_audio|>", "<|assistant|>"]
 PROMPT = f"<|user|><|begin_of_audio|>{AUDIO_TOKEN}<|end_of_audio|>{PROMPT_TEXT}<|assistant|>"
+CONTEXT = "{context}"  # where a prompt gives the words of a clip's context
+CONTEXT_PROMPT = PROMPT.replace(PROMPT_TEXT, f"{PROMPT_TEXT} Context: {CONTEXT}")
 # The same prompt for stock transformers' processor: user turns, each content item in its place, no newlines.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'user' %}<|user|>"
@@ -233,7 +235,7 @@ class FrontEnd:
     frame_multiple = 8  # a batch's mel is padded to a multiple of this many frames
     languages = {}  # code → name as the prompt has it; empty: the prompt names no language
 
-    def __init__(self, tokenizer, prompt=PROMPT):
+    def __init__(self, tokenizer, prompt=PROMPT, context_prompt=CONTEXT_PROMPT):
         vocabulary = tokenizer.get_vocab()
         missing = [token for token in (*self.prompt_tokens, STOP_TOKEN, PAD_TOKEN) if token not in vocabulary]
         if missing:
@@ -242,9 +244,8 @@ class FrontEnd:
         self.pad_id = vocabulary[PAD_TOKEN]
         self.stop_id = vocabulary[STOP_TOKEN]
         self.audio_id = vocabulary[self.audio_token]
-        before, after = prompt.split(self.audio_token)
-        self.prompt_head = self.token_ids(before)
-        self.prompt_tail = self.token_ids(after)
+        self.prompt_ids = self.token_ids(prompt)
+        self.context_prompt = context_prompt
         # Added tokens, longest first, to find them written out in a text.
         added = [token.content for token in tokenizer.added_tokens_decoder.values()]
         added.sort(key=len, reverse=True)
@@ -257,9 +258,23 @@ class FrontEnd:
     def n_audio_tokens(self, n_samples):
         return n_audio_tokens(n_samples)
 
-    def prompt(self, n_audio, language=None):
+    def prompt(self, n_audio, language=None, context=None):
         """Prompt ids (S,) with n_audio placeholders. Our student's prompt names no language."""
-        return self.prompt_head + [self.audio_id] * n_audio + self.prompt_tail
+        ids = self.context_prompt_ids(context) if context else self.prompt_ids
+        place = ids.index(self.audio_id)
+        return ids[:place] + [self.audio_id] * n_audio + ids[place + 1 :]
+
+    def context_prompt_ids(self, context):
+        """Ids of the prompt that gives a context (one placeholder). A control token in it stays text."""
+        before, after = self.context_prompt.split(CONTEXT)
+        # Text between two control tokens is tokenised at once, as stock processors do.
+        control_tokens = list(self.added_tokens.finditer(before))
+        begin = control_tokens[-1].end()
+        return (
+            self.token_ids(before[:begin])
+            + self.encode_text(before[begin:] + context)
+            + self.token_ids(after)
+        )
 
     def token_ids(self, text):
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -307,9 +322,12 @@ class Qwen3ASRFrontEnd(FrontEnd):
     languages = LANGUAGES
 
     def __init__(self, processor):
-        turn = [{"role": "user", "content": [{"type": "audio", "audio": ""}]}]
-        prompt = processor.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        super().__init__(processor.tokenizer, prompt)
+        user = {"role": "user", "content": [{"type": "audio", "audio": ""}]}
+        system = {"role": "system", "content": [{"type": "text", "text": CONTEXT}]}
+        prompts = []
+        for turns in ([user], [system, user]):
+            prompts.append(processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        super().__init__(processor.tokenizer, *prompts)
 
     def features(self, waveform):
         return log_mel(waveform, max(len(waveform), 8_000))  # half a second at least
@@ -319,9 +337,9 @@ class Qwen3ASRFrontEnd(FrontEnd):
         full, rest = divmod(max(n_samples, 8_000) // HOP, 100)
         return 13 * full + math.ceil(rest / 8)
 
-    def prompt(self, n_audio, language=None):
+    def prompt(self, n_audio, language=None, context=None):
         name = self.languages[language]
-        return super().prompt(n_audio) + self.token_ids(f"language {name}<asr_text>")
+        return super().prompt(n_audio, context=context) + self.token_ids(f"language {name}<asr_text>")
 
 
 def forbidden_ids(tokenizer, vocab_size, stop_id):
@@ -749,7 +767,7 @@ class Qwen3ASR(SpeechLM):
             is_open = batch.languages[b] is None
             script = script_language(text, batch.default_language) if is_open else None
             if script:
-                prompts.append(self.front_end.prompt(int(batch.audio_lens[b]), script))
+                prompts.append(self.front_end.prompt(int(batch.audio_lens[b]), script, batch.contexts[b]))
             else:
                 prompts.append(batch.prompt_ids[b][batch.prompt_mask[b]].tolist())
         prompt_ids, prompt_mask = pad_left(prompts, self.front_end.pad_id)

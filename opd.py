@@ -131,6 +131,12 @@ def parse_args(argv=None):
     )
     add("--eval", nargs="*", default=[], metavar="m.jsonl", help="sets to score before and after")
     add("--language", help="of clips whose line names none, where a model's prompt wants one (Qwen3-ASR)")
+    add(
+        "--context",
+        choices=["both", "teacher", "none"],
+        default="both",
+        help="whose prompt gives a line's context; teacher: the student learns to do without",
+    )
     add("--max-seconds", type=at_least(0.01), default=30.0, help="longer clips are left out and counted")
     add(
         "--on-bad-audio",
@@ -279,8 +285,11 @@ def main(args):
     def make_micro_batch(step, indices, batch_clips, waveforms):
         """One micro-batch, made by a data worker: clips, both models' Batch, uniforms (B, T), references."""
         languages = [clip.language for clip in batch_clips]
-        batch = collate(waveforms, student.front_end, languages, language)
-        teacher_batch = collate(waveforms, teacher.front_end, languages, language)
+        contexts = [clip.context for clip in batch_clips]
+        student_contexts = contexts if args.context == "both" else None
+        teacher_contexts = None if args.context == "none" else contexts
+        batch = collate(waveforms, student.front_end, languages, language, student_contexts)
+        teacher_batch = collate(waveforms, teacher.front_end, languages, language, teacher_contexts)
         # Sampling is a function of (seed, step, clip): the same whatever the ranks and micro-batches.
         uniforms = [
             np.random.default_rng((args.seed, 2, step, i)).random(args.max_new_tokens) for i in indices
@@ -333,6 +342,7 @@ def main(args):
             args.micro_seconds,
             folder,
             default_language=language,
+            with_context=args.context == "both",
             strict=is_strict,
         )
 

@@ -97,6 +97,12 @@ def parse_args(argv=None):
     # data
     add("--data", nargs="+", default=[], metavar="m.jsonl", help="manifests or audio files")
     add("--language", help="language in the prompt of clips whose line names none")
+    add(
+        "--context",
+        choices=["both", "teacher", "none"],
+        default="both",
+        help="whose prompt gives a line's context",
+    )
     add("--batch-seconds", type=at_least(0.01), default=600.0, help="seconds of audio scored at once")
     add("--max-seconds", type=at_least(0.01), default=30.0, help="longest clip accepted; longer is an error")
 
@@ -313,8 +319,13 @@ def measure(student, teacher, alignment, clips, default_language, args, device, 
     """
     waveforms = [load_audio(clip) for clip in clips]
     languages = [clip.language for clip in clips]
-    student_batch = collate(waveforms, student.front_end, languages, default_language).to(device)
-    teacher_batch = collate(waveforms, teacher.front_end, languages, default_language).to(device)
+    contexts = [clip.context for clip in clips]
+    student_contexts = contexts if args.context == "both" else None
+    teacher_contexts = None if args.context == "none" else contexts
+    student_batch = collate(waveforms, student.front_end, languages, default_language, student_contexts)
+    teacher_batch = collate(waveforms, teacher.front_end, languages, default_language, teacher_contexts)
+    student_batch = student_batch.to(device)
+    teacher_batch = teacher_batch.to(device)
     student_encoded = student.encode(student_batch)
     teacher_encoded = teacher.encode(teacher_batch)
 

@@ -97,6 +97,7 @@ def parse_args(argv=None):
     )
     add("--eval", nargs="*", default=[], metavar="m.jsonl", help="sets to score at the end")
     add("--language", help="of clips whose line names none, where the model's prompt wants one (Qwen3-ASR)")
+    add("--no-context", action="store_true", help="prompts do not give a line's context")
     add("--max-seconds", type=at_least(0.01), default=30.0, help="longer clips are left out and counted")
     add(
         "--on-bad-audio",
@@ -206,7 +207,8 @@ def main(args):
     def make_micro_batch(step, indices, batch_clips, waveforms):
         """One micro-batch, built by a data worker: clips, Batch, the transcripts as a Rollout."""
         languages = [clip.language or script_language(clip.text, language) for clip in batch_clips]
-        batch = collate(waveforms, front_end, languages, language)
+        contexts = None if args.no_context else [clip.context for clip in batch_clips]
+        batch = collate(waveforms, front_end, languages, language, contexts)
         for b, i in enumerate(indices):
             n_frames = batch.mel_lens[b]
             batch.mel[b, :, :n_frames] = spec_augment(batch.mel[b, :, :n_frames], args, step, i)
@@ -236,7 +238,14 @@ def main(args):
         folder = os.path.join(args.out, f"eval-{step}")
         is_strict = args.on_bad_audio == "error"
         summaries = evaluate(
-            model, eval_sets, device, args.micro_seconds, folder, default_language=language, strict=is_strict
+            model,
+            eval_sets,
+            device,
+            args.micro_seconds,
+            folder,
+            default_language=language,
+            with_context=not args.no_context,
+            strict=is_strict,
         )
         if rank == 0:
             print_summaries(summaries)
