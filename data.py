@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib.metadata
+import importlib.util
 import io
 import json
 import math
@@ -681,9 +682,10 @@ def memory():
 # ----------------------------------------------------------------------------------------------------------
 
 # What a resumed run may change, because it moves no weight. Training data and models are compared by content.
-MAY_CHANGE = (
-    "resume out eval workers micro_seconds recompute save_every keep eval_every sample_every on_bad_audio"
-).split()
+MAY_CHANGE = """
+    resume out eval workers micro_seconds recompute save_every keep eval_every sample_every on_bad_audio
+    tensorboard
+""".split()
 
 
 def content_of(path):
@@ -848,6 +850,30 @@ def read_lines(path):
 def add_lines(path, lines, mode="a"):
     with open(path, mode, encoding="utf-8") as file:
         file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+
+def check_tensorboard(args):
+    """Raises InputError where --tensorboard is wanted and its package is not installed."""
+    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise InputError("--tensorboard needs the package tensorboard: pip install tensorboard")
+
+
+def tensorboard_writer(args, first_step):
+    """Rank 0's writer to OUT/tensorboard, which forgets what stands behind `first_step`; None without one."""
+    if not args.tensorboard or rank_and_world()[0] > 0:
+        return None
+    from torch.utils.tensorboard import SummaryWriter  # an optional package, slow to import
+
+    return SummaryWriter(os.path.join(args.out, "tensorboard"), purge_step=first_step + 1)
+
+
+def log_metrics(out, metrics, writer):
+    """Adds a step to metrics.jsonl, and to TensorBoard where there is a writer."""
+    add_lines(os.path.join(out, "metrics.jsonl"), [metrics])
+    if writer is not None:
+        for name, value in metrics.items():
+            writer.add_scalar(name, value, metrics["step"])
+        writer.flush()
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -54,11 +54,13 @@ from data import (
     at_least,
     barrier,
     begin_run,
+    check_tensorboard,
     collate,
     content_of,
     find_run,
     language_code,
     load_usable,
+    log_metrics,
     memory,
     read_json,
     read_lines,
@@ -67,6 +69,7 @@ from data import (
     setup_distributed,
     step_batches,
     stop_not_finite,
+    tensorboard_writer,
     write_json,
 )
 from eval import (
@@ -105,7 +108,7 @@ from model import (
     token_ce,
     trained_parameters,
 )
-from overlap import nested_ks, set_overlap
+from overlap import draw_report, nested_ks, set_overlap
 
 SCRIPT = os.path.basename(__file__)
 
@@ -206,6 +209,7 @@ def parse_args(argv=None):
     add("--save-every", type=at_least(1, int), default=1_000, help="steps between checkpoints")
     add("--keep", type=at_least(1, int), default=2, help="last checkpoints kept")
     add("--eval-every", type=at_least(0, int), default=0, help="steps between further evaluations; 0 = off")
+    add("--tensorboard", action="store_true", help="write every metric to OUT/tensorboard too")
     add(
         "--sample-every",
         type=at_least(0, int),
@@ -236,6 +240,7 @@ def parse_args(argv=None):
 def main(args):
     # ---- distributed -------------------------------------------------------------------------------------
     rank, world, device = setup_distributed()
+    check_tensorboard(args)
     contents = {
         "train": [content_of(path) for path in args.train],
         "student": content_of(local_folder(args.student)),
@@ -347,6 +352,7 @@ def main(args):
         )
 
     begin_run(args, SCRIPT, contents, first_step)
+    writer = tensorboard_writer(args, first_step)
     before_path = os.path.join(args.out, "eval-0", "summary.json")
     if first_step == 0:
         before = run_eval(0)
@@ -510,7 +516,7 @@ def main(args):
             **memory(),
         }
         if rank == 0:
-            add_lines(os.path.join(args.out, "metrics.jsonl"), [metrics])
+            log_metrics(args.out, metrics, writer)
             bar.update()
             shown = {key: f"{metrics[key]:.3g}" for key in ("loss", "kl", "vuss", "clips_per_s")}
             bar.set_postfix(shown, refresh=False)
@@ -557,6 +563,7 @@ def main(args):
             "skipped": skipped,
             "model": os.path.join(args.out, "model"),
         }
+        draw_report(args.out, lines, before, after)
         write_json(os.path.join(args.out, "summary.json"), summary)  # written last: it marks a finished run
     barrier()
 

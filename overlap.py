@@ -620,7 +620,7 @@ def new_figure(n_rows, n_columns):
     try:
         from matplotlib.figure import Figure  # needs no screen; only pictures need the library
     except ImportError:
-        raise InputError("pictures need matplotlib: pip install matplotlib, or leave --out away") from None
+        raise InputError("pictures need matplotlib: pip install matplotlib") from None
     figure = Figure(figsize=(4 * n_columns, 3 * n_rows), layout="constrained")
     return figure, figure.subplots(n_rows, n_columns, squeeze=False).flatten().tolist()
 
@@ -700,6 +700,43 @@ def draw_runs(runs, out):
     path = os.path.join(out, "runs.png")
     figure.savefig(path)
     print(f"{len(runs)} run(s): {path}")
+
+
+def draw_report(out, lines, before, after):
+    """Draws a finished run of opd.py as out/report.png. Without matplotlib, one line says so.
+
+    lines: those of metrics.jsonl. before, after: {set: summary}, errors in % with their 95 % intervals.
+    """
+    try:
+        figure, (loss_axis, vuss_axis, health_axis, error_axis) = new_figure(1, 4)
+    except InputError as error:
+        print(f"no {os.path.join(out, 'report.png')}: {error}")
+        return
+    steps = [line["step"] for line in lines]
+    nested = sorted(int(name.removeprefix("vuss_")) for name in lines[0] if name.startswith("vuss_"))
+    panels = {
+        loss_axis: ("nats a row", ["loss", "kl"]),
+        vuss_axis: ("|union of both top-k|", [f"vuss_{k}" for k in nested] + ["vuss"]),
+        health_axis: ("share of the transcripts", ["empty", "capped", "looping"]),
+    }
+    for axis, (title, names) in panels.items():
+        for name in names:
+            axis.plot(steps, [line[name] for line in lines], linewidth=1, label=name)
+        axis.set_title(title)
+        axis.set_xlabel("step")
+        axis.legend(fontsize="small")
+
+    names = [name for name in before if name in after]
+    for place, name in enumerate(names):
+        for summaries, shift, marker in ((before, 0.15, "o"), (after, -0.15, "s")):
+            value, low, high = (summaries[name][key] for key in ("value", "low", "high"))
+            error_axis.plot(value, place + shift, marker, color="grey" if summaries is before else "C0")
+            if low is not None:
+                error_axis.hlines(place + shift, low, high, color="grey" if summaries is before else "C0")
+    error_axis.set_yticks(range(len(names)), names)
+    error_axis.invert_yaxis()
+    error_axis.set_title("error before (grey) and after, %, 95 %")
+    figure.savefig(os.path.join(out, "report.png"), dpi=80)
 
 
 def read_run(run):

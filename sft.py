@@ -35,16 +35,17 @@ from data import (
     Clips,
     InputError,
     StepDataset,
-    add_lines,
     all_reduce_sum,
     argument_parser,
     at_least,
     barrier,
     begin_run,
+    check_tensorboard,
     collate,
     content_of,
     find_run,
     language_code,
+    log_metrics,
     memory,
     read_lines,
     report_bad,
@@ -53,6 +54,7 @@ from data import (
     setup_distributed,
     step_batches,
     stop_not_finite,
+    tensorboard_writer,
     write_json,
 )
 from eval import clusters_of, evaluate, languages_of, looping, print_summaries, read_sets
@@ -138,6 +140,7 @@ def parse_args(argv=None):
     add("--save-every", type=at_least(1, int), default=1_000, help="steps between checkpoints")
     add("--keep", type=at_least(1, int), default=2, help="last checkpoints kept")
     add("--eval-every", type=at_least(0, int), default=0, help="steps between further evaluations; 0 = off")
+    add("--tensorboard", action="store_true", help="write every metric to OUT/tensorboard too")
     add(
         "--seed", type=at_least(0, int), default=0, help="of the order of clips, of masks and of the CTC head"
     )
@@ -150,6 +153,7 @@ def parse_args(argv=None):
 def main(args):
     # ---- distributed -------------------------------------------------------------------------------------
     rank, world, device = setup_distributed()
+    check_tensorboard(args)
     contents = {
         "train": [content_of(path) for path in args.train],
         "model": content_of(local_folder(args.model)),
@@ -231,6 +235,7 @@ def main(args):
 
     # ---- before ------------------------------------------------------------------------------------------
     begin_run(args, SCRIPT, contents, first_step)
+    writer = tensorboard_writer(args, first_step)
 
     def run_eval(step):
         if not eval_sets:
@@ -343,7 +348,7 @@ def main(args):
             for stem, summary in run_eval(done).items():
                 metrics[f"{stem}/{summary['metric']}"] = summary["value"]
         if rank == 0:
-            add_lines(os.path.join(args.out, "metrics.jsonl"), [metrics])
+            log_metrics(args.out, metrics, writer)
             bar.update()
             bar.set_postfix({key: f"{metrics[key]:.3g}" for key in ("loss", "clips_per_s")}, refresh=False)
         if done % args.save_every == 0 or done == args.steps:
