@@ -1,15 +1,23 @@
-"""Reads every clip of manifests and prints what is wrong with them.
+"""Reads every clip of manifests and prints what is wrong with them, or looks at two models on a few clips.
 
     python -m prepare.check train.jsonl dev.jsonl
+    python -m prepare.check dev.jsonl --models STUDENT TEACHER    # the first command with real weights
 
 Each defect is printed with its line; a last line for each manifest sums up. The exit status is 1 if there is
 a defect. Training would stop at such a clip, leave it out, or learn from silence.
+
+With --models no clip is checked. Both models transcribe a few clips, from the shortest to the longest, score
+what they wrote, and the teacher scores the student's transcripts. Each figure is printed with what sound
+models show. Models that do not fit together, or that misread prompt, audio or ids, show there and not after
+a day of training.
 """
 
 import collections
 import os
 import sys
 
+import numpy as np
+import torch
 from tqdm import tqdm
 
 from data import (
@@ -18,20 +26,41 @@ from data import (
     InputError,
     argument_parser,
     at_least,
+    collate,
+    language_code,
     load_audio,
     manifest_lines,
     parse_line,
+    read_manifest,
     run_script,
+)
+from model import (
+    SpeechLM,
+    align_vocabularies,
+    check_languages,
+    self_check,
+    student_scores,
+    support_kl,
+    teacher_rollout,
+    teacher_support,
 )
 
 
 def parse_args(argv=None):
     script = "python -m prepare.check"
     parser = argument_parser(script, __doc__)
-    parser.usage = f"{script} m.jsonl … [--max-seconds s]"
+    parser.usage = f"{script} m.jsonl … [--max-seconds s] [--models STUDENT TEACHER] [--language code]"
     parser.add_argument("manifests", nargs="+", metavar="m.jsonl", help="manifests to read")
     parser.add_argument("--max-seconds", type=at_least(0.01), default=30.0, help="a longer clip is a defect")
-    return parser.parse_args(argv)
+    parser.add_argument(
+        "--models", nargs=2, metavar=("STUDENT", "TEACHER"), help="look at two models on a few of the clips"
+    )
+    parser.add_argument("--language", help="of clips whose line names none, with --models")
+    parser.add_argument("--clips", type=at_least(1, int), default=8, help="clips that --models looks at")
+    args = parser.parse_args(argv)
+    if args.language and not args.models:
+        parser.error("--language has no meaning without --models")
+    return args
 
 
 def check(path, max_seconds):
@@ -88,7 +117,69 @@ def clip_defects(clip, max_seconds, first_lines):
     return defects
 
 
+@torch.no_grad()
+def check_models(args):
+    """--models: prints figures of both models on a few clips. Raises InputError where they are unsound."""
+    clips = []
+    for path in args.manifests:
+        clips += [clip for clip in read_manifest(path) if clip.duration <= args.max_seconds]
+    if not clips:
+        raise InputError(f"no clip of at most {args.max_seconds:g} s in {' '.join(args.manifests)}")
+    clips.sort(key=lambda clip: clip.duration)
+    places = np.linspace(0, len(clips) - 1, min(args.clips, len(clips))).round().astype(int)
+    clips = [clips[i] for i in places]
+    waveforms = [load_audio(clip) for clip in clips]
+    languages = [clip.language for clip in clips]
+    language = language_code(args.language) if args.language else None
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    student, teacher = [SpeechLM.from_pretrained(name).to(device).eval() for name in args.models]
+    first_clips = {clip.language: clip for clip in reversed(clips)}
+    check_languages(first_clips, language, student, teacher)
+    alignment = align_vocabularies(student, teacher)
+    n_text = int((~student.forbidden).sum())
+    n_shared = int((~alignment.student_forbidden).sum())
+    print(f"vocabulary: {n_shared} of the student's {n_text} text tokens are the teacher's too (sound: all)")
+
+    # Each model against itself: its own transcript, scored by teacher forcing.
+    for name, model in (("student", student), ("teacher", teacher)):
+        figures = self_check(model, waveforms, languages, language)
+        print(f"{name} on its own transcripts of {len(clips)} clips:")
+        print(f"  nll {figures['nll']:.3f} nats a token (sound: below 0.5; shifted rows: about 10)")
+        print(f"  agreement {figures['agreement']:.3f} (sound: above 0.99)")
+        print(f"  batch_difference {figures['batch_difference']:.1e} (sound: below 1e-4 in float32)")
+        print(f"  endoftext {figures['endoftext']:.3f} where it stops (sound: below 0.1)")
+
+    # The teacher on the student's transcripts: what the first step of OPD will see.
+    batch = collate(waveforms, student.front_end, languages, language).to(device)
+    rollout = student.sample(batch, 64, forbidden=alignment.student_forbidden)
+    texts = student.front_end.texts(rollout)
+    teacher_batch = collate(waveforms, teacher.front_end, languages, language).to(device)
+    teacher_batch = teacher.with_script_languages(teacher_batch, texts)
+    teacher_hidden = teacher(teacher_batch, teacher_rollout(rollout, alignment))  # (N, H')
+    support_ids, support_mask, teacher_logits, _ = teacher_support(
+        teacher, teacher_hidden, rollout.topk_ids[rollout.row_mask()], alignment, k=32
+    )
+    student_logits = student_scores(student.head.weight, student(batch, rollout), support_ids)  # (N, 2K)
+    kl, _ = support_kl(student_logits, teacher_logits, support_mask)  # (N,)
+    vuss = support_mask.sum(dim=1).double().mean()
+    print("the teacher on the student's transcripts:")
+    print(f"  KL {kl.mean():.3f} nats a token (sound: below 2; misaligned ids or prompts: above 5)")
+    print(f"  VUSS {vuss:.2f} (k = 32, the paper: 51 to 54)")
+
+    written = teacher.sample(teacher_batch, 64, k=1, forbidden=alignment.teacher_forbidden)
+    for clip, ours, theirs in zip(clips, texts, teacher.front_end.texts(written)):
+        print(f"{clip.where}, {clip.duration:.2f} s")
+        print(f"  student   {ours}")
+        print(f"  teacher   {theirs}")
+        if clip.text is not None:
+            print(f"  manifest  {clip.text}")
+
+
 def main(args):
+    if args.models:
+        check_models(args)
+        return
     n_defects = sum(check(path, args.max_seconds) for path in args.manifests)
     if n_defects:
         sys.exit(1)
