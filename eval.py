@@ -263,7 +263,8 @@ def read_sets(paths, max_seconds):
         for clip in sets[stem]:
             if clip.duration > max_seconds:
                 too_long = f"{clip.duration:.1f} s, over --max-seconds {max_seconds:g}"
-                raise InputError(f"{clip.where}: {too_long}; split the clip or raise it")
+                remedy = "split the clip (docs/data.md, Long recordings), or raise it"
+                raise InputError(f"{clip.where}: {too_long}; {remedy}")
     return sets
 
 
