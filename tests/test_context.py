@@ -75,6 +75,7 @@ def test_a_script_language_keeps_the_context(tmp_path):
     assert [ids[mask].tolist() for ids, mask in zip(renamed.prompt_ids, renamed.prompt_mask)] == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("context, prompts_with", [("both", "st"), ("teacher", "t"), ("none", "")])
 def test_whose_prompt_gives_the_context(stage, tmp_path, monkeypatch, context, prompts_with):
     """Which models' prompts of a step are longer, and that the evaluation is the student's own case."""
@@ -96,6 +97,7 @@ def test_whose_prompt_gives_the_context(stage, tmp_path, monkeypatch, context, p
     assert len({id(front_end) for front_end, _ in seen}) == 2
 
 
+@pytest.mark.slow
 def test_none_is_the_run_without_the_key(stage, tmp_path):
     without = train(opd, stage, tmp_path / "without", "m.jsonl")
     assert train(opd, stage, tmp_path / "none", "context.jsonl", "--context", "none") == without
@@ -110,6 +112,7 @@ def test_none_is_the_run_without_the_key(stage, tmp_path):
     assert rollouts[0] == rollouts[1] != rollouts[2]
 
 
+@pytest.mark.slow
 def test_sft_and_eval_with_and_without(stage, tmp_path):
     without = train(sft, stage, tmp_path / "without", "m.jsonl")
     assert train(sft, stage, tmp_path / "no-context", "context.jsonl", "--no-context") == without

@@ -166,6 +166,7 @@ def test_another_lora_is_not_copied(config):
     assert not m.may_copy_weights(model)
 
 
+@pytest.mark.slow
 @BOTH
 def test_resume_is_the_straight_run(stage, tmp_path, script):
     flags = ["--steps", 4, "--save-every", 2, "--keep", 9]
@@ -181,6 +182,7 @@ def test_resume_is_the_straight_run(stage, tmp_path, script):
         assert (straight / file).read_bytes() == (resumed / file).read_bytes(), file
 
 
+@pytest.mark.slow
 def test_folders_of_a_run(stage, tmp_path):
     """lora/ beside every model; a run without LoRA has none, and rank 0 is the run without the flag."""
     out = train(opd, stage, tmp_path / "run", "--lora-alpha", 8)

@@ -56,6 +56,7 @@ def test_without_matplotlib_a_line_says_so(stage, tmp_path, monkeypatch, capsys)
     assert not (out / "report.png").exists() and (out / "summary.json").exists()
 
 
+@pytest.mark.slow
 @BOTH
 def test_tensorboard_has_every_metric_also_after_a_resume(stage, tmp_path, script):
     flags = ["--steps", 4, "--save-every", 2, "--keep", 9, "--tensorboard"]
@@ -79,6 +80,7 @@ def test_without_tensorboard_the_flag_is_refused(stage, tmp_path, monkeypatch, s
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_the_flag_moves_nothing(stage, tmp_path):
     pytest.importorskip("tensorboard")
     weights = []
