@@ -340,13 +340,14 @@ def resampler(rate_hz):
     return torchaudio.transforms.Resample(rate_hz, SAMPLE_RATE)
 
 
-def audio_duration(source):
+def audio_duration(source, name="audio"):
     """Seconds of a sound file, given by its path or as its bytes. Raises AudioError.
 
-    Nothing is decoded. The length is the header's, and of MP3 that of all its frames.
+    Nothing is decoded. The length is the header's, and of MP3 that of all its frames. `name` stands for
+    bytes in messages.
     """
     is_path = isinstance(source, str | os.PathLike)
-    with audio_errors(source if is_path else "audio"):
+    with audio_errors(source if is_path else name):
         raw = source
         if is_path:
             with open(source, "rb") as file:

@@ -32,26 +32,27 @@ class LeftOut(typing.NamedTuple):
     which: str
 
 
-def corpus_parser(name, docstring):
+def corpus_parser(name, docstring, root="ROOT", root_help="folder of the corpus, as it is distributed"):
     """The flags that all corpora have."""
     script = f"python -m prepare.{name}"
     parser = argument_parser(script, docstring)
-    parser.usage = f"{script} ROOT --out m.jsonl [--flag value …]"
-    parser.add_argument("root", metavar="ROOT", help="folder of the corpus, as it is distributed")
+    parser.usage = f"{script} {root} --out m.jsonl [--flag value …]"
+    parser.add_argument("root", metavar=root, help=root_help)
     parser.add_argument("--out", required=True, metavar="m.jsonl", help="manifest to write")
     parser.add_argument("--pack", metavar="NAME.tar", help="store the clips in shards NAME-00000.tar, …")
     return parser
 
 
-def write_manifest(args, clips, layout):
+def write_manifest(args, clips, layout, is_folder=True):
     """Writes the manifest args.out, with args.pack its shards; prints what it holds and what was left out.
 
     clips: dicts and `LeftOut`s, see above. layout: what was looked for, for the error where there is no clip.
+    is_folder: args.root must be a folder; else it may also be the name of something elsewhere.
     Raises InputError; nothing is left behind then.
     """
     if os.path.exists(args.out):
         raise InputError(f"--out {args.out} exists; remove it, or choose another name")
-    if not os.path.isdir(args.root):
+    if is_folder and not os.path.isdir(args.root):
         raise InputError(f"{args.root}: no such folder")
     folder = os.path.dirname(os.path.abspath(args.out))
     os.makedirs(folder, exist_ok=True)
@@ -113,7 +114,7 @@ def manifest_line(clip, shards):
     content = line.pop("content", None)
     suffix = os.path.splitext(line["audio"])[1]
     try:
-        line["duration"] = duration_s(line, content)
+        line["duration"] = duration_s(line, content, name)
         if not 0 < line["duration"] < LONGEST_S:
             return LeftOut("lasts 0 s or less, or its header states no length", name)
         readable = parse_line(json.dumps(line).encode(), name, "")
@@ -133,12 +134,12 @@ def manifest_line(clip, shards):
     return line
 
 
-def duration_s(line, content):
+def duration_s(line, content, name):
     """Seconds of a clip: of a segment by its times, else of its file. Nothing is decoded."""
     begin_s = max(line.get("begin_time", 0), 0)
     end_s = line.get("end_time", -1)
     if end_s < 0:
-        end_s = audio_duration(content or line["audio"])
+        end_s = audio_duration(content or line["audio"], name)
     return round(end_s - begin_s, 4)
 
 
