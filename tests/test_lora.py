@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import tiny_model
+from conftest import qwen3_asr_folder, tiny_model
 from runs import BOTH, argv_of, lines_of, run_on_cpu, write_stage
 from safetensors.torch import load_file
 
@@ -156,6 +156,31 @@ def test_a_rollout_is_that_of_a_loop_through_pefts_modules(monkeypatch):
     assert torch.equal(fast.ids, loop.ids) and torch.equal(fast.topk_ids, loop.topk_ids)
     bare = tiny_model(3, model_type="qwen3", spread=0.1).sample(batch, 20, k=6)
     assert bare.ids.tolist() != fast.ids.tolist()
+
+
+@torch.no_grad()
+def test_qwen3_asr_with_lora(tmp_path):
+    """The same of Qwen3-ASR, the student that vLLM serves: merged folder, lora/ on the base, rollouts."""
+    folder = qwen3_asr_folder(tmp_path / "base")
+    model = m.SpeechLM.from_pretrained(folder).eval()
+    m.add_lora(model, 3, 6.0, seed=1)
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            parameter.data.normal_(std=0.2)
+    assert all(".lora_" in name for name in m.trained_parameters(model, ["lm"]))
+    model.save_pretrained(tmp_path / "merged")
+    m.save_lora(model, tmp_path / "lora")
+    stock_class = transformers.Qwen3ASRForConditionalGeneration
+    merged = stock_class.from_pretrained(tmp_path / "merged")
+    with_lora = peft.PeftModel.from_pretrained(stock_class.from_pretrained(folder), tmp_path / "lora")
+    ids = torch.arange(20)[None]
+    assert (merged(input_ids=ids).logits - with_lora(input_ids=ids).logits).abs().max() < 1e-5
+    base = stock_class.from_pretrained(folder)
+    assert (merged(input_ids=ids).logits - base(input_ids=ids).logits).abs().max() > 1e-2
+    batch = batch_of(model)
+    ours = m.SpeechLM.from_pretrained(tmp_path / "merged").eval()
+    assert m.may_copy_weights(model)
+    assert torch.equal(model.sample(batch, 8).ids, ours.sample(batch, 8).ids)
 
 
 @pytest.mark.parametrize("config", [{"lora_dropout": 0.5}, {"use_dora": True}, {"lora_bias": True}])
