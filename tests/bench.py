@@ -3,6 +3,7 @@
     python tests/bench.py --quick                   # the example's sizes, under 2 minutes on two CPU cores
     python tests/bench.py --real --json real.json   # the release's student and Qwen3-ASR-1.7B, on a GPU, bf16
     python tests/bench.py --growth                  # how the parts of a step grow with its sizes, on the CPU
+    python tests/bench.py --memory                  # GPU memory of a step at full size, computed
 
 Needs no files: weights are random, and the packages that only read audio may be absent (the row that needs
 them is left out). Exit status 1 if a bar is unmet.
@@ -12,6 +13,7 @@ import argparse
 import dataclasses
 import gc
 import importlib.util
+import itertools
 import json
 import os
 import pathlib
@@ -155,17 +157,26 @@ def release_student():
 
 
 def qwen3_asr_1_7b():
+    return qwen3_asr(width=1024, layers=24, audio_heads=16, hidden=2048, ffn=6144)
+
+
+def qwen3_asr_0_6b():
+    return qwen3_asr(width=896, layers=18, audio_heads=14, hidden=1024, ffn=3072)
+
+
+def qwen3_asr(width, layers, audio_heads, hidden, ffn):
+    """A Qwen3ASR with an encoder of the first three sizes and a tied Qwen3 of 28 layers of the others."""
     words = byte_tokenizer()
     audio = {
-        "d_model": 1024,
-        "encoder_layers": 24,
-        "encoder_attention_heads": 16,
-        "encoder_ffn_dim": 4096,
-        "output_dim": 2048,
+        "d_model": width,
+        "encoder_layers": layers,
+        "encoder_attention_heads": audio_heads,
+        "encoder_ffn_dim": 4 * width,
+        "output_dim": hidden,
     }
     text = {
-        "hidden_size": 2048,
-        "intermediate_size": 6144,
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
         "num_hidden_layers": 28,
         "num_attention_heads": 16,
         "num_key_value_heads": 8,
@@ -449,6 +460,264 @@ def growth():
         print(f"{sizes}{parts}{sum(parts_s) / base_s:14.2f}", flush=True)
 
 
+# ---- memory of a step, computed --------------------------------------------------------------------------
+# What autograd keeps between forward and backward, layer by layer, with fused attention as on a GPU: it keeps
+# q, k, v and its output, and no matrix of scores. On a CPU other tensors are kept, by a few percent.
+# tests/test_memory.py compares both with what autograd really keeps.
+
+CARDS_GB = (24, 80)  # GB are 10⁹ bytes
+RESERVE_GB = 2.0  # of a card, left to the CUDA context and to fragmentation
+CLIP_S = 10.0  # every clip of the computed micro-batch is so long
+SEQUENCE = (
+    130 + 16 + TOKENS
+)  # its positions in an LM: at most 13 a second, the rest of the prompt, transcript
+MOST_SECONDS = 1000  # nobody needs larger micro-batches, and kernels begin to refuse them
+LORA_RANK = 16
+
+
+def encoder_memory(model, bf16, recompute):
+    """Bytes a second of audio: what encoder and adapter keep, and what backward needs beside it.
+
+    A layer keeps, for each frame: the inputs of two norms (float32); the norms' outputs, once for each linear
+    layer where autocast casts them; q, k, v and the attention's output; the outputs of fc1 and of gelu. With
+    recompute only its input. A convolution keeps its output before and behind gelu.
+    """
+    config = model.config.audio_config
+    D = config.hidden_size
+    number = 2 if bf16 else 4  # bytes of what is computed with
+    n_inputs = 4 if bf16 else 2
+    layer = 8 * D + number * ((n_inputs + 4) * D + 2 * config.intermediate_size)
+    if isinstance(model, m.Qwen3ASR):
+        n_frames = 13  # a second
+        n_channels = config.downsample_hidden_size
+        convolved = [n_channels * 64 * 50, n_channels * 32 * 25, n_channels * 16 * 13]  # mel bins × frames
+        n_kept_front = 2 * sum(convolved)
+        n_kept_adapter = n_frames * 3 * D
+        layer += number * D  # attention runs window by window, and its outputs are put together
+    else:
+        n_frames = 50
+        convolved = [100 * D, 50 * D]
+        n_kept_front = 2 * convolved[0] + convolved[1]  # the last gelu's output is the first layer's input
+        n_kept_adapter = n_frames * (D + model.config.text_config.hidden_size)  # 4 H for four frames
+    kept = number * (100 * data.N_MELS + n_kept_front + n_kept_adapter) + n_frames * 4 * D  # the last norm's
+    kept += n_frames * config.num_hidden_layers * (number * D if recompute else layer)
+    # Backward holds the gradients of one layer, and its activations where they are computed again.
+    beside = max(n_frames * layer * (2 if recompute else 1), number * 2 * convolved[0])
+    return kept, beside
+
+
+def lm_memory(model, length, bf16, recompute):
+    """Bytes a position, in sequences of so many: what the LM keeps, and what backward needs beside it.
+
+    A layer keeps: the inputs of two norms, and what they multiply by a trained weight (float32); the norms'
+    outputs, once for each linear layer where autocast casts them; q, k and v of all heads and the attention's
+    output; its row of the mask; four tensors of the MLP. Qwen3 norms q and k too. LoRA adds what lies between
+    A and B of seven projections, and under it the norms' weights do not train. With recompute only the input.
+    """
+    config = model.config.text_config
+    H = config.hidden_size
+    number = 2 if bf16 else 4
+    n_inputs = 5 if bf16 else 2
+    n_normed = 1 if model.lora_config else 2
+    n_queries = config.num_attention_heads * head_size(config)
+    layer = 2 * n_normed * 4 * H
+    layer += number * (n_inputs * H + 4 * n_queries + length + 4 * config.intermediate_size)
+    if config.model_type == "qwen3":
+        n_qk = n_queries + config.num_key_value_heads * head_size(config)
+        layer += (4 if model.lora_config else 4 + number) * n_qk
+    if model.lora_config:
+        layer += number * 7 * model.lora_config.r
+    kept = config.num_hidden_layers * (4 * H if recompute else layer) + n_normed * 4 * H  # the last norm's
+    return kept, layer * (2 if recompute else 1)
+
+
+def head_size(config):
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def n_computed(module):
+    """Parameters of its linear and convolutional layers: those that autocast casts."""
+    n = 0
+    for part in module.modules():
+        if isinstance(part, (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d)):
+            n += sum(parameter.numel() for parameter in part.parameters(recurse=False))
+    return n
+
+
+def n_kept_weights(model, recompute):
+    """Parameters whose bf16 copies the graph keeps: with recompute those outside the layers."""
+    n = n_computed(model.model)
+    if recompute:
+        n -= n_computed(model.encoder.layers) + n_computed(model.lm.layers)
+    return n
+
+
+def fixed_memory(student, teacher, bf16, recompute):
+    """Bytes of the student with gradients and optimizer, and of the teacher, whatever the micro-batch."""
+    n_student = sum(parameter.numel() for parameter in student.parameters())
+    n_trained = sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
+    n_teacher = sum(parameter.numel() for parameter in teacher.parameters())
+    student_bytes = 4 * n_student + (4 + 8) * n_trained  # weights; gradients and AdamW's two moments
+    if bf16:
+        # Backward needs the weights too: the graph keeps autocast's copies. The head is scored in float32.
+        student_bytes += 2 * n_kept_weights(student, recompute)
+    return student_bytes, (2 if bf16 else 4) * n_teacher
+
+
+def step_memory(student, teacher, seconds, bf16, recompute):
+    """Bytes above the fixed ones at the high points of a micro-batch of so many seconds: {name: bytes}."""
+    number = 2 if bf16 else 4
+    text = student.config.text_config
+    n_clips = seconds / CLIP_S
+    encoder_kept, encoder_beside = encoder_memory(student, bf16, recompute)
+    lm_kept, lm_beside = lm_memory(student, SEQUENCE, bf16, recompute)
+    n_positions = n_clips * SEQUENCE
+    kept = seconds * encoder_kept + n_positions * lm_kept
+    n_head = student.head.weight.numel()
+
+    # Rollout: at most a fused copy of the LM, and in bf16 autocast's copies of trained weights; keys and
+    # values of the prefill and in the decoder's storage; logits of four tokens, stacked, and two more. The LM
+    # has kept nothing yet.
+    rollout = seconds * encoder_kept + number * n_computed(student.lm)
+    if bf16:
+        rollout += 2 * n_head
+        if recompute and not student.lora_config:  # without recompute they are among the fixed bytes
+            rollout += 2 * n_computed(student.lm)
+    cache = 2 * text.num_hidden_layers * text.num_key_value_heads * head_size(text) * number
+    rollout += n_positions * 2 * cache + n_clips * (4 + 4 + 2) * 4 * text.vocab_size
+
+    # Teacher: its first convolution's output before and behind gelu; later the logits of 1,024 rows, twice,
+    # while those of the rows before are still there.
+    convolved = seconds * teacher.config.audio_config.downsample_hidden_size * 64 * 50
+    n_rows = min(n_clips * (TOKENS + 1), 1024)
+    asking = max(number * 2 * convolved, 3 * 4 * n_rows * teacher.config.text_config.vocab_size)
+
+    # Backward: the head's gradient waits for that of the embeddings, which share the tensor; and one layer.
+    backward = 4 * n_head + max(seconds * encoder_beside, n_positions * lm_beside)
+    return {"rollout": rollout, "teacher": kept + asking, "backward": kept + backward}
+
+
+def largest_seconds(student, teacher, card_gb, bf16, recompute):
+    """The largest whole --micro-seconds, up to MOST_SECONDS, whose step fits the card. 0: none does."""
+    room = 1e9 * (card_gb - RESERVE_GB) - sum(fixed_memory(student, teacher, bf16, recompute))
+    fitting = 0
+    too_large = MOST_SECONDS + 1
+    while too_large - fitting > 1:
+        seconds = (fitting + too_large) // 2
+        if max(step_memory(student, teacher, seconds, bf16, recompute).values()) <= room:
+            fitting = seconds
+        else:
+            too_large = seconds
+    return fitting
+
+
+STUDENTS = {"Qwen3-ASR-0.6B": qwen3_asr_0_6b, "ARK-ASR-0.6B": release_student}
+
+
+def memory_student(name, rank, recompute):
+    student = STUDENTS[name]()
+    if rank:
+        m.add_lora(student, rank, alpha=32.0, seed=0)
+    if recompute:
+        student.recompute_activations()
+    return student.train()
+
+
+def memory_rows():
+    """A row for each student and mode. The models have sizes and no storage."""
+    rows = []
+    with torch.device("meta"):
+        teacher = qwen3_asr_1_7b()
+    for name, rank, recompute in itertools.product(STUDENTS, (0, LORA_RANK), (False, True)):
+        with torch.device("meta"):
+            student = memory_student(name, rank, recompute)
+        for bf16 in (False, True):
+            student_bytes, teacher_bytes = fixed_memory(student, teacher, bf16, recompute)
+            encoder_kept, _ = encoder_memory(student, bf16, recompute)
+            lm_kept, _ = lm_memory(student, SEQUENCE, bf16, recompute)
+            row = {"student": name, "rank": rank, "recompute": recompute, "bf16": bf16}
+            row["student_bytes_per_parameter"] = student_bytes / sum(p.numel() for p in student.parameters())
+            row["student_gb"] = student_bytes / 1e9
+            row["teacher_gb"] = teacher_bytes / 1e9
+            row["kept_mb_per_second"] = (encoder_kept + SEQUENCE / CLIP_S * lm_kept) / 1e6
+            for card_gb in CARDS_GB:
+                seconds = largest_seconds(student, teacher, card_gb, bf16, recompute)
+                row[f"seconds_on_{card_gb}_gb"] = seconds
+            rows.append(row)
+    return rows
+
+
+def print_memory(rows):
+    """The table of docs/speed.md."""
+    columns = ["student", "mode", "bytes a parameter", "fixed GB: student + teacher", "MB a second"]
+    columns += [f"{card_gb} GB" for card_gb in CARDS_GB]
+    print(f"| {' | '.join(columns)} |")
+    print("|---" * len(columns) + "|")
+    for row in rows:
+        mode = f"LoRA {row['rank']}" if row["rank"] else "full"
+        mode += ", `--recompute`" if row["recompute"] else ""
+        mode += ", `--bf16`" if row["bf16"] else ""
+        fixed_gb = row["student_gb"] + row["teacher_gb"]
+        cells = [row["student"], mode, f"{row['student_bytes_per_parameter']:.1f}"]
+        cells.append(f"{row['student_gb']:.1f} + {row['teacher_gb']:.1f} = {fixed_gb:.1f}")
+        cells.append(f"{row['kept_mb_per_second']:.0f}")
+        for card_gb in CARDS_GB:
+            seconds = row[f"seconds_on_{card_gb}_gb"]
+            shown = f"{seconds:,}"
+            if seconds == 0:
+                shown = "–"
+            elif seconds == MOST_SECONDS:
+                shown = f"≥ {shown}"
+            cells.append(shown)
+        print(f"| {' | '.join(cells)} |")
+
+
+def measure_memory(row, card_gb):
+    """Peak GB of two real updates on a GPU that may use card_gb, and the computed GB.
+
+    It has never been run: there was no GPU.
+    """
+    device = torch.device("cuda")
+    whole = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min((card_gb - RESERVE_GB) * 1e9 / whole, 1.0))
+    bf16 = row["bf16"]
+    teacher = qwen3_asr_1_7b().to(device, torch.bfloat16 if bf16 else torch.float32).requires_grad_(False)
+    student = memory_student(row["student"], row["rank"], row["recompute"]).to(device)
+    student.bf16 = bf16
+    n_clips = int(row[f"seconds_on_{card_gb}_gb"] // CLIP_S)
+    batch = batch_of(student, n_clips, CLIP_S, device)
+    teacher_batch = batch_of(teacher, n_clips, CLIP_S, device)
+    alignment = same_vocabulary(len(student.forbidden), student.forbidden)
+    optimizer = m.make_optimizer(m.trained_parameters(student), 1e-6, 0.0)
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(2):  # the second one has AdamW's moments
+        for _ in range(2):  # two micro-batches: the second one has gradients
+            encoded, rollout = write_rollout(student, batch, alignment, 32, TOKENS)
+            support = ask_teacher(student, teacher, teacher_batch, alignment, rollout, 32)
+            learn(student, batch, rollout, encoded, support)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    measured_gb = torch.cuda.max_memory_allocated() / 1e9
+    step = step_memory(student, teacher, n_clips * CLIP_S, bf16, row["recompute"])
+    computed_gb = (sum(fixed_memory(student, teacher, bf16, row["recompute"])) + max(step.values())) / 1e9
+    return measured_gb, computed_gb
+
+
+def memory(json_path):
+    """The table; on a GPU also the peak of every row with a figure for 24 GB."""
+    rows = memory_rows()
+    print_memory(rows)
+    if torch.cuda.is_available():
+        for row in rows:
+            if row["seconds_on_24_gb"] >= CLIP_S:
+                row["measured_gb"], row["computed_gb"] = measure_memory(row, 24)
+                print(row, flush=True)
+                gc.collect()
+                torch.cuda.empty_cache()
+    if json_path:
+        pathlib.Path(json_path).write_text(json.dumps(rows, indent=1))
+
+
 # ---- main --------------------------------------------------------------------------------------------------
 
 
@@ -460,6 +729,7 @@ def parse_args():
     size.add_argument("--quick", action="store_true", help="the example's sizes, on the CPU")
     size.add_argument("--real", action="store_true", help="the release's student, Qwen3-ASR-1.7B, on a GPU")
     size.add_argument("--growth", action="store_true", help="time by size, the example's, CPU; no bars")
+    size.add_argument("--memory", action="store_true", help="GPU memory of a step at full size, computed")
     parser.add_argument("--json", help="file for the figures")
     args = parser.parse_args()
     if args.real and not torch.cuda.is_available():
@@ -496,10 +766,13 @@ def real_figures():
 def main():
     args = parse_args()
     torch.manual_seed(0)
-    if not args.real:
+    if args.quick or args.growth:
         torch.cuda.is_available = lambda: False  # time and memory of the CPU
     if args.growth:
         growth()
+        return
+    if args.memory:
+        memory(args.json)
         return
     figures = real_figures() if args.real else quick_figures()
     place = f"{platform.machine()}, {torch.get_num_threads()} threads"

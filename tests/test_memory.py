@@ -1,0 +1,151 @@
+"""The calculator of `bench.py --memory` beside the bytes that autograd keeps, and that training allocates."""
+
+import functools
+
+import bench
+import pytest
+import torch
+from conftest import noise, qwen3_asr_folder, tiny_model
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import model as m
+from data import collate
+
+
+def kept_bytes(function, model):
+    """Bytes of the storages that autograd keeps for backward, those of the parameters left out."""
+    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    storages = {}  # held, so that no other storage gets the same address
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            storages[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = function()
+    assert output.requires_grad
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "stock"])
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_activations_are_those_that_autograd_keeps(kind, rank, recompute, tmp_path):
+    """On the CPU in float32, at two lengths. There our encoder keeps the attention's output twice."""
+    if kind == "stock":
+        model = m.SpeechLM.from_pretrained(qwen3_asr_folder(tmp_path / "model"))
+    else:
+        model = tiny_model(model_type=kind)
+    if rank:
+        m.add_lora(model, rank, alpha=8.0, seed=0)
+    if recompute:
+        model.recompute_activations()
+    model.train()
+    rollout = model.front_end.transcripts(["one two three", "four", ""])
+    measured = []
+    computed = []
+    for seconds in (2.0, 6.0):
+        waveforms = [noise(seconds), noise(seconds - 0.2), noise(seconds - 0.1)]
+        batch = collate(waveforms, model.front_end, ["en"] * 3)
+        measured.append(kept_bytes(functools.partial(model, batch, rollout), model))
+        length = batch.prompt_ids.shape[1] + int(rollout.row_mask().sum(dim=1).max()) - 1
+        of_encoder, _ = bench.encoder_memory(model, False, recompute)
+        of_lm, _ = bench.lm_memory(model, length, False, recompute)
+        computed.append(3 * seconds * of_encoder + 3 * length * of_lm)
+    assert computed == pytest.approx(measured, rel=0.15)
+
+
+def memory_efficient_attention(q, k, v, attn_mask, dropout_p=0.0, scale=None, is_causal=False):
+    """PyTorch's attention as a GPU computes it where there is a mask."""
+    dtype = torch.bfloat16 if torch.is_autocast_enabled("cuda") else torch.float32
+    bias = torch.zeros_like(attn_mask, dtype=dtype).expand(len(q), q.shape[1], q.shape[2], k.shape[2])
+    attention = torch.ops.aten._scaled_dot_product_efficient_attention
+    return attention(q.to(dtype), k.to(dtype), v.to(dtype), bias, True, dropout_p, is_causal, scale=scale)[0]
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("rank", [0, 16])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_activations_at_full_width_on_a_fake_gpu(recompute, rank, bf16, monkeypatch):
+    """The release's widths, with fewer layers, and autocast's rules for GPUs. Tensors have no storage.
+
+    The attention is set here, because PyTorch's choice among its kernels would want a GPU.
+    """
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", memory_efficient_attention)
+    # All is on one device and float32 already; fake tensors refuse that a module moves or converts them.
+    monkeypatch.setattr(torch.nn.Module, "_apply", lambda module, *args: module)
+    seconds = 10
+    length = 205
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
+        model = bench.our_model(1280, 4, 20, 896, 4, 14, 2, 4864, 1000).train()
+        if rank:
+            m.add_lora(model, rank, alpha=32.0, seed=0)
+        if recompute:
+            model.recompute_activations()
+        mel = torch.randn(2, 128, 100 * seconds)
+        mel_lens = torch.full((2,), 50 * seconds)
+        embeds = torch.randn(2, length, 896, requires_grad=True)
+        mask = torch.ones(2, 1, length, length, dtype=torch.bool)
+        positions = torch.arange(length).expand(2, length)
+
+        def forward():
+            frames = model.encoder(mel, mel_lens)
+            encoded = model.adapter(frames.reshape(2, -1, 4 * 1280).clone())
+            hidden = model.lm(
+                inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
+            ).last_hidden_state
+            return encoded.sum() + hidden.sum()
+
+        torch.set_autocast_dtype("cuda", torch.bfloat16)
+        torch.set_autocast_enabled("cuda", bf16)  # torch.autocast itself would want a GPU
+        try:
+            measured = kept_bytes(forward, model)
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+            torch.clear_autocast_cache()
+    of_encoder, _ = bench.encoder_memory(model, bf16, recompute)
+    of_lm, _ = bench.lm_memory(model, length, bf16, recompute)
+    computed = 2 * seconds * of_encoder + 2 * length * of_lm
+    if bf16:
+        computed += 2 * bench.n_kept_weights(model, recompute)
+    assert computed == pytest.approx(measured, rel=0.03)
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_fixed_memory_is_that_of_an_update(rank):
+    """Weights, gradients and AdamW's moments of a real update, byte for byte."""
+    student = tiny_model(0)
+    teacher = tiny_model(1)
+    if rank:
+        m.add_lora(student, rank, alpha=8.0, seed=0)
+    trained = m.trained_parameters(student)
+    optimizer = m.make_optimizer(trained, 1e-3, 0.0)
+    m.sum_gradients(trained)
+    optimizer.step()
+    tensors = [*student.parameters()]
+    for parameter in trained.values():
+        moments = optimizer.state[parameter]
+        tensors += [parameter.grad, moments["exp_avg"], moments["exp_avg_sq"]]
+    student_bytes, teacher_bytes = bench.fixed_memory(student, teacher, bf16=False, recompute=False)
+    assert student_bytes == sum(tensor.nbytes for tensor in tensors)
+    assert teacher_bytes == sum(parameter.nbytes for parameter in teacher.parameters())
+    _, half = bench.fixed_memory(student, teacher, bf16=True, recompute=False)
+    assert half == teacher_bytes / 2
+
+
+def test_sizes_and_the_largest_micro_batch():
+    """The parameters of the models, and a micro-batch that fits where one second more does not."""
+    with torch.device("meta"):
+        student = bench.qwen3_asr_0_6b()
+        release = bench.release_student()
+        teacher = bench.qwen3_asr_1_7b()
+    sizes = [sum(p.numel() for p in model.parameters()) / 1e9 for model in (student, release, teacher)]
+    assert sizes == pytest.approx([0.78, 1.14, 2.04], abs=0.01)
+    seconds = bench.largest_seconds(student, teacher, 24, bf16=True, recompute=False)
+    assert seconds > 0
+    room = 22e9 - sum(bench.fixed_memory(student, teacher, bf16=True, recompute=False))
+    for more, fits in ((0, True), (1, False)):
+        step = bench.step_memory(student, teacher, seconds + more, bf16=True, recompute=False)
+        assert (max(step.values()) <= room) == fits
