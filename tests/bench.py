@@ -276,19 +276,46 @@ def rollout_figures(student, batch):
         Figure("rollout: generate / ours", generate_s / ours_s, 1.5, 8.0),
         Figure("rollout: share of equal tokens", equal, 0.99, 0.5),
     ]
-    # The floor of a decode step: weights and cache read once, at the bandwidth of a copy.
+    floor_s = decode_floor_s(student, batch)
+    short_s = alternate(lambda: student.sample(batch, 4, k=32, tokens_per_second=0))[0]
+    step_s = (ours_s - short_s) / (TOKENS - 4)
+    figures.append(Figure("decode step: share of the memory floor", floor_s / step_s, None, 0.33))
+    return figures, floor_s
+
+
+def decode_floor_s(model, batch):
+    """Seconds to read the LM's weights and the prompt's cache once, at the bandwidth of a copy."""
     big = torch.empty(2**30 if batch.mel.is_cuda else 2**26, dtype=torch.uint8, device=batch.mel.device)
     other = torch.empty_like(big)
     copy_s = alternate(lambda: other.copy_(big))[0]
-    config = student.config.text_config
-    d = config.hidden_size // config.num_attention_heads
+    config = model.config.text_config
+    d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     cache = 2 * config.num_hidden_layers * batch.prompt_ids.numel() * config.num_key_value_heads * d
-    weights = sum(parameter.numel() for parameter in student.lm.parameters())  # the tied head is in it
-    floor_s = (weights + cache) * student.head.weight.element_size() / (2 * big.numel() / copy_s)
-    short_s = alternate(lambda: student.sample(batch, 4, k=32))[0]
-    step_s = (ours_s - short_s) / (TOKENS - 4)
-    figures.append(Figure("decode step / reading weights and cache once", step_s / floor_s, None, -3.0))
-    return figures, floor_s
+    weights = sum(parameter.numel() for parameter in model.lm.parameters())  # the tied head is in it
+    return (weights + cache) * model.head.weight.element_size() / (2 * big.numel() / copy_s)
+
+
+def decoding_figures(name, model, batch, published=None):
+    """Speed of decoding 64 tokens a clip: times real time, and the share of the memory floor of a step."""
+    seconds = float(batch.seconds.sum())
+    whole_s = alternate(lambda: model.sample(batch, TOKENS, tokens_per_second=0))[0]
+    short_s = alternate(lambda: model.sample(batch, 4, tokens_per_second=0))[0]
+    step_s = (whole_s - short_s) / (TOKENS - 4)
+    beside = f" (published: {published})" if published else ""
+    return [
+        Figure(f"{name}: decoding, times real time{beside}", seconds / whole_s, None, None),
+        Figure(f"{name}: share of the memory floor", decode_floor_s(model, batch) / step_s, None, 0.2),
+    ]
+
+
+def agreement_figure(model, batch, name, gpu_bar):
+    """Share of greedy tokens that the fast decoder (a CUDA graph on a GPU) and the plain loop have alike."""
+    fast = model.sample(batch, TOKENS, tokens_per_second=0).ids
+    with unittest.mock.patch.object(m, "may_copy_weights", lambda model: False):
+        loop = model.sample(batch, TOKENS, tokens_per_second=0).ids
+    width = min(fast.shape[1], loop.shape[1])
+    share = (fast[:, :width] == loop[:, :width]).float().mean().item()
+    return Figure(f"greedy tokens, fast decoder = plain loop, {name}", share, gpu_bar, gpu_bar)
 
 
 def union_loss_figures(n_rows, vocab_size, hidden, k, device):
@@ -374,6 +401,10 @@ def step_figures(student, teacher, batch, teacher_batch, floor_s):
     share = opd_s / (TOKENS * floor_s + trunk_s + sft_s)
     figures = [Figure("OPD step / (decode floor + teacher trunk + SFT step)", share, None, -1.3)]
     if batch.mel.is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        opd_step()
+        peak_gb = torch.cuda.max_memory_allocated() / 1e9
+        figures.append(Figure(f"OPD step of {float(batch.seconds.sum()):g} s: peak GB", peak_gb, None, None))
         from torch.utils.flop_counter import FlopCounterMode
 
         with FlopCounterMode(display=False) as counter:
@@ -746,6 +777,7 @@ def quick_figures():
     head = torch.nn.Linear(896, 151_936, bias=False)
     figures += teacher_head_figures(head, 4, 128 + 64, 64, 32)
     rollout, floor_s = rollout_figures(student, batch)
+    rollout.append(agreement_figure(student, batch, "float32", 1.0))
     return figures + rollout + step_figures(student, teacher, batch, teacher_batch, floor_s) + audio_figures()
 
 
@@ -760,6 +792,15 @@ def real_figures():
     # Rollout and its baseline both have bf16 weights: `generate` knows no autocast of its own.
     rollout, floor_s = rollout_figures(release_student().to(device, torch.bfloat16), batch)
     figures += rollout + step_figures(student, teacher, batch, teacher_batch, floor_s) + audio_figures()
+    student.bf16 = False
+    figures.append(agreement_figure(student, batch, "float32", 1.0))
+    student.bf16 = True
+    figures.append(agreement_figure(student, batch, "bf16", None))
+    small = qwen3_asr_0_6b().to(device, torch.bfloat16)
+    small_batch = batch_of(small, 32, 10.0, device)
+    figures += decoding_figures("Qwen3-ASR-0.6B", small, small_batch)
+    figures += decoding_figures("Qwen3-ASR-1.7B", teacher, teacher_batch, "696, transformers, H200")
+    del small
     return figures + largest_batch_figures(student, device)
 
 

@@ -12,7 +12,6 @@ from conftest import ROOT, qwen3_asr_folder
 import data
 import eval as evaluation
 
-
 # The forced aligner's prompt: audio, then every word with two places for times.
 ALIGNER_TEMPLATE = (
     "{% for part in messages[0]['content'] %}{% if part['type'] == 'audio' %}"

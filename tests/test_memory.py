@@ -29,6 +29,7 @@ def kept_bytes(function, model):
     return sum(storage.nbytes() for storage in storages.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3", "stock"])
 @pytest.mark.parametrize("rank", [0, 4])
 @pytest.mark.parametrize("recompute", [False, True])
@@ -65,6 +66,7 @@ def memory_efficient_attention(q, k, v, attn_mask, dropout_p=0.0, scale=None, is
     return attention(q.to(dtype), k.to(dtype), v.to(dtype), bias, True, dropout_p, is_causal, scale=scale)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("rank", [0, 16])
 @pytest.mark.parametrize("recompute", [False, True])
