@@ -73,9 +73,7 @@ class Clip:
     fields: dict  # the line as it was read
     text: str | None = None
     language: str | None = None  # code, or None where the line names none
-    context: str | None = (
-        None  # words that the prompt gives beforehand, such as names; None where there are none
-    )
+    context: str | None = None  # words that the prompt gives beforehand, such as names
     begin_time: float = -1.0  # s; −1: from the start
     end_time: float = -1.0  # s; −1: to the end
     offset: int | None = None  # the clip's bytes inside `audio`; None: the whole file
@@ -860,7 +858,10 @@ def check_tensorboard(args):
 
 
 def tensorboard_writer(args, first_step):
-    """Rank 0's writer to OUT/tensorboard, which forgets what stands behind `first_step`; None without one."""
+    """Rank 0's writer to OUT/tensorboard, or None.
+
+    It drops the points of later steps than `first_step`, which a resumed run writes again.
+    """
     if not args.tensorboard or rank_and_world()[0] > 0:
         return None
     from torch.utils.tensorboard import SummaryWriter  # an optional package, slow to import
@@ -873,7 +874,8 @@ def log_metrics(out, metrics, writer):
     add_lines(os.path.join(out, "metrics.jsonl"), [metrics])
     if writer is not None:
         for name, value in metrics.items():
-            writer.add_scalar(name, value, metrics["step"])
+            if value is not None:  # the error of a set without reference units
+                writer.add_scalar(name, value, metrics["step"])
         writer.flush()
 
 

@@ -314,10 +314,10 @@ def evaluate(
             device,
             batch_seconds,
             stem,
-            default_language,
-            with_context,
-            max_new_tokens,
-            tokens_per_second,
+            default_language=default_language,
+            with_context=with_context,
+            max_new_tokens=max_new_tokens,
+            tokens_per_second=tokens_per_second,
         )
         seconds = time.perf_counter() - start
 

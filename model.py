@@ -12,7 +12,7 @@ Legend, used in all files:
     T' encoder frames, 50 a second     D  hidden size of the encoder
 
 Order: encoder and adapter, prompts and token ids, the speech-LM, Qwen3-ASR, sampling, the loss, vocabularies
-and self-check, optimizer and checkpoints. The last section, the fast decoder, may be skipped.
+and self-check, LoRA, optimizer and checkpoints. The last section, the fast decoder, may be skipped.
 """
 
 import contextlib
@@ -244,7 +244,7 @@ class FrontEnd:
         self.pad_id = vocabulary[PAD_TOKEN]
         self.stop_id = vocabulary[STOP_TOKEN]
         self.audio_id = vocabulary[self.audio_token]
-        self.prompt_ids = self.token_ids(prompt)
+        self.template_ids = self.token_ids(prompt)  # one placeholder
         self.context_prompt = context_prompt
         # Added tokens, longest first, to find them written out in a text.
         added = [token.content for token in tokenizer.added_tokens_decoder.values()]
@@ -260,14 +260,15 @@ class FrontEnd:
 
     def prompt(self, n_audio, language=None, context=None):
         """Prompt ids (S,) with n_audio placeholders. Our student's prompt names no language."""
-        ids = self.context_prompt_ids(context) if context else self.prompt_ids
+        ids = self.context_template_ids(context) if context else self.template_ids
         place = ids.index(self.audio_id)
         return ids[:place] + [self.audio_id] * n_audio + ids[place + 1 :]
 
-    def context_prompt_ids(self, context):
+    def context_template_ids(self, context):
         """Ids of the prompt that gives a context (one placeholder). A control token in it stays text."""
         before, after = self.context_prompt.split(CONTEXT)
-        # Text between two control tokens is tokenised at once, as stock processors do.
+        # Stock processors tokenise the text between two control tokens in one piece, so the words before the
+        # context must not be tokenised apart from it.
         control_tokens = list(self.added_tokens.finditer(before))
         begin = control_tokens[-1].end()
         return (
@@ -493,7 +494,7 @@ class SpeechLM(nn.Module):
         weights = merged_weights(self)
         if self.config.tie_word_embeddings:
             weights.pop("lm_head.weight")
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+        weights = {name: tensor.contiguous() for name, tensor in weights.items()}
         save_file(weights, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
         self.config.architectures = [self.architecture]
         self.config.dtype = self.head.weight.dtype
@@ -1005,14 +1006,16 @@ class SupportScores(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         weight, hidden, ids = ctx.saved_tensors
-        grad_weight = torch.zeros_like(weight, dtype=hidden.dtype)
+        is_trained = ctx.needs_input_grad[0]
+        grad_weight = torch.zeros_like(weight, dtype=hidden.dtype) if is_trained else None
         grad_hidden = torch.empty_like(hidden)
         for rows in SupportScores.chunks(hidden, ids):
             gathered = F.embedding(ids[rows], weight).to(hidden.dtype)
             grad_hidden[rows] = torch.einsum("nu,nuh->nh", grad[rows], gathered)
-            outer = grad[rows][:, :, None] * hidden[rows][:, None]  # (n, U, H)
-            grad_weight.index_add_(0, ids[rows].flatten(), outer.flatten(0, 1))
-        return grad_weight.to(weight.dtype), grad_hidden, None
+            if is_trained:
+                outer = grad[rows][:, :, None] * hidden[rows][:, None]  # (n, U, H)
+                grad_weight.index_add_(0, ids[rows].flatten(), outer.flatten(0, 1))
+        return grad_weight.to(weight.dtype) if is_trained else None, grad_hidden, None
 
 
 def full_kl(
@@ -1211,9 +1214,8 @@ def add_lora(model, rank, alpha, seed):
     torch.manual_seed(seed)  # the same A on all ranks
     model.lm_head.requires_grad_(False)
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=PROJECTIONS)
-    peft.inject_adapter_in_model(
-        config, model.lm
-    )  # freezes what is not LoRA's, and goes to peft's own float32
+    # Only LoRA's parameters require a gradient afterwards, and they are float32.
+    peft.inject_adapter_in_model(config, model.lm)
     # As peft reads it beside the whole stock model, whose encoder has projections of the same names.
     names = "|".join(PROJECTIONS)
     model.lora_config = peft.LoraConfig(
@@ -1223,6 +1225,7 @@ def add_lora(model, rank, alpha, seed):
 
 def is_lora(module):
     """Is it a linear layer with the plain LoRA of `add_lora`, and nothing else on it?"""
+    # By name, because peft need not be installed.
     if (type(module).__module__, type(module).__name__) != ("peft.tuners.lora.layer", "Linear"):
         return False
     has_dropout = any(type(dropout) is not nn.Identity for dropout in module.lora_dropout.values())
@@ -1230,7 +1233,8 @@ def is_lora(module):
     is_plain = not (
         module.merged or module.disable_adapters or module.lora_variant or has_dropout or has_bias
     )
-    return is_plain and list(module.lora_A) == module.active_adapters == ["default"]
+    has_one_adapter = list(module.lora_A) == ["default"] and module.active_adapters == ["default"]
+    return is_plain and has_one_adapter
 
 
 def weight_of(linear):
@@ -1240,15 +1244,19 @@ def weight_of(linear):
     return linear.weight
 
 
+@torch.no_grad()
 def merged_weights(model):
-    """The state dict under stock's names: LoRA is added to the weights that it sits on."""
+    """The state dict on the CPU under stock's names: LoRA is added to the weights that it sits on."""
     weights = {}
     for name, tensor in model.state_dict().items():
         if ".lora_" not in name:
-            weights[name.replace(".base_layer.", ".")] = tensor
+            weights[name.replace(".base_layer.", ".")] = tensor.cpu()
     for name, module in model.named_modules():
-        if is_lora(module):
-            weights[f"{name}.weight"] = weight_of(module)
+        if hasattr(module, "lora_A"):
+            assert is_lora(module), (
+                f"{name}: a saved folder can hold plain LoRA only, without dropout or DoRA"
+            )
+            weights[f"{name}.weight"] = weight_of(module).cpu()
     return weights
 
 
@@ -1360,14 +1368,13 @@ def save_checkpoint(out, step, model, trained, optimizer, keep):
         if model.lora_config is not None:
             save_lora(model, os.path.join(partial, "lora"))
         state = {"step": torch.tensor(step), "updates": torch.tensor(0)}
-        in_folder = merged_weights(model).keys()
         for name, parameter in trained.items():
             moments = optimizer.state.get(parameter, {})
             if moments:
                 state["updates"] = moments["step"].long().cpu()
                 state[f"exp_avg.{name}"] = moments["exp_avg"].cpu()
                 state[f"exp_avg_sq.{name}"] = moments["exp_avg_sq"].cpu()
-            if name not in in_folder:
+            if name not in model.state_dict() or ".lora_" in name:  # the stock folder does not hold it
                 state[f"weight.{name}"] = parameter.detach().cpu()
         save_file(state, os.path.join(partial, "state.safetensors"))
         os.rename(partial, final)
@@ -1379,13 +1386,16 @@ def save_checkpoint(out, step, model, trained, optimizer, keep):
 def load_state(folder, trained, optimizer):
     """Restores what `save_checkpoint` wrote beside the model folder. InputError where it does not fit."""
     state = load_file(os.path.join(folder, "state.safetensors"))
-    weights = load_file(os.path.join(folder, "model", "model.safetensors"))
     updates = float(state["updates"])
+    # A LoRA run has loaded the student that it began with: what trained beside LoRA is in the stock folder.
+    has_lora = any(".lora_" in name for name in trained)
+    weights = load_file(os.path.join(folder, "model", "model.safetensors")) if has_lora else {}
     for name, parameter in trained.items():
-        # With LoRA the student is the one that the run began with; what trained beside it is in the folder.
         weight = state.get(f"weight.{name}", weights.get(name))
         if weight is not None:
             parameter.data.copy_(weight)
+        elif has_lora:
+            raise InputError(f"--resume: {folder} has no weights of {name}; it is another model's")
         if updates == 0:
             continue
         if f"exp_avg.{name}" not in state:

@@ -193,7 +193,7 @@ def parse_args(argv=None):
         help="parts of the student that train; the others stay as they are",
     )
     add("--lora-rank", type=at_least(0, int), default=0, help="LoRA on a frozen LM, by peft; 0 = all weights")
-    add("--lora-alpha", type=at_least(0), default=32.0, help="LoRA's product counts alpha / rank")
+    add("--lora-alpha", type=at_least(0), help="LoRA's product counts alpha / rank; twice the rank if absent")
     add("--steps", type=at_least(1, int), default=10_000, help="optimizer updates")
     add("--batch-size", type=at_least(1, int), default=960, help="clips per update, all ranks together")
     add("--micro-seconds", type=at_least(0.01), default=600.0, help="s of audio per forward pass and rank")
@@ -222,6 +222,10 @@ def parse_args(argv=None):
         parser.error("--k 1: a support of one id has no KL; give a larger one")
     if args.states == "student" and args.objective == "ce":
         parser.error("--objective ce: a student learns nothing from its own words; give other --states")
+    if args.lora_alpha is not None and not args.lora_rank:
+        parser.error("--lora-alpha has no meaning without --lora-rank")
+    if args.lora_alpha is None:
+        args.lora_alpha = 2.0 * args.lora_rank
     if args.lora_rank and "lm" not in args.train_parts:
         parser.error("--lora-rank trains the LM; name lm in --train-parts")
     if args.student_share > 1:
@@ -253,9 +257,11 @@ def main(args):
     # ---- models ------------------------------------------------------------------------------------------
     teacher = SpeechLM.from_pretrained(args.teacher, torch.bfloat16 if args.bf16 else torch.float32)
     teacher = teacher.to(device).eval().requires_grad_(False)
-    # LoRA goes on with the frozen weights of the beginning: a checkpoint's folder has them merged.
-    is_resumed = checkpoint and not args.lora_rank
-    student = SpeechLM.from_pretrained(os.path.join(checkpoint, "model") if is_resumed else args.student)
+    folder = args.student
+    if checkpoint and not args.lora_rank:
+        folder = os.path.join(checkpoint, "model")
+    # A LoRA run goes on with the weights that it began with: a checkpoint's folder has LoRA added to them.
+    student = SpeechLM.from_pretrained(folder)
     if args.lora_rank:
         add_lora(student, args.lora_rank, args.lora_alpha, args.seed)
     student = student.to(device).train()
@@ -515,18 +521,20 @@ def main(args):
             "step_s": step_s,
             **memory(),
         }
+
+        # ---- eval, save ----------------------------------------------------------------------------------
+        if args.eval_every and done % args.eval_every == 0 and done < args.steps:
+            summaries = run_eval(done)
+            for stem, summary in summaries.items():
+                metrics[f"{stem}/{summary['metric']}"] = summary["value"]
+            if rank == 0:
+                print_summaries(summaries)
         if rank == 0:
             log_metrics(args.out, metrics, writer)
             bar.update()
             shown = {key: f"{metrics[key]:.3g}" for key in ("loss", "kl", "vuss", "clips_per_s")}
             bar.set_postfix(shown, refresh=False)
             add_lines(os.path.join(args.out, "samples.jsonl"), samples or [])
-
-        # ---- eval, save ----------------------------------------------------------------------------------
-        if args.eval_every and done % args.eval_every == 0 and done < args.steps:
-            summaries = run_eval(done)
-            if rank == 0:
-                print_summaries(summaries)
         if done % args.save_every == 0 or done == args.steps:
             save_checkpoint(args.out, done, student, trained, optimizer, args.keep)
         started = time.perf_counter()
@@ -563,8 +571,8 @@ def main(args):
             "skipped": skipped,
             "model": os.path.join(args.out, "model"),
         }
+        write_json(os.path.join(args.out, "summary.json"), summary)  # it marks a finished run
         draw_report(args.out, lines, before, after)
-        write_json(os.path.join(args.out, "summary.json"), summary)  # written last: it marks a finished run
     barrier()
 
 

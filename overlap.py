@@ -726,16 +726,17 @@ def draw_report(out, lines, before, after):
         axis.set_xlabel("step")
         axis.legend(fontsize="small")
 
-    names = [name for name in before if name in after]
+    # Sets that were scored before and after; one without reference units has no error.
+    names = [name for name in before if name in after and after[name]["value"] is not None]
     for place, name in enumerate(names):
-        for summaries, shift, marker in ((before, 0.15, "o"), (after, -0.15, "s")):
-            value, low, high = (summaries[name][key] for key in ("value", "low", "high"))
-            error_axis.plot(value, place + shift, marker, color="grey" if summaries is before else "C0")
-            if low is not None:
-                error_axis.hlines(place + shift, low, high, color="grey" if summaries is before else "C0")
+        for summaries, shift, marker, colour in ((before, 0.15, "o", "grey"), (after, -0.15, "s", "C0")):
+            figures = summaries[name]
+            error_axis.plot(figures["value"], place + shift, marker, color=colour)
+            if figures["low"] is not None:
+                error_axis.hlines(place + shift, figures["low"], figures["high"], color=colour)
     error_axis.set_yticks(range(len(names)), names)
     error_axis.invert_yaxis()
-    error_axis.set_title("error before (grey) and after, %, 95 %")
+    error_axis.set_title("error, %: before (grey), after; 95 %")
     figure.savefig(os.path.join(out, "report.png"), dpi=80)
 
 

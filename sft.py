@@ -124,7 +124,7 @@ def parse_args(argv=None):
         help="parts of the model that train; the others stay as they are",
     )
     add("--lora-rank", type=at_least(0, int), default=0, help="LoRA on a frozen LM, by peft; 0 = all weights")
-    add("--lora-alpha", type=at_least(0), default=32.0, help="LoRA's product counts alpha / rank")
+    add("--lora-alpha", type=at_least(0), help="LoRA's product counts alpha / rank; twice the rank if absent")
     add("--steps", type=at_least(1, int), default=10_000, help="optimizer updates")
     add("--batch-size", type=at_least(1, int), default=960, help="clips per update, all ranks together")
     add("--micro-seconds", type=at_least(0.01), default=600.0, help="s of audio per forward pass and rank")
@@ -145,6 +145,10 @@ def parse_args(argv=None):
         "--seed", type=at_least(0, int), default=0, help="of the order of clips, of masks and of the CTC head"
     )
     args = parser.parse_args(argv)
+    if args.lora_alpha is not None and not args.lora_rank:
+        parser.error("--lora-alpha has no meaning without --lora-rank")
+    if args.lora_alpha is None:
+        args.lora_alpha = 2.0 * args.lora_rank
     if args.lora_rank and "lm" not in args.train_parts:
         parser.error("--lora-rank trains the LM; name lm in --train-parts")
     return args
@@ -163,9 +167,11 @@ def main(args):
         return
 
     # ---- model -------------------------------------------------------------------------------------------
-    # LoRA goes on with the frozen weights of the beginning: a checkpoint's folder has them merged.
-    is_resumed = checkpoint and not args.lora_rank
-    model = SpeechLM.from_pretrained(os.path.join(checkpoint, "model") if is_resumed else args.model)
+    folder = args.model
+    if checkpoint and not args.lora_rank:
+        folder = os.path.join(checkpoint, "model")
+    # A LoRA run goes on with the weights that it began with: a checkpoint's folder has LoRA added to them.
+    model = SpeechLM.from_pretrained(folder)
     if args.lora_rank:
         add_lora(model, args.lora_rank, args.lora_alpha, args.seed)
     model = model.to(device).train()

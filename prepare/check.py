@@ -45,21 +45,25 @@ from model import (
     teacher_support,
 )
 
+MAX_NEW_TOKENS = 256  # of a transcript that --models shows
+
 
 def parse_args(argv=None):
     script = "python -m prepare.check"
     parser = argument_parser(script, __doc__)
-    parser.usage = f"{script} m.jsonl … [--max-seconds s] [--models STUDENT TEACHER] [--language code]"
+    parser.usage = (
+        f"{script} m.jsonl … [--max-seconds s] [--models STUDENT TEACHER [--language code] [--clips n]]"
+    )
     parser.add_argument("manifests", nargs="+", metavar="m.jsonl", help="manifests to read")
     parser.add_argument("--max-seconds", type=at_least(0.01), default=30.0, help="a longer clip is a defect")
     parser.add_argument(
         "--models", nargs=2, metavar=("STUDENT", "TEACHER"), help="look at two models on a few of the clips"
     )
     parser.add_argument("--language", help="of clips whose line names none, with --models")
-    parser.add_argument("--clips", type=at_least(1, int), default=8, help="clips that --models looks at")
+    parser.add_argument("--clips", type=at_least(1, int), help="clips that --models looks at; 8 if absent")
     args = parser.parse_args(argv)
-    if args.language and not args.models:
-        parser.error("--language has no meaning without --models")
+    if (args.language or args.clips) and not args.models:
+        parser.error("--language and --clips have no meaning without --models")
     return args
 
 
@@ -126,10 +130,11 @@ def check_models(args):
     if not clips:
         raise InputError(f"no clip of at most {args.max_seconds:g} s in {' '.join(args.manifests)}")
     clips.sort(key=lambda clip: clip.duration)
-    places = np.linspace(0, len(clips) - 1, min(args.clips, len(clips))).round().astype(int)
+    places = np.linspace(0, len(clips) - 1, min(args.clips or 8, len(clips))).round().astype(int)
     clips = [clips[i] for i in places]
     waveforms = [load_audio(clip) for clip in clips]
     languages = [clip.language for clip in clips]
+    contexts = [clip.context for clip in clips]
     language = language_code(args.language) if args.language else None
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -151,10 +156,10 @@ def check_models(args):
         print(f"  endoftext {figures['endoftext']:.3f} where it stops (sound: below 0.1)")
 
     # The teacher on the student's transcripts: what the first step of OPD will see.
-    batch = collate(waveforms, student.front_end, languages, language).to(device)
-    rollout = student.sample(batch, 64, forbidden=alignment.student_forbidden)
+    batch = collate(waveforms, student.front_end, languages, language, contexts).to(device)
+    rollout = student.sample(batch, MAX_NEW_TOKENS, forbidden=alignment.student_forbidden)
     texts = student.front_end.texts(rollout)
-    teacher_batch = collate(waveforms, teacher.front_end, languages, language).to(device)
+    teacher_batch = collate(waveforms, teacher.front_end, languages, language, contexts).to(device)
     teacher_batch = teacher.with_script_languages(teacher_batch, texts)
     teacher_hidden = teacher(teacher_batch, teacher_rollout(rollout, alignment))  # (N, H')
     support_ids, support_mask, teacher_logits, _ = teacher_support(
@@ -167,7 +172,7 @@ def check_models(args):
     print(f"  KL {kl.mean():.3f} nats a token (sound: below 2; misaligned ids or prompts: above 5)")
     print(f"  VUSS {vuss:.2f} (k = 32, the paper: 51 to 54)")
 
-    written = teacher.sample(teacher_batch, 64, k=1, forbidden=alignment.teacher_forbidden)
+    written = teacher.sample(teacher_batch, MAX_NEW_TOKENS, k=1, forbidden=alignment.teacher_forbidden)
     for clip, ours, theirs in zip(clips, texts, teacher.front_end.texts(written)):
         print(f"{clip.where}, {clip.duration:.2f} s")
         print(f"  student   {ours}")

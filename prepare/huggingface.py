@@ -56,7 +56,11 @@ def parse_args(argv=None):
 def clips(args):
     language = language_code(args.language) if args.language else None
     for split, rows in chosen_splits(args).items():
-        features = rows.features or {}  # None: not known before the rows are read
+        features = rows.features
+        if not features:
+            raise InputError(
+                f"{args.root}: {split} does not state its columns; store it by save_to_disk first"
+            )
         audio_column = chosen_audio_column(args, features)
         text_column = None if args.no_text else chosen_text_column(args, features)
         language_column = first_column(LANGUAGE_NAMES, features)

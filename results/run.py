@@ -31,8 +31,8 @@ HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent
 RUNS = HERE / "runs.jsonl"
 UNITS = HERE / "units.json"
-OUT = "runs/results"  # from ROOT
-WORK = ROOT / OUT
+FOLDER = "runs/results"  # of all runs and models, from ROOT
+WORK = ROOT / FOLDER
 
 TESTS = [f"example/{name}.jsonl" for name in ("en-clean", "en-other", "zh-read", "zh-net", "zh-meeting")]
 DEV = ["example/dev.jsonl"]
@@ -40,55 +40,62 @@ BASE = "example/base"
 TEACHER = "example/teacher"
 
 # ------------------------------------------------------------------------------------- models and their data
-# Name → command. Its folder is runs/results/NAME, which stands for OUT in the command.
+# Name → command. {out} in it stands for its folder, runs/results/NAME. (The stars only keep flags and their
+# values on one line.)
 
-SFT = ["sft.py", "--workers", "0", "--keep", "99", "--out", "OUT"]
+SFT = ["sft.py", "--workers", "0", "--keep", "99", "--out", "{out}"]
 SPEC_AUGMENT = ["--time-masks", "1", "--time-width", "20", "--freq-masks", "1", "--freq-width", "20"]
-SETS = f"{OUT}/sets"
-TD_TEXT = f"{OUT}/td-text/train.jsonl"
+SETS = f"{FOLDER}/sets"
+TD_TEXT = f"{FOLDER}/td-text/train.jsonl"
 TD = ["--train", TD_TEXT, "--text-field", "hyp", "--batch-size", "32", "--warmup-steps", "20"]
 N_TD_SEEDS = 3
 
 MODELS = {
     # What the example's models have learned from, and weights to begin with.
-    "extra": ["example/make.py", "extra", "--extra-hours", "5", "--work", "OUT"],
+    "extra": ["example/make.py", "extra", "--extra-hours", "5", "--work", "{out}"],
     "start-base": [
         *("-m", "prepare.student", "--config", "example/base/config.json"),
-        *("--tokenizer", "example/base", "--out", "OUT"),
+        *("--tokenizer", "example/base", "--out", "{out}"),
     ],
     "start-teacher": [
         *("-m", "prepare.student", "--config", "example/teacher/config.json"),
-        *("--tokenizer", "example/base", "--out", "OUT"),
+        *("--tokenizer", "example/base", "--out", "{out}"),
     ],
     # Students: the checkpoints of the base's training, made again.
     "students": [
         *SFT,
-        *("--train", f"{OUT}/extra/labelled.jsonl", "--model", f"{OUT}/start-base"),
+        *("--train", f"{FOLDER}/extra/labelled.jsonl", "--model", f"{FOLDER}/start-base"),
         *("--steps", "2500", "--batch-size", "16", "--warmup-steps", "100", "--lr", "3e-3"),
         *("--ctc-weight", "1", "--save-every", "100", *SPEC_AUGMENT),
     ],
     # Weaker teachers: the checkpoints of a shorter training of the teacher.
     "teachers": [
         *SFT,
-        *("--train", "example/train.jsonl", f"{OUT}/extra/extra.jsonl", "--model", f"{OUT}/start-teacher"),
+        *(
+            "--train",
+            "example/train.jsonl",
+            f"{FOLDER}/extra/extra.jsonl",
+            "--model",
+            f"{FOLDER}/start-teacher",
+        ),
         *("--steps", "1600", "--batch-size", "32", "--warmup-steps", "200", "--lr", "3e-3"),
         *("--ctc-weight", "0.5", "--save-every", "200", *SPEC_AUGMENT),
     ],
     # A teacher of another style: the shipped one, tuned on capitals and punctuation.
-    "sets": ["results/sets.py", "OUT"],
+    "sets": ["results/sets.py", "{out}"],
     "teacher-style": [
         *SFT,
         *("--train", f"{SETS}/style.jsonl", "--model", TEACHER),
         *("--steps", "300", "--batch-size", "32", "--warmup-steps", "20", "--lr", "1e-3"),
     ],
     # TD: what the teacher writes, and students that have learned from it.
-    "td-text": ["eval.py", "--model", TEACHER, "--data", "example/train.jsonl", "--out", "OUT"],
+    "td-text": ["eval.py", "--model", TEACHER, "--data", "example/train.jsonl", "--out", "{out}"],
 }
 TD_STUDENTS = (1000, 1300, 1600)  # checkpoints that get TD
 for n_steps in TD_STUDENTS:
     MODELS[f"student-td-{n_steps}"] = [
         *SFT,
-        *("--model", f"{OUT}/students/step-{n_steps}/model"),
+        *("--model", f"{FOLDER}/students/step-{n_steps}/model"),
         *(*TD, "--steps", "100", "--lr", "5e-4"),
     ]
 
@@ -99,22 +106,22 @@ SPEAKERS = ["george", "jackson", "lucas", "nicolas", "theo", "yweweler"]
 DIGITS = ["-m", "prepare.fsdd", FSDD]
 for n, held_out in enumerate(SPEAKERS):
     others = SPEAKERS[n + 1 :] + SPEAKERS[:n]
-    for set_name, speakers, count in (
-        ("labelled", others, 3000),
-        ("base", others[:2], 1000),
-        ("train", others, 1200),
-        ("test", [held_out], 300),
+    stem = f"digits-{held_out}.jsonl"
+    for set_name, split, speakers, count, seed in (
+        ("labelled", "train", others, 3000, 0),
+        ("base", "train", others[:2], 1000, 1),
+        ("train", "train", others, 1200, 2),
+        ("test", "test", [held_out], 300, 3),
     ):
-        seed = str(("labelled", "base", "train", "test").index(set_name))
         MODELS[f"digits-{held_out}-{set_name}"] = [
-            *(*DIGITS, "--speakers", *speakers, "--count", str(count), "--seed", seed),
-            *("--split", "test" if set_name == "test" else "train", "--out", f"OUT/digits-{held_out}.jsonl"),
+            *(*DIGITS, "--split", split, "--speakers", *speakers),
+            *("--count", str(count), "--seed", str(seed), "--out", "{out}/" + stem),
         ]
     for name, steps, data in (("teacher", 600, "labelled"), ("base", 400, "base")):
         MODELS[f"digits-{held_out}-{name}-model"] = [
             *SFT,
-            *("--train", f"{OUT}/digits-{held_out}-{data}/digits-{held_out}.jsonl"),
-            *("--model", f"{OUT}/start-{name}", "--steps", str(steps), "--batch-size", "16"),
+            *("--train", f"{FOLDER}/digits-{held_out}-{data}/{stem}"),
+            *("--model", f"{FOLDER}/start-{name}", "--steps", str(steps), "--batch-size", "16"),
             *("--warmup-steps", "100", "--lr", "3e-3", "--ctc-weight", "1", *SPEC_AUGMENT),
         ]
 
@@ -131,16 +138,16 @@ LEARNING_RATES = [2.5e-4, 5e-4, 1e-3, 2e-3]  # the grid, the same for all
 KIN = {"teacher-kl": "offline-kl", "ce-teacher": "ce-reference"}  # they take the learning rate of their kin
 SEEDS = {"opd": 8, "offline-kl": 8, "teacher-kl": 5, "ce-reference": 5, "ce-teacher": 3}
 
-STUDENTS = {f"sft-{n}": f"{OUT}/students/step-{n}/model" for n in (1000, 1300, 1600, 1900, 2200)}
+STUDENTS = {f"sft-{n}": f"{FOLDER}/students/step-{n}/model" for n in (1000, 1300, 1600, 1900, 2200)}
 for n_steps in TD_STUDENTS:
-    STUDENTS[f"sft-{n_steps}-td"] = f"{OUT}/student-td-{n_steps}/model"
+    STUDENTS[f"sft-{n_steps}-td"] = f"{FOLDER}/student-td-{n_steps}/model"
 TEACHERS = {
     "shipped": TEACHER,
-    "sft-800": f"{OUT}/teachers/step-800/model",
-    "sft-1200": f"{OUT}/teachers/step-1200/model",
-    "sft-1600": f"{OUT}/teachers/step-1600/model",
-    "style": f"{OUT}/teacher-style/model",
-    "clone": f"{OUT}/students/step-1700/model",  # the students' own training, a little on
+    "sft-800": f"{FOLDER}/teachers/step-800/model",
+    "sft-1200": f"{FOLDER}/teachers/step-1200/model",
+    "sft-1600": f"{FOLDER}/teachers/step-1600/model",
+    "style": f"{FOLDER}/teacher-style/model",
+    "clone": f"{FOLDER}/students/step-1700/model",  # a later checkpoint of the students' own training
 }
 # Pairs that get two more seeds, for the noise ceiling.
 REPEATED = [
@@ -152,7 +159,7 @@ REPEATED = [
     ("sft-1300-td", "sft-800"),
 ]
 
-DIGIT_SPEAKERS = ["jackson", "nicolas", "theo"]  # held out; then the other three
+DIGIT_SPEAKERS = ["jackson", "nicolas", "theo"]  # held out
 STRENGTHS = [600, 1200, 2500]  # steps of the base's training, which has 2,500
 ABLATIONS = {
     "default": [],
@@ -203,7 +210,7 @@ def experiments(finished):
     for seed in range(N_TD_SEEDS):
         sft = [*SFT, *TD, "--lr", f"{rates['ce-teacher']:g}", "--seed", str(seed), "--eval", *TESTS]
         td = f"table-2-td-seed{seed}"
-        td_model = f"{OUT}/{td}/model"
+        td_model = f"{FOLDER}/{td}/model"
         labels = {"question": "table-2", "teacher": TEACHER, "seed": seed, "lr": rates["ce-teacher"]}
         command = [*sft, "--model", BASE, "--steps", "100"]
         runs.append({**labels, "name": td, "arm": "td", "student": BASE, "steps": 100, "command": command})
@@ -216,8 +223,10 @@ def experiments(finished):
             flags = ["--save-every", "50", "--keep", "9"]
             run = opd_run("table-2", arm, seed, rates["opd"], student=student, flags=flags)
             runs.append(run)
-            for step in (0, 50, 100, 150, 200):
-                model = f"{OUT}/{run['name']}/step-{step}/model" if step else student
+            # Before OPD, base and teacher are the same for all seeds: once is enough.
+            first = 50 if arm == "opd" and seed > 0 else 0
+            for step in range(first, 201, 50):
+                model = f"{FOLDER}/{run['name']}/step-{step}/model" if step else student
                 overlap = overlap_run("table-2", f"{run['name']}-step{step}", model, TEACHER)
                 runs.append({**overlap, "arm": arm, "seed": seed, "steps": step})
 
@@ -241,13 +250,14 @@ def experiments(finished):
 
     # Question 4: human speech. 100 steps from a base that has heard two of the five; the sixth is tested.
     for held_out in DIGIT_SPEAKERS:
-        folder = f"{OUT}/digits-{held_out}"
+        folder = f"{FOLDER}/digits-{held_out}"
         stem = f"digits-{held_out}.jsonl"
         student = f"{folder}-base-model/model"
         teacher = f"{folder}-teacher-model/model"
         test = [f"{folder}-test/{stem}"]
         for name, model in (("base", student), ("teacher", teacher)):
-            runs.append(eval_run("digits", f"{name}-{held_out}", model, test))
+            run = eval_run("digits", f"{name}-{held_out}", model, test)
+            runs.append({**run, "role": name, "condition": held_out})
         for seed in range(2):
             for arm in ("opd", "offline-kl", "ce-reference"):
                 run = opd_run(
@@ -255,21 +265,26 @@ def experiments(finished):
                 )
                 run["command"] += ["--train", f"{folder}-train/{stem}"]
                 run["name"] += f"-{held_out}"
+                run["condition"] = held_out
                 runs.append(run)
 
     # Question 5: students of other strength (25, 50 and 100 % of the base's training), and less audio.
     for seed in range(2):
         for arm in ("opd", "offline-kl"):
             for steps in STRENGTHS:
-                run = opd_run("strength", arm, seed, rates[arm], student=f"{OUT}/students/step-{steps}/model")
+                run = opd_run(
+                    "strength", arm, seed, rates[arm], student=f"{FOLDER}/students/step-{steps}/model"
+                )
                 run["name"] += f"-sft-{steps}"
+                run["condition"] = f"base after {steps} steps"
                 runs.append(run)
             for part in ("quarter", "half"):
                 run = opd_run("amount", arm, seed, rates[arm], flags=["--train", f"{SETS}/{part}.jsonl"])
                 run["name"] += f"-{part}"
+                run["condition"] = f"a {part} of the audio"
                 runs.append(run)
     for steps in STRENGTHS:
-        runs.append(eval_run("strength", f"student-sft-{steps}", f"{OUT}/students/step-{steps}/model"))
+        runs.append(eval_run("strength", f"student-sft-{steps}", f"{FOLDER}/students/step-{steps}/model"))
 
     # Question 6: silence, noise, and clips longer than any in training, before and after.
     odd_sets = [f"{SETS}/{name}.jsonl" for name in ("silence", "noise", "long")]
@@ -278,7 +293,7 @@ def experiments(finished):
     for seed in (6, 7):
         for arm in ("opd", "offline-kl"):
             name = f"table-1-{arm}-lr{rates[arm]:g}-seed{seed}"
-            runs.append(eval_run("robustness", f"{arm}-seed{seed}", f"{OUT}/{name}/model", odd_sets))
+            runs.append(eval_run("robustness", f"{arm}-seed{seed}", f"{FOLDER}/{name}/model", odd_sets))
 
     # Question 7: one flag at a time, 100 steps.
     for seed in range(2):
@@ -306,7 +321,7 @@ def opd_run(question, arm, seed, lr, *, steps=200, student=BASE, teacher=TEACHER
         "seed": seed,
         "steps": steps,
         "lr": lr,
-        "command": [*command, "--eval", *sets, "--out", "OUT"],
+        "command": [*command, "--eval", *sets, "--out", "{out}"],
     }
 
 
@@ -319,13 +334,13 @@ def pair_run(student, teacher, seed, lr):
 
 def eval_run(question, name, model, sets=TESTS):
     """A model as it is, on some sets."""
-    command = ["eval.py", "--model", model, "--data", *sets, "--out", "OUT"]
+    command = ["eval.py", "--model", model, "--data", *sets, "--out", "{out}"]
     return {"question": question, "name": f"{question}-{name}", "model": model, "command": command}
 
 
 def overlap_run(question, name, student, teacher):
     """The overlap of a student with a teacher, on dev."""
-    command = ["overlap.py", "--student", student, "--teacher", teacher, "--data", *DEV, "--out", "OUT"]
+    command = ["overlap.py", "--student", student, "--teacher", teacher, "--data", *DEV, "--out", "{out}"]
     return {
         "question": question,
         "name": name,
@@ -353,7 +368,7 @@ def needs(run):
     """The names whose folders a command reads."""
     names = []
     for argument in run["command"]:
-        if argument.startswith(f"{OUT}/"):
+        if argument.startswith(f"{FOLDER}/"):
             names.append(argument.split("/")[2])
     return names
 
@@ -390,11 +405,8 @@ def start(job):
 
 def command_of(job):
     """The command of a job, with the name of its folder."""
-    out = f"{OUT}/{job['name']}"
-    command = []
-    for argument in job["command"]:
-        command.append(out + argument[3:] if argument.startswith("OUT") else argument)
-    return command
+    out = f"{FOLDER}/{job['name']}"
+    return [argument.replace("{out}", out) for argument in job["command"]]
 
 
 def line_of(run, seconds):
@@ -422,14 +434,14 @@ def rounded(figures):
 
 
 def vuss_of(path):
-    """{k: VUSS at k, as the mean over the first ten steps, the last ten, and all} of a metrics.jsonl."""
+    """{vuss, vuss_1, …: means over the first ten steps, the last ten, and all} of a metrics.jsonl."""
     steps = [json.loads(raw) for raw in path.read_text(encoding="utf-8").splitlines()]
     table = {}
     for key in steps[0]:
         if key == "vuss" or key.startswith("vuss_"):
             values = [step[key] for step in steps]
-            means = [np.mean(values[:10]), np.mean(values[-10:]), np.mean(values)]
-            table[key.removeprefix("vuss_")] = [round(float(mean), 3) for mean in means]
+            parts = {"first": values[:10], "last": values[-10:], "all": values}
+            table[key] = {name: round(float(np.mean(part)), 3) for name, part in parts.items()}
     return table
 
 
@@ -457,7 +469,8 @@ def errors_by_speaker(folder):
             speakers[result["speaker"]][1] += result["units"]
         names = sorted(speakers)
         units_of_set = {name: speakers[name][1] for name in names}
-        assert units.setdefault(path.stem, units_of_set) == units_of_set, f"{path}: other clips than before"
+        units.setdefault(path.stem, units_of_set)
+        assert units[path.stem] == units_of_set, f"{path}: other clips than before"
         errors[path.stem] = [speakers[name][0] for name in names]
     UNITS.write_text(json.dumps(units, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
     return errors
@@ -480,18 +493,30 @@ def finish(job, seconds):
     print(f"{job['name']}: {seconds:.0f} s", flush=True)
 
 
+QUESTIONS = ["tune", "table-1", "table-2", "table-3", "support", "digits", "strength", "amount"]
+QUESTIONS += ["robustness", "ablation"]
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--list", action="store_true", help="print what is finished and what is left")
-    parser.add_argument("--only", nargs="+", help="some questions, such as table-1")
+    parser.add_argument("--only", nargs="+", choices=QUESTIONS, help="some questions")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side, one core each")
     return parser.parse_args(argv)
 
 
 def main(args):
     running = {}  # process → its job and when it began
+    try:
+        work(args, running)
+    finally:  # where a run has failed, or this one is stopped, the others end too
+        for process in running:
+            process.terminate()
+
+
+def work(args, running):
     while True:
         lines = finished_lines()
         finished_names = {line["name"] for line in lines}
@@ -522,8 +547,11 @@ def main(args):
             if process.returncode:
                 raise SystemExit(f"{job['name']} failed: see {WORK / job['name']}.log")
             finish(job, time.time() - began)
-            # A run's folder goes, unless a run that is left reads it. Models stay.
-            needed = {name for run in left for name in needs(run)}
+            # A run's folder goes, unless an unfinished run reads it. Models stay.
+            needed = set()
+            for run in all_runs:
+                if run["name"] not in finished_names:
+                    needed.update(needs(run))
             if "question" in job and job["name"] not in needed:
                 shutil.rmtree(WORK / job["name"])
 

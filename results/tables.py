@@ -3,7 +3,8 @@
     python results/tables.py            # prints the tables, writes the pictures
     python results/tables.py --write    # and puts the tables where RESULTS.md and README.md have their marks
 
-A table stands between the lines <!-- table NAME --> and <!-- end -->. What has not been run is left out.
+A table stands between the lines <!-- table NAME --> and <!-- end -->. A question whose runs are not all
+finished has no table yet, but for question 3, where a student counts once it has met every teacher.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import json
 import os
 import pathlib
 import sys
+import tempfile
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -21,7 +23,7 @@ ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(HERE))
 
-from run import ARMS, STUDENTS, TEACHERS, UNITS, finished_lines  # noqa: E402
+from run import ARMS, STUDENTS, TEACHERS, UNITS, experiments, finished_lines  # noqa: E402
 
 from eval import CountedSet, joint_table, p_text, percent, relative_figures  # noqa: E402
 from overlap import analyse, double_centre, read_table  # noqa: E402
@@ -29,7 +31,7 @@ from overlap import analyse, double_centre, read_table  # noqa: E402
 TESTS = ["en-clean", "en-other", "zh-read", "zh-net", "zh-meeting"]
 KS = [1, 2, 4, 8, 16, 32]
 
-# Measures of question 3. Those that repeat another one are left out: each costs power.
+# Measures of question 3. Those that repeat another one are left out, because Holm's correction counts each.
 MEASURES = ["vuss", "vuss_4", "top1", "mass_teacher", "advantage", "entropy_gap", "kl_full", "teacher_logp"]
 BASELINES = ["error_between", "token_agreement", "trigram_f1"]
 
@@ -170,17 +172,23 @@ def tuning(lines):
     return markdown(["error on dev, %", *(f"lr {lr:g}" for lr in rates)], rows)
 
 
-def arms(lines):
-    """Table 1: base, arms and teacher."""
+def arm_runs(lines):
+    """{arm: its lines} of question 1, and the lines of base and teacher as they are."""
+    runs = by_arm(line for line in lines if line["question"] == "table-1" and "arm" in line)
     base = evaluation_of(lines, "table-1", "example/base")
     teacher = evaluation_of(lines, "table-1", "example/teacher")
-    runs = by_arm(line for line in lines if line["question"] == "table-1" and "arm" in line)
+    return runs, base, teacher
+
+
+def arms(lines):
+    """Table 1: base, arms and teacher."""
+    runs, base, teacher = arm_runs(lines)
     rows = [[*rates_row("base", [base]), "", "", ""]]
     for arm in ARMS:
         own = runs[arm]
         change = np.mean([macro_change(line, base) for line in own])
-        first = np.mean([line["vuss"]["vuss"][0] for line in own])
-        last = np.mean([line["vuss"]["vuss"][1] for line in own])
+        first = np.mean([line["vuss"]["vuss"]["first"] for line in own])
+        last = np.mean([line["vuss"]["vuss"]["last"] for line in own])
         vuss = f"{first:.2f} → {last:.2f}"
         rows.append([*rates_row(arm, own), f"{signed(change)} %", vuss, f"{own[0]['lr']:g}"])
     rows.append([*rates_row("teacher", [teacher]), "", "", ""])
@@ -189,17 +197,14 @@ def arms(lines):
 
 
 def draw_arms(lines):
-    base = evaluation_of(lines, "table-1", "example/base")
-    runs = by_arm(line for line in lines if line["question"] == "table-1" and "arm" in line)
+    runs, base, _ = arm_runs(lines)
     groups = {arm: [macro_change(line, base) for line in runs[arm]] for arm in ARMS}
     dots(HERE / "table-1.png", groups, "macro change against the base, %")
 
 
 def arms_short(lines):
     """Table 1 for the README."""
-    base = evaluation_of(lines, "table-1", "example/base")
-    teacher = evaluation_of(lines, "table-1", "example/teacher")
-    runs = by_arm(line for line in lines if line["question"] == "table-1" and "arm" in line)
+    runs, base, teacher = arm_runs(lines)
     rows = [[*rates_row("base", [base])[:-1], "", ""]]
     for arm in ARMS:
         change = np.mean([macro_change(line, base) for line in runs[arm]])
@@ -210,7 +215,7 @@ def arms_short(lines):
 
 def arms_contrasts(lines):
     """Each arm against offline-kl; the first is the primary comparison."""
-    runs = by_arm(line for line in lines if line["question"] == "table-1" and "arm" in line)
+    runs, _, _ = arm_runs(lines)
     rows = []
     for arm in ("opd", "teacher-kl", "ce-reference", "ce-teacher"):
         name = f"**{arm}** (primary)" if arm == "opd" else arm
@@ -239,6 +244,17 @@ def recipe(lines):
     return markdown(["%", *RATES_HEADER, "macro change"], rows)
 
 
+def recipe_short(lines):
+    """Table 2 for the README."""
+    runs = recipe_runs(lines)
+    base = evaluation_of(lines, "table-1", "example/base")
+    rows = []
+    for name, arm in (("OPD", "opd"), ("TD", "td"), ("TD + more SFT", "td+sft"), ("TD + OPD", "td+opd")):
+        change = np.mean([macro_change(line, base) for line in runs[arm]])
+        rows.append([*rates_row(name, runs[arm])[:-1], f"{signed(change)} %"])
+    return markdown(["%", *TESTS, "mean", "macro change"], rows)
+
+
 def recipe_contrasts(lines):
     runs = recipe_runs(lines)
     rows = []
@@ -255,7 +271,7 @@ def recipe_vuss(lines):
         row = [name]
         for k in KS:
             key = "vuss" if k == KS[-1] else f"vuss_{k}"
-            values = [line["vuss"][key][2] for line in runs[arm]]
+            values = [line["vuss"][key]["all"] for line in runs[arm]]
             row.append(f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})")
         rows.append(row)
     row = ["TD's difference at equal error, each seed"]
@@ -276,6 +292,9 @@ def recipe_curves(lines):
         if line["question"] == "table-2" and "measures" in line:
             point = (line["steps"], line["baselines"]["error_student"], line["measures"])
             curves[line["arm"]][line["seed"]].append(point)
+    for curve in curves["opd"].values():  # before OPD all seeds are the base, which was measured once
+        if curve[0][0] > 0:
+            curve.insert(0, curves["opd"][0][0])
     return curves
 
 
@@ -317,7 +336,7 @@ def draw_recipe(lines):
 
 
 def overlap_table(lines):
-    """Writes runs/results/table-3.json, which `overlap.py --validate` takes. → what it says, or None."""
+    """Question 3 as a table of `overlap.py --validate`; None while no student is through."""
     pairs = {}  # (student, teacher) models → overlap before
     for line in lines:
         if line["question"] == "table-3" and "measures" in line:
@@ -342,11 +361,13 @@ def overlap_table(lines):
     # A student counts once it has met every teacher.
     met = collections.Counter(cell["student"] for cell in cells if cell["seed"] == 0)
     cells = [cell for cell in cells if met[cell["student"]] == len(TEACHERS)]
-    path = ROOT / "runs" / "results" / "table-3.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if not cells:
+        return None
     content = {"primary": "vuss", "expected_sign": {"vuss": 1}, "cells": cells}
-    path.write_text(json.dumps(content), encoding="utf-8")
-    return read_table(str(path))
+    with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file:
+        json.dump(content, file)
+        file.flush()
+        return read_table(file.name)
 
 
 def name_of(model, models):
@@ -387,7 +408,11 @@ def overlaps(lines):
 def prediction(lines):
     """Each measure: does it predict the error after, beyond the models' own errors?"""
     table = overlap_table(lines)
+    if table is None:
+        return "No student has met every teacher yet."
     result = analyse(table)
+    if "measures" not in result:
+        return f"Verdict: *{result['verdict']}*."
     rows = []
     for name, figures in result["measures"].items():
         p = figures["r_p"] if name == "vuss" else figures["r_p_holm"]
@@ -412,6 +437,8 @@ def prediction(lines):
 def draw_prediction(lines):
     """VUSS against ln(error after), as they are and double-centred; a colour a teacher."""
     table = overlap_table(lines)
+    if table is None:
+        return
     figure = Figure(figsize=(8, 3.4), layout="constrained")
     axes = figure.subplots(1, 2)
     vuss = table["measures"]["vuss"]
@@ -460,7 +487,7 @@ def digit_runs(lines):
     for line in lines:
         if line["question"] == "digits" and "model" in line:
             stem = next(iter(line["errors"]))
-            models[line["name"].split("-")[1], stem] = line
+            models[line["role"], stem] = line
             stems.append(stem)
     return runs, models, list(dict.fromkeys(stems))
 
@@ -503,8 +530,8 @@ def digit_counts(runs_a, runs_b, stems):
     """The table (speakers, 1, runs + 1) of both recipes, and the number of runs of A."""
     seeds = sorted({line["seed"] for line in runs_a} & {line["seed"] for line in runs_b})
     counts = np.zeros((len(stems), 1, 2 * len(seeds) + 1))
-    for n, (recipe_runs, first) in enumerate(((runs_a, 0), (runs_b, len(seeds)))):
-        for line in recipe_runs:
+    for runs, first in ((runs_a, 0), (runs_b, len(seeds))):
+        for line in runs:
             if line["seed"] in seeds:
                 stem = next(iter(line["errors"]))
                 counts[stems.index(stem), 0, first + seeds.index(line["seed"])] = sum(line["errors"][stem])
@@ -522,8 +549,7 @@ def strength(lines):
     conditions = collections.defaultdict(lambda: collections.defaultdict(list))
     for line in lines:
         if line["question"] in ("strength", "amount") and "arm" in line:
-            suffix = line["name"].split(f"-seed{line['seed']}-")[1]
-            conditions[suffix][line["arm"]].append(line)
+            conditions[line["condition"]][line["arm"]].append(line)
         if line["question"] == "table-1" and line.get("arm") in ("opd", "offline-kl") and line["seed"] < 2:
             conditions["base, all audio"][line["arm"]].append(line)
     rows = []
@@ -533,8 +559,8 @@ def strength(lines):
         row = [name, f"{mean_rate(before):.1f}"]
         for arm in ("opd", "offline-kl"):
             row.append(" ".join(f"{mean_rate(line):.1f}" for line in runs[arm]))
-        contrast = contrast_row("", runs["offline-kl"], runs["opd"])
-        rows.append([*row, contrast[1], contrast[2], contrast[4]])
+        _, mean, each_seed, _, other_speakers, _, _ = contrast_row("", runs["offline-kl"], runs["opd"])
+        rows.append([*row, mean, each_seed, other_speakers])
     header = ["student or audio", "before, mean %", "opd, each seed", "offline-kl, each seed"]
     header += ["opd against offline-kl, macro %", "each seed", "95 %: these models, other speakers?"]
     return markdown(header, rows)
@@ -593,6 +619,7 @@ TABLES = {
     "arms-short": (arms_short, "table-1"),
     "arms-contrasts": (arms_contrasts, "table-1"),
     "recipe": (recipe, "table-2"),
+    "recipe-short": (recipe_short, "table-2"),
     "recipe-contrasts": (recipe_contrasts, "table-2"),
     "recipe-vuss": (recipe_vuss, "table-2"),
     "pairs": (pairs, "table-3"),
@@ -615,10 +642,20 @@ PICTURES = {
 }
 
 
+def shown_questions(lines):
+    """The questions whose runs are all finished, and question 3 once it has a run."""
+    names = {line["name"] for line in lines}
+    unfinished = {run["question"] for run in experiments(lines) if run["name"] not in names}
+    shown = {line["question"] for line in lines} - unfinished
+    if any(line["question"] == "table-3" and "arm" in line for line in lines):
+        shown.add("table-3")
+    return shown
+
+
 def all_tables(lines):
-    """{name: Markdown} of the questions that have runs."""
-    questions = {line["question"] for line in lines}
-    return {name: make(lines) for name, (make, question) in TABLES.items() if question in questions}
+    """{name: Markdown} of the questions that are shown."""
+    shown = shown_questions(lines)
+    return {name: make(lines) for name, (make, question) in TABLES.items() if question in shown}
 
 
 def with_tables(text, tables):
@@ -643,9 +680,8 @@ def main():
     tables = all_tables(lines)
     for name, table in tables.items():
         print(f"{name}\n\n{table}\n")
-    for question, draw in PICTURES.items():
-        if any(line["question"] == question for line in lines):
-            draw(lines)
+    for question in shown_questions(lines) & PICTURES.keys():
+        PICTURES[question](lines)
     if args.write:
         for path in (ROOT / "RESULTS.md", ROOT / "README.md"):
             path.write_text(with_tables(path.read_text(encoding="utf-8"), tables), encoding="utf-8")

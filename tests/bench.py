@@ -624,7 +624,9 @@ def step_memory(student, teacher, seconds, bf16, recompute):
     asking = max(number * 2 * convolved, 3 * 4 * n_rows * teacher.config.text_config.vocab_size)
 
     # Backward: the head's gradient waits for that of the embeddings, which share the tensor; and one layer.
-    backward = 4 * n_head + max(seconds * encoder_beside, n_positions * lm_beside)
+    # LoRA has frozen the head.
+    head_gradient = 4 * n_head if student.head.weight.requires_grad else 0
+    backward = head_gradient + max(seconds * encoder_beside, n_positions * lm_beside)
     return {"rollout": rollout, "teacher": kept + asking, "backward": kept + backward}
 
 
@@ -741,7 +743,10 @@ def memory(json_path):
     if torch.cuda.is_available():
         for row in rows:
             if row["seconds_on_24_gb"] >= CLIP_S:
-                row["measured_gb"], row["computed_gb"] = measure_memory(row, 24)
+                try:
+                    row["measured_gb"], row["computed_gb"] = measure_memory(row, 24)
+                except torch.OutOfMemoryError:
+                    row["measured_gb"] = "more than the card"
                 print(row, flush=True)
                 gc.collect()
                 torch.cuda.empty_cache()

@@ -77,6 +77,7 @@ def test_word_times_come_from_transformers_aligner(tmp_path):
     exec(code_of("data.md", "word_times"), names)
     soundfile.write(tmp_path / "a.wav", np.sin(np.arange(16_000) / 9), 16_000)
     clip = data.clip_from_file(str(tmp_path / "a.wav"))
-    words = names["word_times"](clip, "guten morgen, Anna", "German", folder)
+    model = transformers.Qwen3ASRForTokenClassification.from_pretrained(folder)
+    words = names["word_times"](clip, "guten morgen, Anna", "German", processor, model)
     assert [word["text"] for word in words] == ["guten", "morgen", "Anna"]
     assert all(0 <= word["start_time"] <= word["end_time"] <= 1.6 for word in words)
