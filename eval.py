@@ -112,8 +112,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if bool(args.model) != bool(args.data):
         parser.error("--model and --data go together")
-    if args.language and not args.model:
-        parser.error("--language is for decoding, with --model")
+    if (args.language or args.no_context) and not args.model:
+        parser.error("--language and --no-context are for decoding, with --model")
     if bool(args.seeds) != bool(args.against):
         parser.error("--seeds and --against go together")
     if (args.compare or args.seeds) and args.out:

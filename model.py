@@ -260,7 +260,8 @@ class FrontEnd:
 
     def prompt(self, n_audio, language=None, context=None):
         """Prompt ids (S,) with n_audio placeholders. Our student's prompt names no language."""
-        ids = self.context_template_ids(context) if context else self.template_ids
+        has_context = context is not None and context.strip() != ""
+        ids = self.context_template_ids(context) if has_context else self.template_ids
         place = ids.index(self.audio_id)
         return ids[:place] + [self.audio_id] * n_audio + ids[place + 1 :]
 
@@ -1383,13 +1384,17 @@ def save_checkpoint(out, step, model, trained, optimizer, keep):
     barrier()
 
 
-def load_state(folder, trained, optimizer):
+def load_state(folder, model, trained, optimizer):
     """Restores what `save_checkpoint` wrote beside the model folder. InputError where it does not fit."""
     state = load_file(os.path.join(folder, "state.safetensors"))
     updates = float(state["updates"])
-    # A LoRA run has loaded the student that it began with: what trained beside LoRA is in the stock folder.
-    has_lora = any(".lora_" in name for name in trained)
+    # A LoRA run has loaded the model that it began with: what trained beside LoRA is in the stock folder, and
+    # what did not train has to be the same there.
+    has_lora = model.lora_config is not None
     weights = load_file(os.path.join(folder, "model", "model.safetensors")) if has_lora else {}
+    for name, parameter in model.named_parameters():
+        if name in weights and name not in trained and not torch.equal(parameter.cpu(), weights[name]):
+            raise InputError(f"--resume: {name} is not what the run began with; keep the model it began with")
     for name, parameter in trained.items():
         weight = state.get(f"weight.{name}", weights.get(name))
         if weight is not None:

@@ -237,6 +237,7 @@ def measure_sets(args, rank, world, device):
             "teacher": args.teacher,
             "data": args.data,
             "states": args.states,
+            "context": args.context,
             "k": args.k,
             "clips": len(clips),
             "measures": measure_table,
@@ -702,10 +703,11 @@ def draw_runs(runs, out):
     print(f"{len(runs)} run(s): {path}")
 
 
-def draw_report(out, lines, before, after):
+def draw_report(out, lines, compared):
     """Draws a finished run of opd.py as out/report.png. Without matplotlib, one line says so.
 
-    lines: those of metrics.jsonl. before, after: {set: summary}, errors in % with their 95 % intervals.
+    lines: those of metrics.jsonl. compared: {set: summaries before and after}, errors in % with their 95 %
+    intervals.
     """
     try:
         figure, (loss_axis, vuss_axis, health_axis, error_axis) = new_figure(1, 4)
@@ -726,14 +728,13 @@ def draw_report(out, lines, before, after):
         axis.set_xlabel("step")
         axis.legend(fontsize="small")
 
-    # Sets that were scored before and after; one without reference units has no error.
-    names = [name for name in before if name in after and after[name]["value"] is not None]
-    for place, name in enumerate(names):
-        for summaries, shift, marker, colour in ((before, 0.15, "o", "grey"), (after, -0.15, "s", "C0")):
-            figures = summaries[name]
-            error_axis.plot(figures["value"], place + shift, marker, color=colour)
+    for place, (before, after) in enumerate(compared.values()):
+        for figures, shift, marker, colour in ((before, 0.15, "o", "grey"), (after, -0.15, "s", "C0")):
+            if figures["value"] is not None:  # a set without reference units has no error
+                error_axis.plot(figures["value"], place + shift, marker, color=colour)
             if figures["low"] is not None:
                 error_axis.hlines(place + shift, figures["low"], figures["high"], color=colour)
+    names = [name.replace("$", r"\$") for name in compared]  # matplotlib sets what is between $ as a formula
     error_axis.set_yticks(range(len(names)), names)
     error_axis.invert_yaxis()
     error_axis.set_title("error, %: before (grey), after; 95 %")

@@ -124,7 +124,11 @@ def parse_args(argv=None):
         help="parts of the model that train; the others stay as they are",
     )
     add("--lora-rank", type=at_least(0, int), default=0, help="LoRA on a frozen LM, by peft; 0 = all weights")
-    add("--lora-alpha", type=at_least(0), help="LoRA's product counts alpha / rank; twice the rank if absent")
+    add(
+        "--lora-alpha",
+        type=at_least(0.01),
+        help="LoRA's product counts alpha / rank; twice the rank if absent",
+    )
     add("--steps", type=at_least(1, int), default=10_000, help="optimizer updates")
     add("--batch-size", type=at_least(1, int), default=960, help="clips per update, all ranks together")
     add("--micro-seconds", type=at_least(0.01), default=600.0, help="s of audio per forward pass and rank")
@@ -140,7 +144,11 @@ def parse_args(argv=None):
     add("--save-every", type=at_least(1, int), default=1_000, help="steps between checkpoints")
     add("--keep", type=at_least(1, int), default=2, help="last checkpoints kept")
     add("--eval-every", type=at_least(0, int), default=0, help="steps between further evaluations; 0 = off")
-    add("--tensorboard", action="store_true", help="write every metric to OUT/tensorboard too")
+    add(
+        "--tensorboard",
+        action="store_true",
+        help="write every metric to OUT/tensorboard too, from this start on",
+    )
     add(
         "--seed", type=at_least(0, int), default=0, help="of the order of clips, of masks and of the CTC head"
     )
@@ -189,7 +197,7 @@ def main(args):
         trained["ctc_head.bias"] = ctc_head.bias
     optimizer = make_optimizer(trained, args.lr, args.weight_decay)
     if checkpoint:
-        load_state(checkpoint, trained, optimizer)
+        load_state(checkpoint, model, trained, optimizer)
 
     # ---- data --------------------------------------------------------------------------------------------
     language = language_code(args.language) if args.language else None

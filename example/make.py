@@ -671,6 +671,9 @@ def parse_args(argv=None):
 
 
 def main(args):
+    for program in ("espeak-ng", "flite"):
+        if args.stage != "models" and shutil.which(program) is None:
+            raise SystemExit(f"make.py: {program} is missing: apt-get install espeak-ng flite")
     stages = {"audio": make_audio, "extra": make_extra, "tokenizer": make_tokenizer, "models": make_models}
     for name in stages if args.stage == "all" else [args.stage]:
         start = time.time()

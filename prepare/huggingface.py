@@ -70,6 +70,7 @@ def clips(args):
         for number, row in enumerate(stored_rows(rows)):
             clip_id = string_of(row, id_column, features) or f"{split}-{number}"
             text = string_of(row, text_column, features)
+            text = None if text is None else text.rstrip("\r\n")  # the end of a .txt in a tar
             if text_column is not None and text is None:
                 yield LeftOut("no transcript", clip_id)
                 continue
@@ -191,8 +192,13 @@ def chosen_audio_column(args, features):
 
 def chosen_text_column(args, features):
     column = only_column(args, features, "text", args.text_column, columns_named(TEXT_NAMES, features))
-    if not holds_strings(features[column]):
-        raise InputError(f"--text-column {column}: {args.root} has no text there, but {features[column]}")
+    feature = features[column]
+    if not holds_strings(feature):
+        raise InputError(f"--text-column {column}: {args.root} has no text there, but {feature}")
+    if args.text_column is None and not is_string(feature):
+        # Numbers may be what the package guesses from a metadata.csv: 007 has become 7.
+        remedy = f"give --text-column {column}, or store strings, for instance in a metadata.jsonl"
+        raise InputError(f"{args.root}: column {column} is {feature}, and not of strings; {remedy}")
     return column
 
 
@@ -227,11 +233,17 @@ def columns_named(names, features):
 
 
 def holds_strings(feature):
-    """Can `string_of` write it? A class and a number can be written, bytes and lists cannot."""
+    """Can `string_of` write it as it was? Strings, classes and whole numbers can; 1 may have become 1.0."""
     import datasets
 
-    is_value = isinstance(feature, datasets.Value) and "binary" not in feature.dtype
-    return is_value or isinstance(feature, datasets.ClassLabel)
+    is_whole = isinstance(feature, datasets.Value) and "int" in feature.dtype
+    return is_string(feature) or is_whole or isinstance(feature, datasets.ClassLabel)
+
+
+def is_string(feature):
+    import datasets
+
+    return isinstance(feature, datasets.Value) and "string" in feature.dtype
 
 
 def main(args):

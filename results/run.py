@@ -21,6 +21,7 @@ import json
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -482,14 +483,22 @@ def finished_lines():
     return [json.loads(raw) for raw in RUNS.read_text(encoding="utf-8").splitlines()]
 
 
+def add_line(line):
+    """Adds a line to runs.jsonl, whole or not at all: written beside and renamed."""
+    beside = RUNS.with_suffix(".new")
+    lines = [*finished_lines(), line]
+    with open(beside, "w", encoding="utf-8") as file:
+        for one in lines:
+            file.write(json.dumps(one, ensure_ascii=False, separators=(",", ":")) + "\n")
+    os.replace(beside, RUNS)
+
+
 def finish(job, seconds):
     """Marks the folder of a job as complete, and adds the line of a run that has none yet."""
     (WORK / job["name"] / "finished").touch()
     names = {line["name"] for line in finished_lines()}
     if "question" in job and job["name"] not in names:
-        line = json.dumps(line_of(job, seconds), ensure_ascii=False, separators=(",", ":"))
-        with open(RUNS, "a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        add_line(line_of(job, seconds))
     print(f"{job['name']}: {seconds:.0f} s", flush=True)
 
 
@@ -503,12 +512,20 @@ def parse_args(argv=None):
     )
     parser.add_argument("--list", action="store_true", help="print what is finished and what is left")
     parser.add_argument("--only", nargs="+", choices=QUESTIONS, help="some questions")
-    parser.add_argument("--jobs", type=int, default=1, help="runs side by side, one core each")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        choices=range(1, 65),
+        default=1,
+        metavar="N",
+        help="runs side by side, one core each",
+    )
     return parser.parse_args(argv)
 
 
 def main(args):
     running = {}  # process → its job and when it began
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that `finally` is reached
     try:
         work(args, running)
     finally:  # where a run has failed, or this one is stopped, the others end too

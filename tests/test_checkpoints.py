@@ -473,7 +473,7 @@ def test_a_checkpoint_goes_on_bit_for_bit(tmp_path):
     out = str(tmp_path)
     model, head, trained, optimizer = new_run(0)
     m.save_checkpoint(out, 0, model, trained, optimizer, keep=9)  # before any update: no moments
-    m.load_state(os.path.join(out, "step-0"), trained, optimizer)
+    m.load_state(os.path.join(out, "step-0"), model, trained, optimizer)
     assert not optimizer.state
     for step in (1, 2):
         make_step(model, head, optimizer)
@@ -485,7 +485,7 @@ def test_a_checkpoint_goes_on_bit_for_bit(tmp_path):
     trained_again = dict(again.named_parameters())
     trained_again |= {"head.weight": head_again.weight, "head.bias": head_again.bias}
     optimizer_again = m.make_optimizer(trained_again, 1e-2, 0.01)
-    m.load_state(folder, trained_again, optimizer_again)
+    m.load_state(folder, again, trained_again, optimizer_again)
     for _ in range(2):
         for name, parameter in trained.items():
             assert torch.equal(parameter, trained_again[name]), name
@@ -493,7 +493,7 @@ def test_a_checkpoint_goes_on_bit_for_bit(tmp_path):
         make_step(again, head_again, optimizer_again)
     other = new_run(2)[2]
     other["adapter.weight"] = torch.nn.Parameter(torch.zeros(2, 2))
-    message = error_of(m.load_state, folder, other, optimizer_again)
+    message = error_of(m.load_state, folder, again, other, optimizer_again)
     assert folder in message and "adapter.weight" in message
 
 

@@ -1,6 +1,7 @@
 """LoRA: what trains is A and B, what is saved is W + B A, and rollouts use both."""
 
 import json
+import shutil
 import sys
 
 import peft
@@ -189,6 +190,8 @@ def test_another_lora_is_not_copied(config):
     model = tiny_model(0)
     peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj"], **config), model.lm)
     assert not m.may_copy_weights(model)
+    with pytest.raises(AssertionError, match="plain LoRA only"):
+        m.merged_weights(model)
 
 
 @pytest.mark.slow
@@ -205,6 +208,19 @@ def test_resume_is_the_straight_run(stage, tmp_path, script):
     assert ours == theirs
     for file in ("model/model.safetensors", "lora/adapter_model.safetensors", "step-4/state.safetensors"):
         assert (straight / file).read_bytes() == (resumed / file).read_bytes(), file
+
+
+@pytest.mark.slow
+def test_resume_with_another_base_is_refused(stage, tmp_path):
+    """A and B belong to the weights that they were learned on."""
+    shutil.copytree(stage / "student", tmp_path / "student")
+    flags = ["--steps", 4, "--save-every", 2, "--keep", 9, "--student", tmp_path / "student"]
+    out = train(opd, stage, tmp_path / "run", *flags)
+    shutil.rmtree(out / "step-4")
+    (out / "summary.json").unlink()
+    tiny_model(5, spread=0.1).save_pretrained(tmp_path / "student")
+    with pytest.raises(InputError, match="not what the run began with"):
+        train(opd, stage, out, *flags, "--resume")
 
 
 @pytest.mark.slow

@@ -123,9 +123,19 @@ def test_audio_folder(run, sounds, tmp_path):
     assert left_out[0] == (1, "no transcript", "train-2") and left_out[1][:2] == no_file[:2]
 
 
+def test_numbers_of_a_csv_are_not_taken_for_texts(run, sounds, tmp_path):
+    """The package has guessed that 007 is 7."""
+    folder = tmp_path / "set"
+    write(folder / "metadata.csv", "file_name,text,speaker\na.flac,007,1.5\n")
+    (folder / "a.flac").write_bytes(sounds[0].read_bytes())
+    assert "not of strings; give --text-column text" in refused(tmp_path / "m.jsonl", "huggingface", folder)
+    lines, _ = run("huggingface", folder, "--text-column", "text")
+    assert lines[0]["text"] == "7" and "speaker" not in lines[0]
+
+
 def test_tars_of_webdataset(run, sounds, tmp_path):
     (tmp_path / "set").mkdir()
-    write(tmp_path / "one.txt", "hello")
+    write(tmp_path / "one.txt", "hello\n")
     with tarfile.open(tmp_path / "set/train-000.tar", "w") as tar:
         for name in ("one", "two"):
             tar.add(sounds[0], f"{name}.flac")

@@ -4,7 +4,7 @@ import json
 import sys
 
 import pytest
-from runs import BOTH, argv_of, lines_of, run_on_cpu, write_stage
+from runs import BOTH, argv_of, lines_of, run_on_cpu, write_lines, write_stage
 
 import opd
 import overlap
@@ -44,6 +44,16 @@ def test_a_run_leaves_a_picture(stage, tmp_path):
     assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
     bare = train(opd, stage, tmp_path / "bare")  # nothing was evaluated
     assert (bare / "report.png").exists()
+
+
+def test_odd_sets_do_not_stop_a_run(stage, tmp_path):
+    """A set without a transcript has no error; a name with $ is no formula."""
+    lines = lines_of(stage / "m.jsonl")
+    write_lines(tmp_path / "cost$5_x^$y.jsonl", lines)
+    write_lines(tmp_path / "silence.jsonl", [{**line, "text": ""} for line in lines])
+    sets = [tmp_path / "silence.jsonl", tmp_path / "cost$5_x^$y.jsonl"]
+    out = train(opd, stage, tmp_path / "run", "--eval", *sets)
+    assert (out / "summary.json").exists() and (out / "report.png").exists()
 
 
 def test_without_matplotlib_a_line_says_so(stage, tmp_path, monkeypatch, capsys):
