@@ -499,9 +499,8 @@ def growth():
 CARDS_GB = (24, 80)  # GB are 10⁹ bytes
 RESERVE_GB = 2.0  # of a card, left to the CUDA context and to fragmentation
 CLIP_S = 10.0  # every clip of the computed micro-batch is so long
-SEQUENCE = (
-    130 + 16 + TOKENS
-)  # its positions in an LM: at most 13 a second, the rest of the prompt, transcript
+# Its positions in an LM: at most 13 a second, the rest of the prompt, the transcript.
+SEQUENCE = 130 + 16 + TOKENS
 MOST_SECONDS = 1000  # nobody needs larger micro-batches, and kernels begin to refuse them
 LORA_RANK = 16
 
@@ -515,26 +514,30 @@ def encoder_memory(model, bf16, recompute):
     """
     config = model.config.audio_config
     D = config.hidden_size
-    number = 2 if bf16 else 4  # bytes of what is computed with
+    value_bytes = 2 if bf16 else 4  # bytes of what is computed with
     n_inputs = 4 if bf16 else 2
-    layer = 8 * D + number * ((n_inputs + 4) * D + 2 * config.intermediate_size)
+    layer = 2 * 4 * D + value_bytes * ((n_inputs + 4) * D + 2 * config.intermediate_size)
     if isinstance(model, m.Qwen3ASR):
         n_frames = 13  # a second
         n_channels = config.downsample_hidden_size
-        convolved = [n_channels * 64 * 50, n_channels * 32 * 25, n_channels * 16 * 13]  # mel bins × frames
-        n_kept_front = 2 * sum(convolved)
+        conv_outputs = [n_channels * 64 * 50, n_channels * 32 * 25, n_channels * 16 * 13]  # mel bins × frames
+        n_kept_front = 2 * sum(conv_outputs)
         n_kept_adapter = n_frames * 3 * D
-        layer += number * D  # attention runs window by window, and its outputs are put together
+        layer += value_bytes * D  # attention runs window by window, and its outputs are put together
     else:
         n_frames = 50
-        convolved = [100 * D, 50 * D]
-        n_kept_front = 2 * convolved[0] + convolved[1]  # the last gelu's output is the first layer's input
+        conv_outputs = [100 * D, 50 * D]
+        n_kept_front = (
+            2 * conv_outputs[0] + conv_outputs[1]
+        )  # the last gelu's output is the first layer's input
         n_kept_adapter = n_frames * (D + model.config.text_config.hidden_size)  # 4 H for four frames
-    kept = number * (100 * data.N_MELS + n_kept_front + n_kept_adapter) + n_frames * 4 * D  # the last norm's
-    kept += n_frames * config.num_hidden_layers * (number * D if recompute else layer)
+    kept_bytes = (
+        value_bytes * (100 * data.N_MELS + n_kept_front + n_kept_adapter) + n_frames * 4 * D
+    )  # the last norm's
+    kept_bytes += n_frames * config.num_hidden_layers * (value_bytes * D if recompute else layer)
     # Backward holds the gradients of one layer, and its activations where they are computed again.
-    beside = max(n_frames * layer * (2 if recompute else 1), number * 2 * convolved[0])
-    return kept, beside
+    extra_bytes = max(n_frames * layer * (2 if recompute else 1), value_bytes * 2 * conv_outputs[0])
+    return kept_bytes, extra_bytes
 
 
 def lm_memory(model, length, bf16, recompute):
@@ -547,19 +550,21 @@ def lm_memory(model, length, bf16, recompute):
     """
     config = model.config.text_config
     H = config.hidden_size
-    number = 2 if bf16 else 4
+    value_bytes = 2 if bf16 else 4
     n_inputs = 5 if bf16 else 2
     n_normed = 1 if model.lora_config else 2
     n_queries = config.num_attention_heads * head_size(config)
     layer = 2 * n_normed * 4 * H
-    layer += number * (n_inputs * H + 4 * n_queries + length + 4 * config.intermediate_size)
+    layer += value_bytes * (n_inputs * H + 4 * n_queries + length + 4 * config.intermediate_size)
     if config.model_type == "qwen3":
         n_qk = n_queries + config.num_key_value_heads * head_size(config)
-        layer += (4 if model.lora_config else 4 + number) * n_qk
+        layer += (4 if model.lora_config else 4 + value_bytes) * n_qk
     if model.lora_config:
-        layer += number * 7 * model.lora_config.r
-    kept = config.num_hidden_layers * (4 * H if recompute else layer) + n_normed * 4 * H  # the last norm's
-    return kept, layer * (2 if recompute else 1)
+        layer += value_bytes * 7 * model.lora_config.r
+    kept_bytes = (
+        config.num_hidden_layers * (4 * H if recompute else layer) + n_normed * 4 * H
+    )  # the last norm's
+    return kept_bytes, layer * (2 if recompute else 1)
 
 
 def head_size(config):
@@ -597,51 +602,53 @@ def fixed_memory(student, teacher, bf16, recompute):
 
 def step_memory(student, teacher, seconds, bf16, recompute):
     """Bytes above the fixed ones at the high points of a micro-batch of so many seconds: {name: bytes}."""
-    number = 2 if bf16 else 4
+    value_bytes = 2 if bf16 else 4
     text = student.config.text_config
     n_clips = seconds / CLIP_S
-    encoder_kept, encoder_beside = encoder_memory(student, bf16, recompute)
-    lm_kept, lm_beside = lm_memory(student, SEQUENCE, bf16, recompute)
+    encoder_kept_bytes, encoder_extra_bytes = encoder_memory(student, bf16, recompute)
+    lm_kept_bytes, lm_extra_bytes = lm_memory(student, SEQUENCE, bf16, recompute)
     n_positions = n_clips * SEQUENCE
-    kept = seconds * encoder_kept + n_positions * lm_kept
+    kept_bytes = seconds * encoder_kept_bytes + n_positions * lm_kept_bytes
     n_head = student.head.weight.numel()
 
     # Rollout: at most a fused copy of the LM, and in bf16 autocast's copies of trained weights; keys and
     # values of the prefill and in the decoder's storage; logits of four tokens, stacked, and two more. The LM
     # has kept nothing yet.
-    rollout = seconds * encoder_kept + number * n_computed(student.lm)
+    rollout = seconds * encoder_kept_bytes + value_bytes * n_computed(student.lm)
     if bf16:
         rollout += 2 * n_head
         if recompute and not student.lora_config:  # without recompute they are among the fixed bytes
             rollout += 2 * n_computed(student.lm)
-    cache = 2 * text.num_hidden_layers * text.num_key_value_heads * head_size(text) * number
+    cache = 2 * text.num_hidden_layers * text.num_key_value_heads * head_size(text) * value_bytes
     rollout += n_positions * 2 * cache + n_clips * (4 + 4 + 2) * 4 * text.vocab_size
 
     # Teacher: its first convolution's output before and behind gelu; later the logits of 1,024 rows, twice,
     # while those of the rows before are still there.
-    convolved = seconds * teacher.config.audio_config.downsample_hidden_size * 64 * 50
+    conv_outputs = seconds * teacher.config.audio_config.downsample_hidden_size * 64 * 50
     n_rows = min(n_clips * (TOKENS + 1), 1024)
-    asking = max(number * 2 * convolved, 3 * 4 * n_rows * teacher.config.text_config.vocab_size)
+    teacher_bytes = max(
+        value_bytes * 2 * conv_outputs, 3 * 4 * n_rows * teacher.config.text_config.vocab_size
+    )
 
     # Backward: the head's gradient waits for that of the embeddings, which share the tensor; and one layer.
     # LoRA has frozen the head.
     head_gradient = 4 * n_head if student.head.weight.requires_grad else 0
-    backward = head_gradient + max(seconds * encoder_beside, n_positions * lm_beside)
-    return {"rollout": rollout, "teacher": kept + asking, "backward": kept + backward}
+    backward = head_gradient + max(seconds * encoder_extra_bytes, n_positions * lm_extra_bytes)
+    return {"rollout": rollout, "teacher": kept_bytes + teacher_bytes, "backward": kept_bytes + backward}
 
 
 def largest_seconds(student, teacher, card_gb, bf16, recompute):
     """The largest whole --micro-seconds, up to MOST_SECONDS, whose step fits the card. 0: none does."""
     room = 1e9 * (card_gb - RESERVE_GB) - sum(fixed_memory(student, teacher, bf16, recompute))
-    fitting = 0
+    largest = 0
     too_large = MOST_SECONDS + 1
-    while too_large - fitting > 1:
-        seconds = (fitting + too_large) // 2
+    while too_large - largest > 1:
+        seconds = (largest + too_large) // 2
         if max(step_memory(student, teacher, seconds, bf16, recompute).values()) <= room:
-            fitting = seconds
+            largest = seconds
         else:
             too_large = seconds
-    return fitting
+    return largest
 
 
 STUDENTS = {"Qwen3-ASR-0.6B": qwen3_asr_0_6b, "ARK-ASR-0.6B": release_student}
@@ -666,13 +673,13 @@ def memory_rows():
             student = memory_student(name, rank, recompute)
         for bf16 in (False, True):
             student_bytes, teacher_bytes = fixed_memory(student, teacher, bf16, recompute)
-            encoder_kept, _ = encoder_memory(student, bf16, recompute)
-            lm_kept, _ = lm_memory(student, SEQUENCE, bf16, recompute)
+            encoder_kept_bytes, _ = encoder_memory(student, bf16, recompute)
+            lm_kept_bytes, _ = lm_memory(student, SEQUENCE, bf16, recompute)
             row = {"student": name, "rank": rank, "recompute": recompute, "bf16": bf16}
             row["student_bytes_per_parameter"] = student_bytes / sum(p.numel() for p in student.parameters())
             row["student_gb"] = student_bytes / 1e9
             row["teacher_gb"] = teacher_bytes / 1e9
-            row["kept_mb_per_second"] = (encoder_kept + SEQUENCE / CLIP_S * lm_kept) / 1e6
+            row["kept_mb_per_second"] = (encoder_kept_bytes + SEQUENCE / CLIP_S * lm_kept_bytes) / 1e6
             for card_gb in CARDS_GB:
                 seconds = largest_seconds(student, teacher, card_gb, bf16, recompute)
                 row[f"seconds_on_{card_gb}_gb"] = seconds
