@@ -73,11 +73,11 @@ class Clip:
     fields: dict  # the line as it was read
     text: str | None = None
     language: str | None = None  # code, or None where the line names none
-    context: str | None = None  # words that the prompt gives beforehand, such as names
     begin_time: float = -1.0  # s; −1: from the start
     end_time: float = -1.0  # s; −1: to the end
     offset: int | None = None  # the clip's bytes inside `audio`; None: the whole file
     nbytes: int | None = None
+    context: str | None = None  # words that the prompt gives beforehand, such as names
 
     @property
     def key(self):

@@ -348,9 +348,9 @@ def transcribe(
     batch_seconds,
     label,
     default_language=None,
-    with_context=True,
     max_new_tokens=MAX_NEW_TOKENS,
     tokens_per_second=TOKENS_PER_SECOND,
+    with_context=True,
 ):
     """Greedy transcripts: each rank decodes its share, and every rank gets all of them.
 

@@ -26,8 +26,8 @@ The main deviations from the released code, each on purpose:
     7. Weights, gradients and the optimizer are float32; only computing is bf16, with --bf16.
     8. A clip's encoder output does not depend on its batch mates.
 
-Not in the paper: the arms above, --student-share, --lora-rank (LoRA on a frozen LM), and --context (words that
-a line gives to the prompts beforehand).
+Not in the paper: the arms above, --student-share, --lora-rank (LoRA on a frozen LM), and --context (words
+that a line gives to the prompts beforehand).
 
 Prints a progress bar, the error before and after, its change with a 95 % interval, and mean VUSS. Writes
 OUT/model (a stock model folder), OUT/step-N (checkpoints), metrics.jsonl, samples.jsonl and summary.json;

@@ -365,7 +365,7 @@ class FakeFrontEnd:
     def n_audio_tokens(self, n_samples):
         return n_samples // 1280
 
-    def prompt(self, n_audio, language):
+    def prompt(self, n_audio, language, context):
         return [{"zh": 7, "en": 8, None: 9}[language], *[5] * n_audio, 2]
 
 

@@ -41,7 +41,7 @@ class StubModel:
             texts=self.texts,
         )
 
-    def prompt(self, n_audio, language):
+    def prompt(self, n_audio, language, context):
         self.prompted.append(language)
         return [1]
 

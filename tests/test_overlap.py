@@ -153,7 +153,7 @@ class StubModel:
             languages={},
             n_audio_tokens=data.n_audio_tokens,
             features=data.log_mel,
-            prompt=lambda n_audio, language: [1],
+            prompt=lambda n_audio, language, context: [1],
             texts=lambda rollout: [f"{n} tokens" for n in rollout.lens.tolist()],
             encode_text=lambda text: [vocabulary[token] for token in text.split()],
             decode=lambda ids: " ".join(f"t{i}" for i in ids),

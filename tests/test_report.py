@@ -1,5 +1,6 @@
 """What shows a run: report.png, and TensorBoard."""
 
+import importlib
 import json
 import sys
 
@@ -30,7 +31,7 @@ def train(script, stage, out, *more):
 
 def scalars_of(folder):
     """{name: [(step, value)]} of the event files in a folder."""
-    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
     reader = events.EventAccumulator(str(folder))
     reader.Reload()
     table = {}
@@ -46,6 +47,7 @@ def test_a_run_leaves_a_picture(stage, tmp_path):
     assert (bare / "report.png").exists()
 
 
+@pytest.mark.slow
 def test_odd_sets_do_not_stop_a_run(stage, tmp_path):
     """A set without a transcript has no error; a name with $ is no formula."""
     lines = lines_of(stage / "m.jsonl")
@@ -69,6 +71,7 @@ def test_without_matplotlib_a_line_says_so(stage, tmp_path, monkeypatch, capsys)
 @pytest.mark.slow
 @BOTH
 def test_tensorboard_has_every_metric_also_after_a_resume(stage, tmp_path, script):
+    pytest.importorskip("tensorboard")
     flags = ["--steps", 4, "--save-every", 2, "--keep", 9, "--tensorboard"]
     out = train(script, stage, tmp_path / "run", *flags)
     (out / "step-4").rename(tmp_path / "step-4")
