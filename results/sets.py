@@ -30,11 +30,13 @@ PAUSE_S = 0.2  # between them
 
 
 def styled(text, language):
-    """Capitals in English, a comma behind every third character in Chinese, and a full stop."""
+    """A capital at the begin, a comma behind every second word or third character, a full stop."""
     if language == "en":
-        return " ".join(word.capitalize() for word in text.split()) + "."
+        words = text.capitalize().split()
+        pieces = [" ".join(words[i : i + 2]) for i in range(0, len(words), 2)]
+        return ", ".join(pieces) + "."
     pieces = [text[i : i + 3] for i in range(0, len(text), 3)]
-    return "，".join(pieces) + "。"
+    return ",".join(pieces) + "."
 
 
 def train_lines(out):
