@@ -82,7 +82,7 @@ MODELS = {
         *("--steps", "1600", "--batch-size", "32", "--warmup-steps", "200", "--lr", "3e-3"),
         *("--ctc-weight", "0.5", "--save-every", "200", *SPEC_AUGMENT),
     ],
-    # A teacher of another style: the shipped one, tuned on capitals and punctuation.
+    # A teacher of another style: the shipped one, tuned on punctuation.
     "sets": ["results/sets.py", "{out}"],
     "teacher-style": [
         *SFT,

@@ -2,7 +2,7 @@
 
     python results/sets.py OUT
 
-style.jsonl      train, its transcripts in another style, which scoring removes: capitals and punctuation
+style.jsonl      train, its transcripts in another style, which scoring removes: commas, full stops, a capital
 half.jsonl       the first half of train
 quarter.jsonl    the first quarter of train
 silence.jsonl    60 clips of 1 to 4 s of a noise floor at −80 dB, whose transcript is empty
