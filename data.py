@@ -472,6 +472,15 @@ def collate(waveforms, front_end, languages, default_language=None, contexts=Non
     )
 
 
+def contexts_of(clips, whose):
+    """The contexts for the prompts of student and teacher, by --context: both, teacher or none."""
+    contexts = [clip.context for clip in clips]
+    nobody = [None] * len(clips)
+    student_contexts = contexts if whose == "both" else nobody
+    teacher_contexts = nobody if whose == "none" else contexts
+    return student_contexts, teacher_contexts
+
+
 def pad_left(prompts, pad_id):
     """Prompt ids (B, S) and their mask (B, S) from B lists of ids."""
     S = max(len(prompt) for prompt in prompts)

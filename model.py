@@ -1369,13 +1369,14 @@ def save_checkpoint(out, step, model, trained, optimizer, keep):
         if model.lora_config is not None:
             save_lora(model, os.path.join(partial, "lora"))
         state = {"step": torch.tensor(step), "updates": torch.tensor(0)}
+        in_folder = {name for name in model.state_dict() if ".lora_" not in name}
         for name, parameter in trained.items():
             moments = optimizer.state.get(parameter, {})
             if moments:
                 state["updates"] = moments["step"].long().cpu()
                 state[f"exp_avg.{name}"] = moments["exp_avg"].cpu()
                 state[f"exp_avg_sq.{name}"] = moments["exp_avg_sq"].cpu()
-            if name not in model.state_dict() or ".lora_" in name:  # the stock folder does not hold it
+            if name not in in_folder:
                 state[f"weight.{name}"] = parameter.detach().cpu()
         save_file(state, os.path.join(partial, "state.safetensors"))
         os.rename(partial, final)
@@ -1384,12 +1385,26 @@ def save_checkpoint(out, step, model, trained, optimizer, keep):
     barrier()
 
 
+def model_to_train(name, checkpoint, lora_rank, lora_alpha, seed):
+    """The model of a run: `name` at its beginning, later that of its checkpoint; with LoRA where rank > 0.
+
+    A LoRA run always goes on with the weights that it began with, because a checkpoint's folder has LoRA
+    added to them. `load_state` then restores A and B, and what trained beside them.
+    """
+    folder = name
+    if checkpoint and not lora_rank:
+        folder = os.path.join(checkpoint, "model")
+    model = SpeechLM.from_pretrained(folder)
+    if lora_rank:
+        add_lora(model, lora_rank, lora_alpha, seed)
+    return model
+
+
 def load_state(folder, model, trained, optimizer):
     """Restores what `save_checkpoint` wrote beside the model folder. InputError where it does not fit."""
     state = load_file(os.path.join(folder, "state.safetensors"))
     updates = float(state["updates"])
-    # A LoRA run has loaded the model that it began with: what trained beside LoRA is in the stock folder, and
-    # what did not train has to be the same there.
+    # With LoRA, what trained beside it is in the stock folder; what did not train has to be the same there.
     has_lora = model.lora_config is not None
     weights = load_file(os.path.join(folder, "model", "model.safetensors")) if has_lora else {}
     for name, parameter in model.named_parameters():

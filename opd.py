@@ -60,6 +60,7 @@ from data import (
     check_tensorboard,
     collate,
     content_of,
+    contexts_of,
     find_run,
     language_code,
     load_usable,
@@ -88,7 +89,6 @@ from eval import (
 from model import (
     PARTS,
     SpeechLM,
-    add_lora,
     align_vocabularies,
     check_languages,
     cosine_lr,
@@ -97,6 +97,7 @@ from model import (
     local_folder,
     make_optimizer,
     missing_token,
+    model_to_train,
     narrow_support,
     save_checkpoint,
     save_model,
@@ -268,13 +269,7 @@ def main(args):
     # ---- models ------------------------------------------------------------------------------------------
     teacher = SpeechLM.from_pretrained(args.teacher, torch.bfloat16 if args.bf16 else torch.float32)
     teacher = teacher.to(device).eval().requires_grad_(False)
-    folder = args.student
-    if checkpoint and not args.lora_rank:
-        folder = os.path.join(checkpoint, "model")
-    # A LoRA run goes on with the weights that it began with: a checkpoint's folder has LoRA added to them.
-    student = SpeechLM.from_pretrained(folder)
-    if args.lora_rank:
-        add_lora(student, args.lora_rank, args.lora_alpha, args.seed)
+    student = model_to_train(args.student, checkpoint, args.lora_rank, args.lora_alpha, args.seed)
     student = student.to(device).train()
     student.bf16 = args.bf16
     if args.recompute:
@@ -307,9 +302,7 @@ def main(args):
     def make_micro_batch(step, indices, batch_clips, waveforms):
         """One micro-batch, made by a data worker: clips, both models' Batch, uniforms (B, T), references."""
         languages = [clip.language for clip in batch_clips]
-        contexts = [clip.context for clip in batch_clips]
-        student_contexts = contexts if args.context == "both" else None
-        teacher_contexts = None if args.context == "none" else contexts
+        student_contexts, teacher_contexts = contexts_of(batch_clips, args.context)
         batch = collate(waveforms, student.front_end, languages, language, student_contexts)
         teacher_batch = collate(waveforms, teacher.front_end, languages, language, teacher_contexts)
         # Sampling is a function of (seed, step, clip): the same whatever the ranks and micro-batches.

@@ -35,6 +35,7 @@ from data import (
     at_least,
     check_out,
     collate,
+    contexts_of,
     gather,
     language_code,
     load_audio,
@@ -320,9 +321,7 @@ def measure(student, teacher, alignment, clips, default_language, args, device, 
     """
     waveforms = [load_audio(clip) for clip in clips]
     languages = [clip.language for clip in clips]
-    contexts = [clip.context for clip in clips]
-    student_contexts = contexts if args.context == "both" else None
-    teacher_contexts = None if args.context == "none" else contexts
+    student_contexts, teacher_contexts = contexts_of(clips, args.context)
     student_batch = collate(waveforms, student.front_end, languages, default_language, student_contexts)
     teacher_batch = collate(waveforms, teacher.front_end, languages, default_language, teacher_contexts)
     student_batch = student_batch.to(device)

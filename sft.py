@@ -61,13 +61,12 @@ from eval import clusters_of, evaluate, languages_of, looping, print_summaries, 
 from model import (
     PARTS,
     Qwen3ASR,
-    SpeechLM,
-    add_lora,
     check_languages,
     cosine_lr,
     load_state,
     local_folder,
     make_optimizer,
+    model_to_train,
     save_checkpoint,
     save_model,
     sum_gradients,
@@ -175,13 +174,7 @@ def main(args):
         return
 
     # ---- model -------------------------------------------------------------------------------------------
-    folder = args.model
-    if checkpoint and not args.lora_rank:
-        folder = os.path.join(checkpoint, "model")
-    # A LoRA run goes on with the weights that it began with: a checkpoint's folder has LoRA added to them.
-    model = SpeechLM.from_pretrained(folder)
-    if args.lora_rank:
-        add_lora(model, args.lora_rank, args.lora_alpha, args.seed)
+    model = model_to_train(args.model, checkpoint, args.lora_rank, args.lora_alpha, args.seed)
     model = model.to(device).train()
     model.bf16 = args.bf16
     if args.recompute:

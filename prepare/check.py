@@ -34,6 +34,7 @@ from data import (
     read_manifest,
     run_script,
 )
+from eval import languages_of
 from model import (
     SpeechLM,
     align_vocabularies,
@@ -139,8 +140,7 @@ def check_models(args):
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     student, teacher = [SpeechLM.from_pretrained(name).to(device).eval() for name in args.models]
-    first_clips = {clip.language: clip for clip in reversed(clips)}
-    check_languages(first_clips, language, student, teacher)
+    check_languages(languages_of({"": clips}), language, student, teacher)
     alignment = align_vocabularies(student, teacher)
     n_text = int((~student.forbidden).sum())
     n_shared = int((~alignment.student_forbidden).sum())

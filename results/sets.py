@@ -11,7 +11,6 @@ long.jsonl       80 clips of four sentences of one voice, from en-clean and zh-r
 """
 
 import collections
-import json
 import os
 import pathlib
 import sys
@@ -22,7 +21,7 @@ import soundfile
 EXAMPLE = pathlib.Path(__file__).resolve().parent.parent / "example"
 sys.path.insert(0, str(EXAMPLE.parent))
 
-from data import SAMPLE_RATE, load_audio, read_manifest  # noqa: E402
+from data import SAMPLE_RATE, add_lines, load_audio, read_lines, read_manifest  # noqa: E402
 
 N_EMPTY = 60  # clips of silence, and of noise
 N_SENTENCES = 4  # of a long clip
@@ -41,18 +40,10 @@ def styled(text, language):
 
 def train_lines(out):
     """The lines of train.jsonl, with paths from the folder `out`."""
-    lines = []
-    for raw in (EXAMPLE / "train.jsonl").read_text(encoding="utf-8").splitlines():
-        line = json.loads(raw)
+    lines = read_lines(EXAMPLE / "train.jsonl")
+    for line in lines:
         line["audio"] = os.path.relpath(EXAMPLE / line["audio"], out)
-        lines.append(line)
     return lines
-
-
-def write(out, name, lines):
-    with open(out / f"{name}.jsonl", "w", encoding="utf-8") as file:
-        for line in lines:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def add_clip(out, lines, waveform, **fields):
@@ -104,12 +95,16 @@ def main(out):
     out = pathlib.Path(out)
     out.mkdir(parents=True)
     lines = train_lines(out)
-    write(out, "style", [{**line, "text": styled(line["text"], line["language"])} for line in lines])
-    write(out, "half", lines[: len(lines) // 2])
-    write(out, "quarter", lines[: len(lines) // 4])
-    for kind in ("silence", "noise"):
-        write(out, kind, empty_clips(out, kind))
-    write(out, "long", long_clips(out))
+    sets = {
+        "style": [{**line, "text": styled(line["text"], line["language"])} for line in lines],
+        "half": lines[: len(lines) // 2],
+        "quarter": lines[: len(lines) // 4],
+        "silence": empty_clips(out, "silence"),
+        "noise": empty_clips(out, "noise"),
+        "long": long_clips(out),
+    }
+    for name, set_lines in sets.items():
+        add_lines(out / f"{name}.jsonl", set_lines, mode="w")
 
 
 if __name__ == "__main__":

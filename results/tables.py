@@ -9,6 +9,7 @@ finished has no table yet, but for question 3, where a student counts once it ha
 
 import argparse
 import collections
+import functools
 import json
 import os
 import pathlib
@@ -24,11 +25,12 @@ sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(HERE))
 
 from run import ARMS, STUDENTS, TEACHERS, UNITS, experiments, finished_lines  # noqa: E402
+from run import TESTS as TEST_PATHS  # noqa: E402
 
 from eval import CountedSet, joint_table, p_text, percent, relative_figures  # noqa: E402
 from overlap import analyse, double_centre, read_table  # noqa: E402
 
-TESTS = ["en-clean", "en-other", "zh-read", "zh-net", "zh-meeting"]
+TESTS = [pathlib.Path(path).stem for path in TEST_PATHS]
 KS = [1, 2, 4, 8, 16, 32]
 
 # Measures of question 3. Those that repeat another one are left out, because Holm's correction counts each.
@@ -38,6 +40,7 @@ BASELINES = ["error_between", "token_agreement", "trigram_f1"]
 # ---- figures of runs ---------------------------------------------------------------------------------------
 
 
+@functools.cache
 def units_of(stem):
     """{speaker: reference units} of a set, in the order of the errors of a line."""
     units = json.loads(UNITS.read_text(encoding="utf-8"))[stem]
@@ -141,6 +144,16 @@ def rates_row(name, lines):
 RATES_HEADER = [*TESTS, "mean", "mean of each seed"]
 
 
+def change_cell(lines, base):
+    """The macro change against the base, as the mean over seeds."""
+    return f"{signed(np.mean([macro_change(line, base) for line in lines]))} %"
+
+
+def vuss_key(k):
+    """The name of VUSS at k in metrics and measures."""
+    return "vuss" if k == KS[-1] else f"vuss_{k}"
+
+
 def dots(path, groups, label):
     """Each value of {name: values} as a point; a line is the mean of a group."""
     figure = Figure(figsize=(max(6, 0.5 * len(groups)), 3.4), layout="constrained")
@@ -186,11 +199,10 @@ def arms(lines):
     rows = [[*rates_row("base", [base]), "", "", ""]]
     for arm in ARMS:
         own = runs[arm]
-        change = np.mean([macro_change(line, base) for line in own])
         first = np.mean([line["vuss"]["vuss"]["first"] for line in own])
         last = np.mean([line["vuss"]["vuss"]["last"] for line in own])
         vuss = f"{first:.2f} → {last:.2f}"
-        rows.append([*rates_row(arm, own), f"{signed(change)} %", vuss, f"{own[0]['lr']:g}"])
+        rows.append([*rates_row(arm, own), change_cell(own, base), vuss, f"{own[0]['lr']:g}"])
     rows.append([*rates_row("teacher", [teacher]), "", "", ""])
     header = ["%", *RATES_HEADER, "macro change", "VUSS, first → last 10 steps", "lr"]
     return markdown(header, rows)
@@ -207,8 +219,8 @@ def arms_short(lines):
     runs, base, teacher = arm_runs(lines)
     rows = [[*rates_row("base", [base])[:-1], "", ""]]
     for arm in ARMS:
-        change = np.mean([macro_change(line, base) for line in runs[arm]])
-        rows.append([*rates_row(f"`{arm}`", runs[arm])[:-1], f"{signed(change)} %", str(len(runs[arm]))])
+        own = runs[arm]
+        rows.append([*rates_row(f"`{arm}`", own)[:-1], change_cell(own, base), str(len(own))])
     rows.append([*rates_row("teacher", [teacher])[:-1], "", ""])
     return markdown(["%", *TESTS, "mean", "macro change", "seeds"], rows)
 
@@ -239,8 +251,7 @@ def recipe(lines):
     names = {"opd": "base + OPD", "td": "base + TD", "td+sft": "base + TD + more SFT"}
     names["td+opd"] = "base + TD + OPD"
     for arm, name in names.items():
-        change = np.mean([macro_change(line, base) for line in runs[arm]])
-        rows.append([*rates_row(name, runs[arm]), f"{signed(change)} %"])
+        rows.append([*rates_row(name, runs[arm]), change_cell(runs[arm], base)])
     return markdown(["%", *RATES_HEADER, "macro change"], rows)
 
 
@@ -250,8 +261,7 @@ def recipe_short(lines):
     base = evaluation_of(lines, "table-1", "example/base")
     rows = []
     for name, arm in (("OPD", "opd"), ("TD", "td"), ("TD + more SFT", "td+sft"), ("TD + OPD", "td+opd")):
-        change = np.mean([macro_change(line, base) for line in runs[arm]])
-        rows.append([*rates_row(name, runs[arm])[:-1], f"{signed(change)} %"])
+        rows.append([*rates_row(name, runs[arm])[:-1], change_cell(runs[arm], base)])
     return markdown(["%", *TESTS, "mean", "macro change"], rows)
 
 
@@ -270,8 +280,7 @@ def recipe_vuss(lines):
     for arm, name in (("opd", "without TD"), ("td+opd", "with TD")):
         row = [name]
         for k in KS:
-            key = "vuss" if k == KS[-1] else f"vuss_{k}"
-            values = [line["vuss"][key]["all"] for line in runs[arm]]
+            values = [line["vuss"][vuss_key(k)]["all"] for line in runs[arm]]
             row.append(f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})")
         rows.append(row)
     row = ["TD's difference at equal error, each seed"]
@@ -303,7 +312,7 @@ def difference_at_equal_error(curve_a, curve_b, k):
 
     Points of B whose error curve A does not have are left out; NaN where that is all of them.
     """
-    key = "vuss" if k == KS[-1] else f"vuss_{k}"
+    key = vuss_key(k)
     errors_a = [error for _, error, _ in curve_a]
     values_a = [measures[key] for _, _, measures in curve_a]
     order = np.argsort(errors_a)
@@ -467,8 +476,7 @@ def supports(lines):
             union.append(line)
     rows = []
     for name, own in {"union (k = 32)": union, **runs}.items():
-        change = np.mean([macro_change(line, base) for line in own])
-        rows.append([*rates_row(name, own), f"{signed(change)} %"])
+        rows.append([*rates_row(name, own), change_cell(own, base)])
     contrasts = []
     for name, own in runs.items():
         contrasts.append(contrast_row(f"{name} against union", union, own))
@@ -597,8 +605,7 @@ def ablations(lines):
     base = evaluation_of(lines, "table-1", "example/base")
     rows = []
     for arm, own in by_arm(line for line in lines if line["question"] == "ablation").items():
-        change = np.mean([macro_change(line, base) for line in own])
-        rows.append([*rates_row(arm, own), f"{signed(change)} %"])
+        rows.append([*rates_row(arm, own), change_cell(own, base)])
     return markdown(["%", *RATES_HEADER, "macro change"], rows)
 
 
