@@ -24,13 +24,20 @@ ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(HERE))
 
-from run import ARMS, STUDENTS, TEACHERS, UNITS, experiments, finished_lines  # noqa: E402
-from run import TESTS as TEST_PATHS  # noqa: E402
+from run import (  # noqa: E402
+    ARMS,
+    LEARNING_RATES,
+    STUDENTS,
+    TEACHERS,
+    TEST_SETS,
+    UNITS,
+    experiments,
+    finished_lines,
+)
 
 from eval import CountedSet, joint_table, p_text, percent, relative_figures  # noqa: E402
 from overlap import analyse, double_centre, read_table  # noqa: E402
 
-TESTS = [pathlib.Path(path).stem for path in TEST_PATHS]
 KS = [1, 2, 4, 8, 16, 32]
 
 # Measures of question 3. Those that repeat another one are left out, because Holm's correction counts each.
@@ -53,12 +60,12 @@ def rate(line, stem):
 
 
 def mean_rate(line):
-    return float(np.mean([rate(line, stem) for stem in TESTS]))
+    return float(np.mean([rate(line, stem) for stem in TEST_SETS]))
 
 
 def macro_change(line, before):
     """100 (e^M − 1), M the mean over sets of ln(rate / rate before)."""
-    logs = [np.log(rate(line, stem) / rate(before, stem)) for stem in TESTS]
+    logs = [np.log(rate(line, stem) / rate(before, stem)) for stem in TEST_SETS]
     return percent(float(np.mean(logs)))
 
 
@@ -78,7 +85,7 @@ def by_arm(lines):
     return {arm: sorted(own, key=lambda line: line["seed"]) for arm, own in arms.items()}
 
 
-def joint_counts(lines, stems=TESTS):
+def joint_counts(lines, stems=TEST_SETS):
     """The table (G, S, runs + 1) of eval.py: errors by speaker and set in each run, then units."""
     sets = []
     for stem in stems:
@@ -135,18 +142,28 @@ def figures_row(name, figures):
 
 def rates_row(name, lines):
     """Rates of each set as the mean over seeds, their mean, and the mean of each seed."""
-    by_set = [f"{np.mean([rate(line, stem) for line in lines]):.1f}" for stem in TESTS]
+    row = [name]
+    for stem in TEST_SETS:
+        rates = [rate(line, stem) for line in lines]
+        row.append(f"{np.mean(rates):.1f}")
     means = [mean_rate(line) for line in lines]
-    each = " ".join(f"{mean:.1f}" for mean in means) if len(means) > 1 else ""
-    return [name, *by_set, f"{np.mean(means):.1f}", each]
+    row.append(f"{np.mean(means):.1f}")
+    row.append(each_rate(lines) if len(lines) > 1 else "")
+    return row
 
 
-RATES_HEADER = [*TESTS, "mean", "mean of each seed"]
+def each_rate(lines):
+    """The mean rate of each line."""
+    return " ".join(f"{mean_rate(line):.1f}" for line in lines)
+
+
+RATES_HEADER = [*TEST_SETS, "mean", "mean of each seed"]
 
 
 def change_cell(lines, base):
     """The macro change against the base, as the mean over seeds."""
-    return f"{signed(np.mean([macro_change(line, base) for line in lines]))} %"
+    changes = [macro_change(line, base) for line in lines]
+    return f"{signed(np.mean(changes))} %"
 
 
 def vuss_key(k):
@@ -155,7 +172,7 @@ def vuss_key(k):
 
 
 def dots(path, groups, label):
-    """Each value of {name: values} as a point; a line is the mean of a group."""
+    """Draws each value of {name: values} as a point, and the mean of each name as a line."""
     figure = Figure(figsize=(max(6, 0.5 * len(groups)), 3.4), layout="constrained")
     axis = figure.subplots()
     for place, values in enumerate(groups.values()):
@@ -167,6 +184,14 @@ def dots(path, groups, label):
     figure.savefig(path, dpi=80)
 
 
+def draw_changes(path, runs, base):
+    """Draws the macro change against the base of each run of {arm: its lines}."""
+    groups = {}
+    for arm, own in runs.items():
+        groups[arm] = [macro_change(line, base) for line in own]
+    dots(path, groups, "macro change against the base, %")
+
+
 # ---- question 1 --------------------------------------------------------------------------------------------
 
 
@@ -176,13 +201,16 @@ def tuning(lines):
     for line in lines:
         if line["question"] == "tune":
             grid[line["arm"]][line["lr"]] = rate(line, "dev")
-    rates = sorted({lr for errors in grid.values() for lr in errors})
     rows = []
     for arm, errors in grid.items():
         best = min(errors, key=errors.get)
-        cells = [f"**{errors[lr]:.2f}**" if lr == best else f"{errors[lr]:.2f}" for lr in rates]
-        rows.append([arm, *cells])
-    return markdown(["error on dev, %", *(f"lr {lr:g}" for lr in rates)], rows)
+        row = [arm]
+        for lr in LEARNING_RATES:
+            cell = f"{errors[lr]:.2f}"
+            row.append(f"**{cell}**" if lr == best else cell)
+        rows.append(row)
+    header = ["error on dev, %"] + [f"lr {lr:g}" for lr in LEARNING_RATES]
+    return markdown(header, rows)
 
 
 def arm_runs(lines):
@@ -210,8 +238,7 @@ def arms(lines):
 
 def draw_arms(lines):
     runs, base, _ = arm_runs(lines)
-    groups = {arm: [macro_change(line, base) for line in runs[arm]] for arm in ARMS}
-    dots(HERE / "table-1.png", groups, "macro change against the base, %")
+    draw_changes(HERE / "table-1.png", runs, base)
 
 
 def arms_short(lines):
@@ -222,7 +249,7 @@ def arms_short(lines):
         own = runs[arm]
         rows.append([*rates_row(f"`{arm}`", own)[:-1], change_cell(own, base), str(len(own))])
     rows.append([*rates_row("teacher", [teacher])[:-1], "", ""])
-    return markdown(["%", *TESTS, "mean", "macro change", "seeds"], rows)
+    return markdown(["%", *TEST_SETS, "mean", "macro change", "seeds"], rows)
 
 
 def arms_contrasts(lines):
@@ -262,7 +289,7 @@ def recipe_short(lines):
     rows = []
     for name, arm in (("OPD", "opd"), ("TD", "td"), ("TD + more SFT", "td+sft"), ("TD + OPD", "td+opd")):
         rows.append([*rates_row(name, runs[arm])[:-1], change_cell(runs[arm], base)])
-    return markdown(["%", *TESTS, "mean", "macro change"], rows)
+    return markdown(["%", *TEST_SETS, "mean", "macro change"], rows)
 
 
 def recipe_contrasts(lines):
@@ -291,7 +318,8 @@ def recipe_vuss(lines):
             differences.append(difference_at_equal_error(opd, curves["td+opd"][seed], k))
         row.append(" ".join(f"{value:+.3f}".replace("-", "−") for value in differences))
     rows.append(row)
-    return markdown(["VUSS", *(f"k = {k}" for k in KS)], rows)
+    header = ["VUSS"] + [f"k = {k}" for k in KS]
+    return markdown(header, rows)
 
 
 def recipe_curves(lines):
@@ -365,7 +393,7 @@ def overlap_table(lines):
             "measures": {name: figures[name] for name in MEASURES + BASELINES},
         }
         for key, source in (("before", before), ("teacher_errors", teacher), ("after", line)):
-            cell[key] = {stem: rate(source, stem) for stem in TESTS}
+            cell[key] = {stem: rate(source, stem) for stem in TEST_SETS}
         cells.append(cell)
     # A student counts once it has met every teacher.
     met = collections.Counter(cell["student"] for cell in cells if cell["seed"] == 0)
@@ -566,7 +594,7 @@ def strength(lines):
         before = evaluation_of(lines, "strength", student) or base
         row = [name, f"{mean_rate(before):.1f}"]
         for arm in ("opd", "offline-kl"):
-            row.append(" ".join(f"{mean_rate(line):.1f}" for line in runs[arm]))
+            row.append(each_rate(runs[arm]))
         _, mean, each_seed, _, other_speakers, _, _ = contrast_row("", runs["offline-kl"], runs["opd"])
         rows.append([*row, mean, each_seed, other_speakers])
     header = ["student or audio", "before, mean %", "opd, each seed", "offline-kl, each seed"]
@@ -588,33 +616,30 @@ def robustness(lines):
         n_clips, empty, looping, capped = line["health"]["long"]
         row += [f"{rate(line, 'long'):.1f}", f"{empty} / {looping} / {capped}"]
         rows.append(row)
-    header = [
-        "",
-        "silence: with text",
-        "units a clip",
-        "looping / capped",
-        "noise: with text",
-        "units a clip",
-    ]
-    header += ["looping / capped", "long clips: error, %", "empty / looping / capped of 80"]
+    header = [""]
+    for kind in ("silence", "noise"):
+        header += [f"{kind}: with text", "units a clip", "looping / capped"]
+    header += ["long clips: error, %", "empty / looping / capped of 80"]
     return markdown(header, rows)
+
+
+def ablation_runs(lines):
+    """{flag: its runs} of question 7."""
+    return by_arm(line for line in lines if line["question"] == "ablation")
 
 
 def ablations(lines):
     """One flag at a time."""
     base = evaluation_of(lines, "table-1", "example/base")
     rows = []
-    for arm, own in by_arm(line for line in lines if line["question"] == "ablation").items():
+    for arm, own in ablation_runs(lines).items():
         rows.append([*rates_row(arm, own), change_cell(own, base)])
     return markdown(["%", *RATES_HEADER, "macro change"], rows)
 
 
 def draw_ablations(lines):
     base = evaluation_of(lines, "table-1", "example/base")
-    groups = {}
-    for arm, own in by_arm(line for line in lines if line["question"] == "ablation").items():
-        groups[arm] = [macro_change(line, base) for line in own]
-    dots(HERE / "ablations.png", groups, "macro change against the base, %")
+    draw_changes(HERE / "ablations.png", ablation_runs(lines), base)
 
 
 # ---- all tables --------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The experiments: every command is one that its script takes, and the tables are computed from the lines."""
 
 import json
+import shlex
 import sys
 
 import numpy as np
@@ -35,14 +36,15 @@ def test_every_command_is_one_that_its_script_takes(monkeypatch):
     assert {run["question"] for run in driver.experiments([])} == {"tune"}  # the others need their rates
     runs = driver.experiments(tuned_lines())
     assert len({run["name"] for run in runs}) == len(runs)
+    models = [{"name": name, "command": command} for name, command in driver.MODELS.items()]
     seen = set()
-    for run in [*runs, *({"name": name, "command": command} for name, command in driver.MODELS.items())]:
-        command = driver.command_of(run)
-        if command[0] not in SCRIPTS:
+    for run in runs + models:
+        script, *flags = shlex.split(driver.command_of(run))
+        if script not in SCRIPTS:
             continue
-        args = SCRIPTS[command[0]].parse_args(command[1:])
+        args = SCRIPTS[script].parse_args(flags)
         assert args.out == f"runs/results/{run['name']}"
-        if "arm" in run and command[0] == "opd.py":
+        if "arm" in run and script == "opd.py":
             assert (args.seed, args.steps, args.lr) == (run["seed"], run["steps"], run["lr"])
             assert (args.student, args.teacher) == (run["student"], run["teacher"])
             assert any("dev" in path for path in args.eval) == (run["question"] == "tune")
@@ -86,7 +88,7 @@ def test_whatever_a_run_needs_is_made_first(tmp_path, monkeypatch):
 
 def line(arm, seed, errors):
     """A line of table-1: in each set the first speaker makes so many errors, the others one more."""
-    errors_of_set = {stem: [errors] + [errors + 1] * 19 for stem in tables.TESTS}
+    errors_of_set = {stem: [errors] + [errors + 1] * 19 for stem in tables.TEST_SETS}
     return {"question": "table-1", "arm": arm, "seed": seed, "errors": errors_of_set}
 
 
@@ -97,7 +99,7 @@ def test_figures_of_the_tables():
     assert tables.rate(a, "en-clean") == pytest.approx(100 * 99 / units)
     assert tables.macro_change(b, a) == pytest.approx(100 * (59 / 99 - 1))
     counts = tables.joint_counts([a, b])
-    assert counts.shape == (40, len(tables.TESTS), 3)  # 20 English voices and 20 Chinese
+    assert counts.shape == (40, len(tables.TEST_SETS), 3)  # 20 English voices and 20 Chinese
     assert counts.sum(axis=0)[0].tolist() == [99, 59, units]
     figures = evaluation.relative_figures(counts, 1, True)
     assert figures["value"] == pytest.approx(100 * (59 / 99 - 1))
@@ -112,16 +114,17 @@ def test_figures_of_the_tables():
 
 def made_up(run, rng):
     """A line of a run as the driver would write it."""
-    line = {**run, "command": " ".join(run["command"])}
-    if run["command"][0] == "overlap.py":
+    line = {**run, "command": driver.command_of(run)}
+    script, *arguments = line["command"].split()
+    if script == "overlap.py":
         names = [*tables.MEASURES, *(f"vuss_{k}" for k in tables.KS[:-1])]
         line["measures"] = {name: float(rng.uniform(1, 2)) for name in names}
         line["baselines"] = {name: float(rng.uniform(1, 2)) for name in (*tables.BASELINES, "error_student")}
         return line
-    paths = [argument for argument in run["command"] if argument.endswith(".jsonl")]
+    paths = [argument for argument in arguments if argument.endswith(".jsonl")]
     stems = {path.split("/")[-1].removesuffix(".jsonl") for path in paths} - {"train", "half", "quarter"}
     line["errors"] = {stem: rng.integers(1, 9, size=20).tolist() for stem in stems}
-    if run["command"][0] == "opd.py":
+    if script == "opd.py":
         names = ["vuss", *(f"vuss_{k}" for k in tables.KS[:-1])]
         line["vuss"] = {name: {"first": 1.0, "last": 2.0, "all": 1.5} for name in names}
     if run["question"] == "robustness":
@@ -174,8 +177,28 @@ def test_documents_show_what_the_runs_say():
     assert set(computed) - set(shown) <= {"arms-short", "recipe-short"}
 
 
-def test_runs_stay_small():
+def test_lines_are_of_the_listed_runs_and_stay_small():
     files = [path for path in (ROOT / "results").iterdir() if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 500_000
-    names = [json.loads(raw)["name"] for raw in driver.RUNS.read_text(encoding="utf-8").splitlines()]
-    assert len(set(names)) == len(names)
+    lines = driver.finished_lines()
+    commands = {run["name"]: driver.command_of(run) for run in driver.experiments(lines)}
+    for line in lines:
+        assert line["command"] == commands[line["name"]]
+    assert len({line["name"] for line in lines}) == len(lines)
+
+
+def test_digit_strings_are_scored_by_word(tmp_path, monkeypatch):
+    """Whisper's normaliser makes one word of them, so that a string with one error would be all wrong."""
+    monkeypatch.setattr(driver, "WORK", tmp_path)
+    monkeypatch.setattr(driver, "UNITS", tmp_path / "units.json")
+    result = {"text": "one two three", "hyp": "one three", "speaker": "theo", "language": "en", "errors": 9}
+    line = {}
+    for question in ("digits", "table-1"):
+        (tmp_path / question).mkdir()
+        (tmp_path / question / f"{question}.jsonl").write_text(json.dumps(result) + "\n", encoding="utf-8")
+        run = {"question": question, "name": question, "command": "eval.py"}
+        line[question] = driver.line_of(run, 1)
+    assert line["digits"]["errors"] == {"digits": [1]}
+    assert line["table-1"]["errors"] == {"table-1": [1]}
+    units = json.loads((tmp_path / "units.json").read_text(encoding="utf-8"))
+    assert units == {"digits": {"theo": 3}, "table-1": {"theo": 1}}
