@@ -178,7 +178,7 @@ def dots(path, groups, label):
     for place, values in enumerate(groups.values()):
         axis.plot([place] * len(values), values, "o", alpha=0.6)
         axis.hlines(np.mean(values), place - 0.25, place + 0.25, color="black", linewidth=1)
-    rotation = 60 if len(groups) > 8 else 0
+    rotation = 60 if len(groups) > 5 else 0
     axis.set_xticks(range(len(groups)), list(groups), rotation=rotation)
     axis.set_ylabel(label)
     figure.savefig(path, dpi=80)
@@ -493,23 +493,32 @@ def draw_prediction(lines):
     figure.savefig(HERE / "table-3.png", dpi=80)
 
 
+def support_runs(lines):
+    """{support: its runs}. Those of the union are the opd runs of Table 1 with the same seeds."""
+    runs = by_arm(line for line in lines if line["question"] == "support")
+    opd = by_arm(line for line in lines if line["question"] == "table-1" and "arm" in line)["opd"]
+    union, _ = paired(opd, runs["intersection"])
+    return {"union (k = 32)": union, "intersection": runs["intersection"], "student's 52": runs["student"]}
+
+
 def supports(lines):
     """KL on the union, the intersection, and the student's own 52 ids."""
     base = evaluation_of(lines, "table-1", "example/base")
-    runs = by_arm(line for line in lines if line["question"] == "support")
-    seeds = {line["seed"] for own in runs.values() for line in own}
-    union = []
-    for line in lines:
-        if line["question"] == "table-1" and line.get("arm") == "opd" and line["seed"] in seeds:
-            union.append(line)
+    runs = support_runs(lines)
     rows = []
-    for name, own in {"union (k = 32)": union, **runs}.items():
-        rows.append([*rates_row(name, own), change_cell(own, base)])
-    contrasts = []
     for name, own in runs.items():
-        contrasts.append(contrast_row(f"{name} against union", union, own))
+        rows.append([*rates_row(name, own), change_cell(own, base)])
+    union, *others = runs
+    contrasts = []
+    for name in others:
+        contrasts.append(contrast_row(f"{name} against union", runs[union], runs[name]))
     rates = markdown(["%", *RATES_HEADER, "macro change"], rows)
     return rates + "\n\n" + markdown(CONTRAST_HEADER, contrasts)
+
+
+def draw_supports(lines):
+    base = evaluation_of(lines, "table-1", "example/base")
+    draw_changes(HERE / "support.png", support_runs(lines), base)
 
 
 # ---- question 4 --------------------------------------------------------------------------------------------
@@ -579,17 +588,23 @@ def digit_counts(runs_a, runs_b, stems):
 # ---- questions 5 to 7 --------------------------------------------------------------------------------------
 
 
-def strength(lines):
-    """opd against offline-kl by the student's strength, and by the amount of audio."""
+def condition_runs(lines, question):
+    """{condition: {opd, offline-kl: its runs}} of a part of question 5, and of the same seeds of Table 1."""
+    own = [line for line in lines if line["question"] == question and "arm" in line]
+    seeds = {line["seed"] for line in own}
+    conditions = {}
+    for line in own:
+        conditions.setdefault(line["condition"], []).append(line)
+    table_1 = [line for line in lines if line["question"] == "table-1" and "arm" in line]
+    conditions["Table 1"] = [line for line in table_1 if line["seed"] in seeds]
+    return {name: by_arm(runs) for name, runs in conditions.items()}
+
+
+def conditions(lines, question):
+    """opd against offline-kl by the student's strength, or by the amount of audio."""
     base = evaluation_of(lines, "table-1", "example/base")
-    conditions = collections.defaultdict(lambda: collections.defaultdict(list))
-    for line in lines:
-        if line["question"] in ("strength", "amount") and "arm" in line:
-            conditions[line["condition"]][line["arm"]].append(line)
-        if line["question"] == "table-1" and line.get("arm") in ("opd", "offline-kl") and line["seed"] < 2:
-            conditions["base, all audio"][line["arm"]].append(line)
     rows = []
-    for name, runs in conditions.items():
+    for name, runs in condition_runs(lines, question).items():
         student = runs["opd"][0]["student"]
         before = evaluation_of(lines, "strength", student) or base
         row = [name, f"{mean_rate(before):.1f}"]
@@ -597,9 +612,17 @@ def strength(lines):
             row.append(each_rate(runs[arm]))
         _, mean, each_seed, _, other_speakers, _, _ = contrast_row("", runs["offline-kl"], runs["opd"])
         rows.append([*row, mean, each_seed, other_speakers])
-    header = ["student or audio", "before, mean %", "opd, each seed", "offline-kl, each seed"]
+    header = ["", "before, mean %", "opd, each seed", "offline-kl, each seed"]
     header += ["opd against offline-kl, macro %", "each seed", "95 %: these models, other speakers?"]
     return markdown(header, rows)
+
+
+def draw_conditions(lines, question):
+    groups = {}
+    for name, runs in condition_runs(lines, question).items():
+        offline, opd = paired(runs["offline-kl"], runs["opd"])
+        groups[name] = [macro_change(b, a) for a, b in zip(offline, opd)]
+    dots(HERE / f"{question}.png", groups, "opd against offline-kl, macro %")
 
 
 def robustness(lines):
@@ -621,6 +644,19 @@ def robustness(lines):
         header += [f"{kind}: with text", "units a clip", "looping / capped"]
     header += ["long clips: error, %", "empty / looping / capped of 80"]
     return markdown(header, rows)
+
+
+def draw_robustness(lines):
+    """Units that each model writes for a clip without speech."""
+    own = [line for line in lines if line["question"] == "robustness"]
+    names = [line["name"].removeprefix("robustness-") for line in own]
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    for axis, stem in zip(figure.subplots(1, 2, sharey=True), ("silence", "noise")):
+        axis.bar(names, [sum(line["errors"][stem]) / line["health"][stem][0] for line in own])
+        axis.tick_params(axis="x", rotation=60)
+        axis.set_title(stem)
+    figure.axes[0].set_ylabel("words or characters a clip")
+    figure.savefig(HERE / "robustness.png", dpi=80)
 
 
 def ablation_runs(lines):
@@ -659,7 +695,8 @@ TABLES = {
     "prediction": (prediction, "table-3"),
     "supports": (supports, "support"),
     "digits": (digits, "digits"),
-    "strength": (strength, "strength"),
+    "strength": (functools.partial(conditions, question="strength"), "strength"),
+    "amount": (functools.partial(conditions, question="amount"), "amount"),
     "robustness": (robustness, "robustness"),
     "ablations": (ablations, "ablation"),
 }
@@ -669,7 +706,11 @@ PICTURES = {
     "table-1": draw_arms,
     "table-2": draw_recipe,
     "table-3": draw_prediction,
+    "support": draw_supports,
     "digits": draw_digits,
+    "strength": functools.partial(draw_conditions, question="strength"),
+    "amount": functools.partial(draw_conditions, question="amount"),
+    "robustness": draw_robustness,
     "ablation": draw_ablations,
 }
 

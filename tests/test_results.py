@@ -132,7 +132,7 @@ def made_up(run, rng):
     return line
 
 
-def test_every_question_has_its_table_once_it_is_through(monkeypatch):
+def test_every_question_has_its_table_and_picture_once_it_is_through(monkeypatch, tmp_path):
     """From made-up lines of all runs; a question with one run missing has none, but for question 3."""
     monkeypatch.setattr(tables, "units_of", lambda stem: {f"voice {n}": 50 for n in range(20)})
     monkeypatch.setattr(overlap, "DRAWS", 99)
@@ -144,6 +144,10 @@ def test_every_question_has_its_table_once_it_is_through(monkeypatch):
     assert computed.keys() == tables.TABLES.keys()
     for name, table in computed.items():
         assert table.count("|") > 20 and "nan" not in table, name
+    monkeypatch.setattr(tables, "HERE", tmp_path)
+    for draw in tables.PICTURES.values():
+        draw(lines)
+    assert len(list(tmp_path.glob("*.png"))) == len(tables.PICTURES)
     one_less = [line for line in lines if line["name"] != "ablation-k-4-lr0.0005-seed1"]
     assert len(one_less) == len(lines) - 1
     assert computed.keys() - tables.all_tables(one_less).keys() == {"ablations"}
