@@ -14,7 +14,9 @@ import argparse
 import array
 import contextlib
 import dataclasses
+import datetime
 import functools
+import glob
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -511,6 +513,7 @@ class BatchOrder:
         self.batch_size = batch_size
         self.seed = seed
         self.pool_batches = max(min(pool_batches, len(seconds) // batch_size), 1)  # at most one epoch
+        # Kept by each object: the steps in flight need one or two epochs and pools.
         self.epoch = functools.lru_cache(2)(self.epoch)
         self.pool = functools.lru_cache(2)(self.pool)
 
@@ -544,7 +547,7 @@ class BatchOrder:
         return self.pool(pool)[place]
 
 
-def micro_batches(indices, seconds, micro_seconds):
+def cut_micro_batches(indices, seconds, micro_seconds):
     """Cuts clips, longest first, so that clips × longest ≤ micro_seconds (one clip may exceed it).
 
     indices: clip numbers; seconds: durations by clip number. → lists of clip numbers.
@@ -583,7 +586,7 @@ class StepDataset(torch.utils.data.Dataset):
         items = []
         bad = []
         try:
-            for indices in micro_batches(share, self.clips.seconds, self.micro_seconds):
+            for indices in cut_micro_batches(share, self.clips.seconds, self.micro_seconds):
                 clips = [self.clips[i] for i in indices]
                 usable, waveforms, defects = load_usable(clips, self.check)
                 bad += defects
@@ -647,7 +650,9 @@ def setup_distributed():
     if has_gpu:
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if has_gpu else "gloo")
+        # Ranks wait for each other while rank 0 writes a checkpoint, or for the slowest at an evaluation.
+        timeout = datetime.timedelta(hours=2)
+        dist.init_process_group("nccl" if has_gpu else "gloo", timeout=timeout)
     return *rank_and_world(), device
 
 
@@ -697,19 +702,20 @@ MAY_CHANGE = """
 
 
 def content_of(path):
-    """What a manifest (SHA-256) or a model folder (config, names and sizes of weights) holds, as a string."""
-    if not os.path.isfile(path) and not os.path.isdir(path):
+    """SHA-256 of a manifest, or of the config and each file of weights of a model folder."""
+    paths = [path]
+    if os.path.isdir(path):
+        paths = [os.path.join(path, "config.json")]
+        if not os.path.exists(paths[0]):
+            raise InputError(f"{path} is no model folder: it has no config.json")
+        paths += sorted(glob.glob(os.path.join(glob.escape(path), "*.safetensors")))
+    elif not os.path.isfile(path):
         raise InputError(f"{path}: no such file or folder")
-    if os.path.isfile(path):
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    names = sorted(name for name in os.listdir(path) if name.endswith(".safetensors"))
-    sizes = [f"{name} {os.path.getsize(os.path.join(path, name))}" for name in names]
-    config_path = os.path.join(path, "config.json")
-    if not os.path.exists(config_path):
-        raise InputError(f"{path} is no model folder: it has no config.json")
-    with open(config_path, "rb") as file:
-        return " ".join([hashlib.file_digest(file, "sha256").hexdigest(), *sizes])
+    digests = []
+    for own_path in paths:
+        with open(own_path, "rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return " ".join(digests)
 
 
 def complete_steps(out):

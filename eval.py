@@ -44,10 +44,10 @@ from data import (
     check_out,
     clip_from_file,
     collate,
+    cut_micro_batches,
     gather,
     language_code,
     load_usable,
-    micro_batches,
     rank_and_world,
     read_json,
     read_manifest,
@@ -360,7 +360,7 @@ def transcribe(
     rank, world = rank_and_world()
     durations = np.array([clip.duration for clip in clips])
     longest_first = np.argsort(-durations, kind="stable").tolist()
-    batches = micro_batches(longest_first[rank::world], durations, batch_seconds)
+    batches = cut_micro_batches(longest_first[rank::world], durations, batch_seconds)
 
     answers = {}  # clip number → answer
     for indices in tqdm(batches, desc=label, disable=rank > 0 or len(batches) < 2, leave=False):

@@ -473,7 +473,11 @@ class SpeechLM(nn.Module):
             weights = {}
             for path in glob.glob(os.path.join(glob.escape(folder), "*.safetensors")):
                 weights.update(load_file(path))
-        model = cls(config, tokenizer).to(dtype)
+        model = cls(config, tokenizer)
+        # The parameters only. The LM's rotary frequencies stay float32: rounded to bf16 they would turn a key
+        # 400 tokens away by up to half a radian.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
         model.load_weights(weights)
         return model
 
@@ -917,10 +921,10 @@ def support_kl(student_logits, teacher_logits, support_mask, temperature=1.0, di
     counted = support_mask.sum(dim=1) >= 2
     inside = support_mask & counted[:, None]  # nothing of a row that is not counted, be it NaN
     floor = torch.tensor(-1e9, dtype=dtype, device=support_mask.device)  # finite: 0 · (−∞) would be NaN
-    student_scores = torch.where(inside, student_logits.to(dtype) / temperature, floor)
-    teacher_scores = torch.where(inside, teacher_logits.detach().to(dtype) / temperature, floor)
-    log_q = student_scores.log_softmax(dim=1)
-    log_p = teacher_scores.log_softmax(dim=1)
+    scaled_student = torch.where(inside, student_logits.to(dtype) / temperature, floor)
+    scaled_teacher = torch.where(inside, teacher_logits.detach().to(dtype) / temperature, floor)
+    log_q = scaled_student.log_softmax(dim=1)
+    log_p = scaled_teacher.log_softmax(dim=1)
     if divergence == "forward":
         kl = forward_kl(log_p, log_q)
     elif divergence == "reverse":
@@ -963,16 +967,16 @@ def teacher_support(teacher, hidden, student_topk, alignment, k, chunk=1024):
         top = top_ids(logits, k)
         teacher_ids = torch.where(top >= 0, alignment.to_student[top.clamp(min=0)], -1)
         support_ids, support_mask = union_support(student_ids, teacher_ids)
-        # The scores once more in float32, by the student's function: bf16 logits near 20 are 0.1 apart.
+        # The scores once more, in float32: bf16 logits near 20 are 0.1 apart. (Their top-k may have ties.)
         columns = alignment.to_teacher[support_ids.clamp(min=0)].clamp(min=0)
         supports.append(support_ids)
         masks.append(support_mask)
-        scores.append(student_scores(teacher.head.weight, rows, columns))
+        scores.append(support_scores(teacher.head.weight, rows, columns))
         topks.append(teacher_ids)
     return torch.cat(supports), torch.cat(masks), torch.cat(scores), torch.cat(topks)
 
 
-def student_scores(head_weight, hidden, support_ids):
+def support_scores(head_weight, hidden, support_ids):
     """A model's raw logits on the support only: (V, H), (N, H), (N, U) ids → (N, U) with gradient.
 
     float32 (float64 if the matrix is). No (N, V) tensor is made.
@@ -1036,9 +1040,11 @@ def full_kl(
     """
     columns = alignment.to_teacher.clamp(min=0)  # (V,)
     allowed = ~alignment.student_forbidden
+    # In float32 as on the union: a teacher in bf16 would round its logits.
+    teacher_weight = teacher.head.weight.detach()[columns].float()  # (V, H')
 
     def kl_of_chunk(student_rows, teacher_rows):
-        teacher_logits = teacher.head(teacher_rows).float()[:, columns].detach()
+        teacher_logits = F.linear(teacher_rows.float(), teacher_weight)
         student_logits = student.head(student_rows).float()
         mask = allowed.expand(len(teacher_rows), -1)
         return support_kl(student_logits, teacher_logits, mask, temperature, divergence, beta)
@@ -1157,32 +1163,35 @@ def self_check(model, waveforms, languages, default_language=None):
     → {nll: nats a token; agreement: share of tokens that are the likeliest of their row; batch_difference:
     largest difference of a logit between clips in a batch and one by one, over the largest logit;
     endoftext: mean probability of the pad token where the model stops (Qwen3-ASR ends on two ids, we allow
-    one)}. InputError where rows are shifted or batches leak: a greedy token's likelihood is at least 1 / V.
+    one)}. InputError where rows are shifted or batches leak. The limits are wide, so that no sound model is
+    refused: a greedy token's likelihood is at least 1 / V, and two logits count as equal when they differ by
+    less than 0.1 % of the largest one, or 10 % in bf16.
     """
     was_training = model.training
     model.eval()
     batch = collate(waveforms, model.front_end, languages, default_language).to(model.device)
     rollout = model.sample(batch, 32, k=1)
-    together = model.head(model(batch, rollout)).float()  # (N, V)
-    alone = []
+    batch_logits = model.head(model(batch, rollout)).float()  # (N, V)
+    single_logits = []
     for b, waveform in enumerate(waveforms):
         one = collate([waveform], model.front_end, languages[b : b + 1], default_language).to(model.device)
         part = Rollout(rollout.ids[b : b + 1], rollout.lens[b : b + 1], rollout.stopped[b : b + 1])
-        alone.append(model.head(model(one, part)).float())
-    alone = torch.cat(alone)
+        single_logits.append(model.head(model(one, part)).float())
+    single_logits = torch.cat(single_logits)
     model.train(was_training)
 
     tokens = rollout.ids[rollout.row_mask()][:, None]  # (N, 1)
     is_stop = tokens[:, 0] == model.front_end.stop_id
-    endoftext = together.softmax(dim=1)[is_stop, model.front_end.pad_id]
-    together = together.masked_fill(model.forbidden, -math.inf)
-    largest = alone[:, ~model.forbidden].abs().max()
+    endoftext = batch_logits.softmax(dim=1)[is_stop, model.front_end.pad_id]
+    batch_logits = batch_logits.masked_fill(model.forbidden, -math.inf)
+    largest = single_logits[:, ~model.forbidden].abs().max()
     is_low_precision = model.bf16 or model.head.weight.dtype != torch.float32
     tolerance = 0.1 if is_low_precision else 1e-3
-    difference = (together - alone)[:, ~model.forbidden].abs().max() / largest
-    is_likeliest = together.gather(1, tokens) >= together.amax(dim=1, keepdim=True) - tolerance * largest
+    difference = (batch_logits - single_logits)[:, ~model.forbidden].abs().max() / largest
+    best_logits = batch_logits.amax(dim=1, keepdim=True)
+    is_likeliest = batch_logits.gather(1, tokens) >= best_logits - tolerance * largest
     check = {
-        "nll": -together.log_softmax(dim=1).gather(1, tokens).mean().item(),
+        "nll": -batch_logits.log_softmax(dim=1).gather(1, tokens).mean().item(),
         "agreement": is_likeliest.float().mean().item(),
         "batch_difference": difference.item(),
         "endoftext": endoftext.mean().item() if len(endoftext) else 0.0,

@@ -103,10 +103,10 @@ from model import (
     save_model,
     self_check,
     student_rollout,
-    student_scores,
     student_support,
     sum_gradients,
     support_kl,
+    support_scores,
     teacher_rollout,
     teacher_support,
     token_ce,
@@ -119,7 +119,7 @@ SCRIPT = os.path.basename(__file__)
 # What a step sums over its micro-batches and ranks: in nats, rows, and clips (docs/metrics.md).
 SUMS = ["loss", "counted", "kl", "kl_counted"]
 SUMS += ["rows", "vuss", "n_student", "n_teacher", "overlap_ratio", "top1"]
-SUMS += ["clips", "tokens", "empty", "capped", "looping", "silent"]
+SUMS += ["clips", "tokens", "empty", "capped", "looping", "silent", "bad"]
 
 
 def parse_args(argv=None):
@@ -274,7 +274,7 @@ def main(args):
     student.bf16 = args.bf16
     if args.recompute:
         student.recompute_activations()
-    for model in (student, teacher):  # `student_scores` would pass over whatever sits on a head
+    for model in (student, teacher):  # `support_scores` would pass over whatever sits on a head
         assert type(model.head) is nn.Linear, "the scores on a support read the head's bare weight"
     alignment = align_vocabularies(student, teacher)
     trained = trained_parameters(student, args.train_parts)
@@ -306,6 +306,7 @@ def main(args):
         batch = collate(waveforms, student.front_end, languages, language, student_contexts)
         teacher_batch = collate(waveforms, teacher.front_end, languages, language, teacher_contexts)
         # Sampling is a function of (seed, step, clip): the same whatever the ranks and micro-batches.
+        # (Nothing reads these draws at temperature 0.)
         uniforms = [
             np.random.default_rng((args.seed, 2, step, i)).random(args.max_new_tokens) for i in indices
         ]
@@ -391,8 +392,10 @@ def main(args):
             references = references.to(device) if references else None
 
             # ============================ the method, one micro-batch of B clips ============================
-            # Encode: one pass of the encoder, with gradient, serves the rollout and the loss.
+            # Encode. One pass of the student's encoder, with gradient, serves the rollout and the loss. The
+            # teacher is frozen: nothing that it does builds a graph.
             encoded = student.encode(batch)  # (ΣA, H)
+            teacher_encoded = teacher.encode(teacher_batch)  # (ΣA', H')
 
             # Rollout: the student transcribes by itself, without gradient, and keeps its top-k ids S_t of
             # every step. From here on a row is a token of it, the stop token included. (The controlled arms
@@ -409,30 +412,31 @@ def main(args):
                     encoded=encoded,
                 )
             elif states == "teacher":
-                written = teacher_transcripts(teacher, teacher_batch, alignment, args)
-                rollout = student_rollout(written, alignment)
+                transcripts = teacher_transcripts(teacher, teacher_batch, teacher_encoded, alignment, args)
+                rollout = student_rollout(transcripts, alignment)
             else:
                 rollout = references
 
-            # The student reads the transcript, with gradient. S_t of a transcript that it did not write
-            # comes from these rows.
+            # The teacher reads the same tokens, id by id, behind its own prompt. (Without a language in the
+            # manifest, the script of the text decides it.)
+            texts = student.front_end.texts(rollout)
+            teacher_batch = teacher.with_script_languages(teacher_batch, texts)
+            same_transcripts = teacher_rollout(rollout, alignment)
+            teacher_hidden = teacher(teacher_batch, same_transcripts, teacher_encoded)  # (N, H')
+
+            # The student reads them, with gradient. S_t of a transcript that it did not write comes from
+            # these rows.
             student_hidden = student(batch, rollout, encoded)  # (N, H)
             if rollout.topk_ids is None:
                 student_topk = student_support(student, student_hidden, alignment, args.k)  # (N, K)
             else:
                 student_topk = rollout.topk_ids[rollout.row_mask()]  # (N, K)
 
-            # The teacher reads the same tokens, id by id, behind its own prompt. Its weights are frozen, so
-            # no graph is built. (Without a language in the manifest, the script of the text decides it.)
-            texts = student.front_end.texts(rollout)
-            teacher_batch = teacher.with_script_languages(teacher_batch, texts)
-            teacher_hidden = teacher(teacher_batch, teacher_rollout(rollout, alignment))  # (N, H')
-
-            # Its top-k ids are T_t; U_t = S_t ∪ T_t, and the raw logits of both models there.
+            # The teacher's top-k ids are T_t; U_t = S_t ∪ T_t, and the raw logits of both models there.
             support_ids, support_mask, teacher_logits, teacher_topk = teacher_support(
                 teacher, teacher_hidden, student_topk, alignment, args.k
             )  # (N, 2K), (N, 2K), (N, 2K), (N, K)
-            student_logits = student_scores(student.head.weight, student_hidden, support_ids)  # (N, 2K)
+            student_logits = support_scores(student.head.weight, student_hidden, support_ids)  # (N, 2K)
 
             # The loss of each row: KL(teacher ‖ student) on U_t (Eq. 1), or what the flags put in its place.
             if args.objective == "ce":
@@ -461,7 +465,8 @@ def main(args):
             loss.sum().backward()
             # ================================================================================================
 
-            # For the log: the paper's KL and overlap on U_t, whatever the loss is.
+            # For the log: the paper's KL and overlap on U_t, whatever the loss is. (By default it is that KL.
+            # A Counter's update adds.)
             kl, kl_counted = support_kl(student_logits.detach(), teacher_logits, support_mask)
             sums.update(loss=loss.sum().item(), counted=counted.sum().item())
             sums.update(kl=kl.sum().item(), kl_counted=kl_counted.sum().item())
@@ -469,58 +474,59 @@ def main(args):
             step_clips += batch_clips
             step_texts += texts
             if is_sampled and samples is None:
-                samples = sample_lines(
-                    done, student, teacher, alignment, args, batch_clips, teacher_batch, rollout, kl
-                )
+                transcripts = teacher_transcripts(teacher, teacher_batch, teacher_encoded, alignment, args)
+                teacher_texts = teacher.front_end.texts(transcripts)
+                samples = sample_lines(done, student.front_end, batch_clips, rollout, teacher_texts, kl)
 
         # ---- one gradient --------------------------------------------------------------------------------
         # Σ over ranks of Σ over micro-batches, divided once by |𝒯|: the gradient does not depend on the cut.
-        totals = all_reduce_sum([*(sums[name] for name in sum_names), len(bad)], device)
-        sums = dict(zip(sum_names, totals))
-        n_bad = int(totals[-1])
+        sums["bad"] = len(bad)
+        totals = all_reduce_sum([sums[name] for name in sum_names], device)
+        totals = dict(zip(sum_names, totals))
+        n_bad = int(totals["bad"])
         if n_bad:
             report_bad(args.out, done, bad)
         sum_gradients(trained)
         for parameter in trained.values():
-            parameter.grad /= max(sums["counted"], 1)
+            parameter.grad /= max(totals["counted"], 1)
         grad_norm = nn.utils.clip_grad_norm_(trained.values(), args.clip or math.inf).item()
-        if not math.isfinite(sums["loss"]) or not math.isfinite(grad_norm):
-            what = f"loss {sums['loss']}, gradient norm {grad_norm}"
+        if not math.isfinite(totals["loss"]) or not math.isfinite(grad_norm):
+            what = f"loss {totals['loss']}, gradient norm {grad_norm}"
             stop_not_finite(args.out, done, what, step_clips, step_texts)
 
         # ---- step ----------------------------------------------------------------------------------------
         lr = cosine_lr(step, args.steps, args.warmup_steps, args.lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        if sums["counted"]:  # a step without a row changes nothing
+        if totals["counted"]:  # a step without a row changes nothing
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
         # ---- log -----------------------------------------------------------------------------------------
         step_s = time.perf_counter() - started
-        n_rows = max(sums["rows"], 1)
-        n_clips = max(sums["clips"], 1)
-        n_counted = max(sums["counted"], 1)
+        n_rows = max(totals["rows"], 1)
+        n_clips = max(totals["clips"], 1)
+        n_counted = max(totals["counted"], 1)
         metrics = {
             "step": done,
-            "loss": sums["loss"] / n_counted,
-            "kl": sums["kl"] / max(sums["kl_counted"], 1),
-            "vuss": sums["vuss"] / n_rows,
-            **{name: sums[name] / n_rows for name in nested_names},
-            "n_student": sums["n_student"] / n_rows,
-            "n_teacher": sums["n_teacher"] / n_rows,
-            "overlap_ratio": sums["overlap_ratio"] / n_rows,
-            "top1": sums["top1"] / n_rows,
-            "positions": int(sums["counted"]),
-            "mean_tokens": sums["tokens"] / n_clips,
-            "empty": sums["empty"] / n_clips,
-            "capped": sums["capped"] / n_clips,
-            "looping": sums["looping"] / n_clips,
-            "silent": sums["silent"] / n_clips,
+            "loss": totals["loss"] / n_counted,
+            "kl": totals["kl"] / max(totals["kl_counted"], 1),
+            "vuss": totals["vuss"] / n_rows,
+            **{name: totals[name] / n_rows for name in nested_names},
+            "n_student": totals["n_student"] / n_rows,
+            "n_teacher": totals["n_teacher"] / n_rows,
+            "overlap_ratio": totals["overlap_ratio"] / n_rows,
+            "top1": totals["top1"] / n_rows,
+            "positions": int(totals["counted"]),
+            "mean_tokens": totals["tokens"] / n_clips,
+            "empty": totals["empty"] / n_clips,
+            "capped": totals["capped"] / n_clips,
+            "looping": totals["looping"] / n_clips,
+            "silent": totals["silent"] / n_clips,
             "skipped": n_bad,
             "grad_norm": grad_norm,
             "lr": lr,
-            "clips_per_s": sums["clips"] / step_s,
+            "clips_per_s": totals["clips"] / step_s,
             "data_s": data_s,
             "step_s": step_s,
             **memory(),
@@ -554,6 +560,8 @@ def main(args):
             folders = [os.path.join(args.out, f"eval-{step}") for step in (0, args.steps)]
             comparison = compare_folders(*folders, strict=False)
             print_comparison(comparison, "before", "after")
+        elif after:  # --eval was given at a resume, so there is nothing to compare with
+            print_summaries(after)
         vuss_first = float(np.mean([line["vuss"] for line in lines[:10]]))
         vuss_last = float(np.mean([line["vuss"] for line in lines[-10:]]))
         seconds = sum(line["step_s"] for line in lines)
@@ -587,7 +595,7 @@ def states_of(args, step):
     return "student" if draw < args.student_share else args.states
 
 
-def teacher_transcripts(teacher, teacher_batch, alignment, args):
+def teacher_transcripts(teacher, teacher_batch, teacher_encoded, alignment, args):
     """What the teacher writes greedily, without ids that the student lacks: a `Rollout` in its own ids."""
     return teacher.sample(
         teacher_batch,
@@ -595,6 +603,7 @@ def teacher_transcripts(teacher, teacher_batch, alignment, args):
         k=1,
         tokens_per_second=args.tokens_per_second,
         forbidden=alignment.teacher_forbidden,
+        encoded=teacher_encoded,
     )
 
 
@@ -613,10 +622,8 @@ def rollout_sums(batch, rollout, texts, student_topk, teacher_topk, support_mask
     }
 
 
-def sample_lines(step, student, teacher, alignment, args, clips, teacher_batch, rollout, kl, n=2):
+def sample_lines(step, front_end, clips, rollout, teacher_texts, kl, n=2):
     """A few transcripts to read: the reference, what was learned from, the teacher's; KL a token in nats."""
-    written = teacher_transcripts(teacher, teacher_batch, alignment, args)
-    teacher_texts = teacher.front_end.texts(written)
     kl_per_clip = kl.split((rollout.lens + rollout.stopped).tolist())
     lines = []
     for b, clip in enumerate(clips[:n]):
@@ -625,10 +632,10 @@ def sample_lines(step, student, teacher, alignment, args, clips, teacher_batch, 
             "step": step,
             "clip": clip.where,
             "ref": clip.fields.get("text"),
-            "transcript": student.front_end.decode(ids),
+            "transcript": front_end.decode(ids),
             "teacher": teacher_texts[b],
             "stopped": bool(rollout.stopped[b]),
-            "tokens": [student.front_end.tokenizer.decode([i]) for i in ids],
+            "tokens": [front_end.tokenizer.decode([i]) for i in ids],
             "kl": [round(value, 4) for value in kl_per_clip[b].tolist()],
         }
         lines.append(line)

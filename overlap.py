@@ -36,10 +36,10 @@ from data import (
     check_out,
     collate,
     contexts_of,
+    cut_micro_batches,
     gather,
     language_code,
     load_audio,
-    micro_batches,
     read_lines,
     run_script,
     setup_distributed,
@@ -174,7 +174,7 @@ def measure_sets(args, rank, world, device):
     histogram = np.zeros((CONFIDENCE_BINS, CONFIDENCE_BINS))  # rows by student's and teacher's probability
     lines = {}  # clip number → its line of clips.jsonl
     durations = [clip.duration for clip in clips]
-    batches = micro_batches(range(rank, len(clips), world), durations, args.batch_seconds)
+    batches = cut_micro_batches(range(rank, len(clips), world), durations, args.batch_seconds)
     for indices in tqdm(batches, disable=rank > 0, desc="overlap"):
         batch_clips = [clips[i] for i in indices]
         rollout, values, written = measure(

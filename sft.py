@@ -45,6 +45,7 @@ from data import (
     content_of,
     find_run,
     language_code,
+    load_audio,
     log_metrics,
     memory,
     read_lines,
@@ -212,7 +213,11 @@ def main(args):
     check_languages(clips.languages, language, model)
     check_languages(languages_of(eval_sets), language, model)
     for set_clips in eval_sets.values():
-        clusters_of(set_clips)  # a line without its speaker shows now, not after the training
+        # What would end the run after hours shows now: a line without its speaker, a damaged clip.
+        clusters_of(set_clips)
+        if args.on_bad_audio == "error":
+            for clip in set_clips[rank::world]:
+                load_audio(clip)
     front_end = model.front_end
 
     def make_micro_batch(step, indices, batch_clips, waveforms):

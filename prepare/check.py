@@ -40,8 +40,8 @@ from model import (
     align_vocabularies,
     check_languages,
     self_check,
-    student_scores,
     support_kl,
+    support_scores,
     teacher_rollout,
     teacher_support,
 )
@@ -165,7 +165,7 @@ def check_models(args):
     support_ids, support_mask, teacher_logits, _ = teacher_support(
         teacher, teacher_hidden, rollout.topk_ids[rollout.row_mask()], alignment, k=32
     )
-    student_logits = student_scores(student.head.weight, student(batch, rollout), support_ids)  # (N, 2K)
+    student_logits = support_scores(student.head.weight, student(batch, rollout), support_ids)  # (N, 2K)
     kl, _ = support_kl(student_logits, teacher_logits, support_mask)  # (N,)
     vuss = support_mask.sum(dim=1).double().mean()
     print("the teacher on the student's transcripts:")

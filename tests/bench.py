@@ -239,7 +239,7 @@ def ask_teacher(student, teacher, teacher_batch, alignment, rollout, k):
 def learn(student, batch, rollout, encoded, support):
     support_ids, support_mask, teacher_logits, _ = support
     student_hidden = student(batch, rollout, encoded)
-    student_logits = m.student_scores(student.head.weight, student_hidden, support_ids)
+    student_logits = m.support_scores(student.head.weight, student_hidden, support_ids)
     kl, _ = m.support_kl(student_logits, teacher_logits, support_mask)
     kl.sum().backward()
 
@@ -328,7 +328,7 @@ def union_loss_figures(n_rows, vocab_size, hidden, k, device):
 
     def ours():
         weight.grad = rows.grad = None
-        m.support_kl(m.student_scores(weight, rows, ids), teacher_logits, mask)[0].mean().backward()
+        m.support_kl(m.support_scores(weight, rows, ids), teacher_logits, mask)[0].mean().backward()
 
     def plain():
         weight.grad = rows.grad = None

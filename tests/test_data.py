@@ -2,6 +2,7 @@
 
 import argparse
 import gzip
+import hashlib
 import json
 import math
 import os
@@ -446,10 +447,10 @@ def test_a_set_smaller_than_a_batch():
 
 def test_micro_batches():
     durations = np.array([2.0, 5.0, 2.0, 40.0, 4.0])
-    assert data.micro_batches([], durations, 10) == []
-    assert data.micro_batches([0, 1, 2, 3, 4], durations, 10) == [[3], [1, 4], [0, 2]]
-    assert data.micro_batches([2, 0], durations, 4.0) == [[0, 2]]  # equal lengths: by number
-    assert data.micro_batches([2, 0], durations, 3.9) == [[0], [2]]
+    assert data.cut_micro_batches([], durations, 10) == []
+    assert data.cut_micro_batches([0, 1, 2, 3, 4], durations, 10) == [[3], [1, 4], [0, 2]]
+    assert data.cut_micro_batches([2, 0], durations, 4.0) == [[0, 2]]  # equal lengths: by number
+    assert data.cut_micro_batches([2, 0], durations, 3.9) == [[0], [2]]
 
 
 def dataset_of(folder, make, seconds, bad=(), **changed):
@@ -571,7 +572,9 @@ def test_content_of_a_manifest_and_of_a_model_folder(tmp_path):
         data.content_of(str(folder))
     (folder / "config.json").write_text("abc")
     (folder / "model.safetensors").write_bytes(bytes(7))
-    assert data.content_of(str(folder)) == f"{sha256} model.safetensors 7"
+    (folder / "model-2.safetensors").write_text("abc")
+    other = hashlib.sha256(bytes(7)).hexdigest()
+    assert data.content_of(str(folder)) == f"{sha256} {sha256} {other}"
     with pytest.raises(InputError, match="no such file or folder"):
         data.content_of(str(tmp_path / "none"))
 

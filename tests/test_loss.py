@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 import model as m
 from data import InputError, collate
-from model import SpeechLM, student_scores, support_kl, teacher_support, union_support
+from model import SpeechLM, support_kl, support_scores, teacher_support, union_support
 
 
 def brute_force(student_ids, teacher_ids, student_logits, teacher_logits, tau):
@@ -261,13 +261,13 @@ def test_scores_and_gradients_of_the_support_are_those_of_all_logits(rows_at_a_t
     assert max(len(ids[rows]) for rows in chunks) == min(rows_at_a_time, 7)
     assert torch.equal(torch.cat([ids[rows] for rows in chunks]), ids)
     trained = weight.requires_grad_(), hidden.requires_grad_()
-    ours = student_scores(weight, hidden, ids)
+    ours = support_scores(weight, hidden, ids)
     plain = (hidden @ weight.T).gather(1, ids.clamp(min=0))
     assert_close(ours[ids >= 0], plain[ids >= 0], rtol=1e-12, atol=1e-12)
     gradients = [torch.autograd.grad((scores * upstream).sum(), trained) for scores in (ours, plain)]
     for our_grad, plain_grad in zip(*gradients):
         assert_close(our_grad, plain_grad, rtol=1e-12, atol=1e-12)
-    assert student_scores(weight, hidden[:0], ids[:0]).shape == (0, 6)
+    assert support_scores(weight, hidden[:0], ids[:0]).shape == (0, 6)
 
 
 # ---- the full vocabulary -----------------------------------------------------------------------------------
@@ -297,6 +297,21 @@ def test_full_kl_is_exact_whatever_the_chunk_and_honours_the_divergence(chunk, t
     gradients = torch.autograd.grad(kl.sum(), trained), torch.autograd.grad(expected.sum(), trained)
     for ours, plain in zip(*gradients):
         assert_close(ours, plain, rtol=1e-4, atol=1e-6)
+
+
+def test_full_kl_of_a_teacher_in_bf16_does_not_round_its_logits():
+    """As on the union, its weights and rows are bf16 and its logits float32."""
+    student = tiny_model(0)
+    teacher = tiny_model(1, hidden=48).to(torch.bfloat16).requires_grad_(False)
+    alignment = m.align_vocabularies(student, teacher)
+    torch.manual_seed(0)
+    student_rows, teacher_rows = torch.randn(5, 32), (9 * torch.randn(5, 48)).bfloat16()
+    kl, _ = m.full_kl(student, student_rows, teacher, teacher_rows, alignment)
+    ids = (~alignment.student_forbidden).nonzero()[:, 0].expand(5, -1)
+    student_logits = support_scores(student.head.weight, student_rows, ids)
+    teacher_logits = support_scores(teacher.head.weight, teacher_rows, ids)
+    on_all_ids, _ = support_kl(student_logits, teacher_logits, torch.ones_like(ids, dtype=torch.bool))
+    assert_close(kl, on_all_ids, rtol=1e-5, atol=1e-6)
 
 
 # ---- one whole step ----------------------------------------------------------------------------------------
@@ -349,7 +364,7 @@ def test_one_step_in_float64_equals_stock_and_the_definition(tmp_path, tied, mod
         teacher, teacher_hidden, student_topk, alignment, k
     )
     student_hidden = student(batch, rollout, encoded)
-    student_logits = student_scores(student.head.weight, student_hidden, support_ids)
+    student_logits = support_scores(student.head.weight, student_hidden, support_ids)
     kl, counted = support_kl(student_logits, teacher_logits, mask, tau)
     kl.sum().backward()
 

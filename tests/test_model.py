@@ -390,6 +390,7 @@ def test_round_trip(tmp_path, tied):
     assert generation.suppress_tokens == model.forbidden.nonzero()[:, 0].tolist()
     half = SpeechLM.from_pretrained(tmp_path, torch.bfloat16)
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    assert torch.equal(half.lm.rotary_emb.inv_freq, model.lm.rotary_emb.inv_freq)  # float32, not rounded
 
 
 class MeanEncoder(nn.Module):

@@ -132,6 +132,22 @@ def test_sft_needs_text_on_every_line(stage, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_damaged_clip_to_evaluate_on_shows_before_the_training(stage, tmp_path, capsys):
+    """After it, hours would be lost. With --on-bad-audio skip it is counted and shown."""
+    lines = lines_of(stage / "m.jsonl")[:2]
+    for line in lines:
+        line["audio"] = str(stage / line["audio"])
+    (tmp_path / "none.wav").write_bytes(b"RIFF")
+    lines.append({**lines[0], "audio": "none.wav"})
+    path = write_lines(tmp_path / "test.jsonl", lines)
+    argv = argv_of(sft, stage, tmp_path / "run", "--eval", path, "--steps", 1)
+    assert status_of(sft, argv) == 2
+    assert f"{path}:3: " in error_line(capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
+    assert status_of(sft, [*argv, "--on-bad-audio", "skip"]) == 0
+    assert json.loads((tmp_path / "run/summary.json").read_text())["eval"]["test"]["failed"] == 1
+
+
 TEXTS = [
     "",
     " \t ",
