@@ -1456,7 +1456,8 @@ def save_model(out, model):
 # The fast decoder: equal to `write_tokens`, only faster. Skip it on first reading.
 # ----------------------------------------------------------------------------------------------------------
 # It copies the LM's weights into fused matrices and keeps keys and values in fixed storage, so that a step
-# is a few large operations, and on a GPU one CUDA graph. A copy takes LoRA's product with it, and would pass
+# is a few large operations, and on a GPU one CUDA graph. (Equal in float32; with bf16 it also rounds keys and
+# rotary tables, which the plain loop keeps in float32.) A copy takes LoRA's product with it, and would pass
 # over whatever else sits on a layer (a hook, another class): `may_copy_weights` is asked first.
 
 

@@ -144,7 +144,7 @@ def parse_args(argv=None):
         default="both",
         help="whose prompt gives a line's context; teacher: the student learns to do without",
     )
-    add("--max-seconds", type=at_least(0.01), default=30.0, help="longer clips are left out and counted")
+    add("--max-seconds", type=at_least(0.01), default=30.0, help="longer clips do not train, and are counted")
     add(
         "--on-bad-audio",
         choices=["error", "skip"],
@@ -325,9 +325,9 @@ def main(args):
             f"left out: {clips.n_long} longer than {args.max_seconds:g} s, {clips.n_failed} not decoded"
         )
         epochs = args.steps * args.batch_size / len(clips)
-        print(
-            f"train: {len(clips)} clips, {hours:.2f} h, {left_out}; {args.steps} steps = {epochs:.1f} epochs"
-        )
+        peak_lr = cosine_lr(min(args.warmup_steps, args.steps - 1), args.steps, args.warmup_steps, args.lr)
+        print(f"train: {len(clips)} clips, {hours:.2f} h, {left_out}")
+        print(f"{args.steps} steps = {epochs:.1f} epochs, lr up to {peak_lr:.3g}")
         for name, model in (("student", student), ("teacher", teacher)):
             print(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
         print(f"{world} process(es) on {device.type}", flush=True)
@@ -567,7 +567,10 @@ def main(args):
         seconds = sum(line["step_s"] for line in lines)
         waited = sum(line["data_s"] for line in lines)
         print(f"VUSS {vuss_first:.2f} → {vuss_last:.2f} (first and last 10 steps)")
-        print(f"{seconds:.0f} s of steps, {waited:.0f} s of them for data; peak {lines[-1]['rss_gb']:.2f} GB")
+        peak = f"{lines[-1]['rss_gb']:.2f} GB"
+        if device.type == "cuda":
+            peak += f", {lines[-1]['gpu_gb']:.2f} GB on the GPU"
+        print(f"{seconds:.0f} s of steps, {waited:.0f} s of them for data; peak {peak}")
         skipped = sum(line["skipped"] for line in lines)
         if skipped:
             print(f"skipped: {skipped} clips that could not be used, listed in {args.out}/bad.jsonl")

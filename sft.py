@@ -100,7 +100,7 @@ def parse_args(argv=None):
     add("--eval", nargs="*", default=[], metavar="m.jsonl", help="sets to score at the end")
     add("--language", help="of clips whose line names none, where the model's prompt wants one (Qwen3-ASR)")
     add("--no-context", action="store_true", help="prompts do not give a line's context")
-    add("--max-seconds", type=at_least(0.01), default=30.0, help="longer clips are left out and counted")
+    add("--max-seconds", type=at_least(0.01), default=30.0, help="longer clips do not train, and are counted")
     add(
         "--on-bad-audio",
         choices=["error", "skip"],
@@ -236,7 +236,9 @@ def main(args):
     if rank == 0:
         hours = clips.seconds.sum(dtype=float) / 3600
         epochs = args.steps * args.batch_size / len(clips)
-        print(f"train: {len(clips)} clips, {hours:.2f} h; {args.steps} steps = {epochs:.1f} epochs")
+        peak_lr = cosine_lr(min(args.warmup_steps, args.steps - 1), args.steps, args.warmup_steps, args.lr)
+        print(f"train: {len(clips)} clips, {hours:.2f} h")
+        print(f"{args.steps} steps = {epochs:.1f} epochs, lr up to {peak_lr:.3g}")
         print(
             f"left out: {clips.n_long} longer than {args.max_seconds:g} s, {clips.n_failed} not decoded",
             end=", ",
