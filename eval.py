@@ -31,7 +31,6 @@ import zlib
 
 import jiwer
 import numpy as np
-import opencc
 import scipy.special
 from tqdm import tqdm
 from whisper_normalizer.english import EnglishTextNormalizer
@@ -56,10 +55,9 @@ from data import (
     setup_distributed,
     write_json,
 )
-from model import SpeechLM, check_languages
+from model import TOKENS_PER_SECOND, SpeechLM, check_languages
 
 MAX_NEW_TOKENS = 800
-TOKENS_PER_SECOND = 25.0  # fast Greek and Hindi need 22
 
 COUNTS = ("errors", "units", "substitutions", "deletions", "insertions")
 RESULT_KEYS = ("hyp", "stopped", "error", *COUNTS)  # what a result line adds to the manifest's fields
@@ -472,6 +470,8 @@ def without_punctuation(text, replacement):
 
 @functools.cache
 def simplifier():
+    import opencc  # read for --simplify only
+
     return opencc.OpenCC("hk2s")
 
 

@@ -88,6 +88,7 @@ from eval import (
 )
 from model import (
     PARTS,
+    TOKENS_PER_SECOND,
     SpeechLM,
     align_vocabularies,
     check_languages,
@@ -171,7 +172,12 @@ def parse_args(argv=None):
     add(
         "--max-new-tokens", type=at_least(1, int), default=64, help="cap of a rollout, its stop token counted"
     )
-    add("--tokens-per-second", type=at_least(0), default=25.0, help="a cap too: this × seconds + 16; 0 = off")
+    add(
+        "--tokens-per-second",
+        type=at_least(0),
+        default=TOKENS_PER_SECOND,
+        help="a cap too: this × seconds + 16; 0 = off",
+    )
     # objective
     add("--k", type=at_least(1, int), default=32, help="top-k ids of each model")
     add(

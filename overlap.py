@@ -48,7 +48,6 @@ from data import (
 from eval import (
     CHARACTER_LANGUAGES,
     MAX_NEW_TOKENS,
-    TOKENS_PER_SECOND,
     cell_text,
     cluster_table,
     count_errors,
@@ -63,6 +62,7 @@ from eval import (
     read_sets,
 )
 from model import (
+    TOKENS_PER_SECOND,
     SpeechLM,
     align_vocabularies,
     check_languages,

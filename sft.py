@@ -275,6 +275,7 @@ def main(args):
     started = time.perf_counter()
     for step, micro_batches, bad in step_batches(dataset, first_step, args.steps, args.workers):
         data_s = time.perf_counter() - started
+        done = step + 1
         counts = collections.Counter(bad=len(bad))
         for batch_clips, batch, targets in micro_batches:
             counts.update(tokens=int(targets.row_mask().sum()), clips=len(batch_clips))
@@ -283,7 +284,7 @@ def main(args):
         totals = all_reduce_sum([counts[name] for name in names], device)
         counts = dict(zip(names, totals))
         if counts["bad"]:
-            report_bad(args.out, step + 1, bad)
+            report_bad(args.out, done, bad)
 
         sums = collections.Counter()
         for batch_clips, batch, targets in micro_batches:
@@ -325,7 +326,7 @@ def main(args):
             step_clips = []
             for batch_clips, _, _ in micro_batches:
                 step_clips += batch_clips
-            stop_not_finite(args.out, step + 1, what, step_clips, [clip.text for clip in step_clips])
+            stop_not_finite(args.out, done, what, step_clips, [clip.text for clip in step_clips])
 
         # ---- step ----------------------------------------------------------------------------------------
         lr = cosine_lr(step, args.steps, args.warmup_steps, args.lr)
@@ -336,7 +337,6 @@ def main(args):
         optimizer.zero_grad(set_to_none=True)
 
         # ---- log -----------------------------------------------------------------------------------------
-        done = step + 1
         step_s = time.perf_counter() - started
         n_clips = max(counts["clips"], 1)
         metrics = {

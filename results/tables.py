@@ -471,6 +471,25 @@ def prediction(lines):
     return markdown(header, rows) + "\n\n" + text
 
 
+def odd_teachers(lines):
+    """r of some measures without the teachers that were made to be odd. Not declared beforehand."""
+    table = overlap_table(lines)
+    if table is None:
+        return "No student has met every teacher yet."
+    names = ["vuss", "vuss_4", "top1", "kl_full", "token_agreement"]
+    rows = []
+    for left_out in ([], ["style"], ["clone"], ["style", "clone"]):
+        kept = [j for j, teacher in enumerate(table["teachers"]) if teacher not in left_out]
+        y = double_centre(table["y"][:, kept])
+        row = ["without " + " and ".join(left_out) if left_out else "all teachers"]
+        for name in names:
+            m = double_centre(table["measures"][name][:, kept])
+            r = np.corrcoef(m.flatten(), y.flatten())[0, 1]
+            row.append(f"{r:+.2f}".replace("-", "−"))
+        rows.append(row)
+    return markdown(["r", *names], rows)
+
+
 def draw_prediction(lines):
     """VUSS against ln(error after), as they are and double-centred; a colour a teacher."""
     table = overlap_table(lines)
@@ -693,6 +712,7 @@ TABLES = {
     "pairs": (pairs, "table-3"),
     "overlaps": (overlaps, "table-3"),
     "prediction": (prediction, "table-3"),
+    "odd-teachers": (odd_teachers, "table-3"),
     "supports": (supports, "support"),
     "digits": (digits, "digits"),
     "strength": (functools.partial(conditions, question="strength"), "strength"),
