@@ -413,18 +413,18 @@ def name_of(model, models):
 
 
 def pairs(lines):
-    """Students × teachers: mean error of the five sets after 100 steps, with the models' own."""
-    after = {}
+    """Students × teachers: mean error of the five sets after 100 steps, each seed, with the models' own."""
+    after = collections.defaultdict(list)
     for line in lines:
-        if line["question"] == "table-3" and "arm" in line and line["seed"] == 0:
+        if line["question"] == "table-3" and "arm" in line:
             pair = name_of(line["student"], STUDENTS), name_of(line["teacher"], TEACHERS)
-            after[pair] = f"{mean_rate(line):.1f}"
+            after[pair].append(line)
     rows = [["its own error", ""]]
     for model in TEACHERS.values():
         rows[0].append(f"{mean_rate(evaluation_of(lines, 'table-3', model)):.1f}")
     for student, model in STUDENTS.items():
         row = [student, f"{mean_rate(evaluation_of(lines, 'table-3', model)):.1f}"]
-        row += [after.get((student, teacher), "–") for teacher in TEACHERS]
+        row += [each_rate(after[student, teacher]) or "–" for teacher in TEACHERS]
         rows.append(row)
     return markdown(["mean error, %: student", "before", *(f"teacher {name}" for name in TEACHERS)], rows)
 
