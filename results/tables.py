@@ -35,7 +35,7 @@ from run import (  # noqa: E402
     finished_lines,
 )
 
-from eval import CountedSet, joint_table, p_text, percent, relative_figures  # noqa: E402
+from eval import CountedSet, joint_table, p_text, percent, relative_figures, sign_flip_figures  # noqa: E402
 from overlap import analyse, double_centre, read_table  # noqa: E402
 
 KS = [1, 2, 4, 8, 16, 32]
@@ -570,12 +570,22 @@ def digits(lines):
             row.append(" ".join(f"{value:.1f}" for value in rates))
         rows.append(row)
     contrasts = []
-    for arm, other in (("opd", "offline-kl"), ("opd", "ce-reference"), ("offline-kl", "ce-reference")):
-        figures = relative_figures(*digit_counts(runs[other], runs[arm], stems), is_paired=True)
-        contrasts.append(figures_row(f"{arm} against {other}", figures))
+    same_lr = "offline-kl with opd's lr"
+    comparisons = [("opd", "offline-kl"), ("opd", same_lr)]
+    comparisons += [("opd", "ce-reference"), ("offline-kl", "ce-reference")]
+    for arm, other in comparisons:
+        counts, n_seeds = digit_counts(runs[other], runs[arm], stems)
+        figures = relative_figures(counts, n_seeds, is_paired=True)
+        # The speakers are few, so the exact p over them is shown too, from the means over seeds.
+        mean_a = counts[..., :n_seeds].mean(axis=2)
+        mean_b = counts[..., n_seeds:-1].mean(axis=2)
+        exact = sign_flip_figures(np.stack([mean_a, mean_b, counts[..., -1]], axis=2))
+        exact_p = f"{p_text(exact['sign_flip'])} ({p_text(exact['sign_flip_floor'])})"
+        contrasts.append([*figures_row(f"{arm} against {other}", figures), exact_p])
     header = [stem.removeprefix("digits-") for stem in stems]
     rates = markdown(["WER, %, held-out speaker", *header], rows)
-    return rates + "\n\n" + markdown(["change, %", *CONTRAST_HEADER[1:]], contrasts)
+    header = ["change, %", *CONTRAST_HEADER[1:], "exact p over speakers (its floor)"]
+    return rates + "\n\n" + markdown(header, contrasts)
 
 
 def draw_digits(lines):
