@@ -137,7 +137,7 @@ TEACHERS = {
     "sft-1200": f"{FOLDER}/teachers/step-1200/model",
     "sft-1600": f"{FOLDER}/teachers/step-1600/model",
     "style": f"{FOLDER}/teacher-style/model",
-    "clone": f"{FOLDER}/students/step-1700/model",  # a later checkpoint of the students' own training
+    "clone": f"{FOLDER}/students/step-1700/model",  # of the students' own training, just behind sft-1600
 }
 # Pairs that get two more seeds, for the noise ceiling.
 REPEATED = [

@@ -71,7 +71,7 @@ def empty_clips(out, kind):
 
 
 def long_clips(out):
-    """Sentences of one voice joined with pauses, about 7 to 14 s."""
+    """Sentences of one voice joined with pauses, about 7 to 11 s."""
     lines = []
     pause = np.zeros(int(PAUSE_S * SAMPLE_RATE))
     for name, separator in (("en-clean", " "), ("zh-read", "")):

@@ -27,6 +27,7 @@ sys.path.insert(0, str(HERE))
 from run import (  # noqa: E402
     ARMS,
     LEARNING_RATES,
+    N_TD_SEEDS,
     STUDENTS,
     TEACHERS,
     TEST_SETS,
@@ -63,9 +64,11 @@ def mean_rate(line):
     return float(np.mean([rate(line, stem) for stem in TEST_SETS]))
 
 
-def macro_change(line, before):
-    """100 (e^M − 1), M the mean over sets of ln(rate / rate before)."""
-    logs = [np.log(rate(line, stem) / rate(before, stem)) for stem in TEST_SETS]
+def macro_change(lines, before):
+    """100 (e^M − 1), M the mean over runs and sets of ln(rate / rate before)."""
+    logs = []
+    for line in lines:
+        logs += [np.log(rate(line, stem) / rate(before, stem)) for stem in TEST_SETS]
     return percent(float(np.mean(logs)))
 
 
@@ -121,8 +124,8 @@ def spread(low, high):
     return "–" if low is None else f"{signed(low)} to {signed(high)}"
 
 
-CONTRAST_HEADER = ["macro change, %", "mean", "each seed", "seed sd: a rerun on these sets?"]
-CONTRAST_HEADER += ["95 %: these models, other speakers?", "95 %: the recipe, other seeds and speakers?", "p"]
+CONTRAST_HEADER = ["macro change, %", "mean", "each seed", "sd over seeds: a rerun on these sets"]
+CONTRAST_HEADER += ["95 %: these models, other speakers", "95 %: other seeds and other speakers", "p"]
 
 
 def contrast_row(name, runs_a, runs_b):
@@ -161,9 +164,8 @@ RATES_HEADER = [*TEST_SETS, "mean", "mean of each seed"]
 
 
 def change_cell(lines, base):
-    """The macro change against the base, as the mean over seeds."""
-    changes = [macro_change(line, base) for line in lines]
-    return f"{signed(np.mean(changes))} %"
+    """The macro change against the base, all seeds together."""
+    return f"{signed(macro_change(lines, base))} %"
 
 
 def vuss_key(k):
@@ -188,7 +190,7 @@ def draw_changes(path, runs, base):
     """Draws the macro change against the base of each run of {arm: its lines}."""
     groups = {}
     for arm, own in runs.items():
-        groups[arm] = [macro_change(line, base) for line in own]
+        groups[arm] = [macro_change([line], base) for line in own]
     dots(path, groups, "macro change against the base, %")
 
 
@@ -295,7 +297,7 @@ def recipe_short(lines):
 def recipe_contrasts(lines):
     runs = recipe_runs(lines)
     rows = []
-    for arm, other in (("td+opd", "opd"), ("td+opd", "td+sft"), ("td+sft", "opd")):
+    for arm, other in (("td+opd", "opd"), ("td+opd", "td+sft"), ("td+sft", "opd"), ("td+sft", "td")):
         rows.append(contrast_row(f"{arm} against {other}", runs[other], runs[arm]))
     return markdown(CONTRAST_HEADER, rows)
 
@@ -325,13 +327,14 @@ def recipe_vuss(lines):
 def recipe_curves(lines):
     """{arm: {seed: [(steps of OPD, error on dev, measures)]}}."""
     curves = {"opd": collections.defaultdict(list), "td+opd": collections.defaultdict(list)}
-    for line in lines:
-        if line["question"] == "table-2" and "measures" in line:
-            point = (line["steps"], line["baselines"]["error_student"], line["measures"])
+    measured = [line for line in lines if line["question"] == "table-2" and "measures" in line]
+    for line in sorted(measured, key=lambda line: line["steps"]):
+        point = (line["steps"], line["baselines"]["error_student"], line["measures"])
+        if line["arm"] == "opd" and line["steps"] == 0:  # the base, which was measured once for all seeds
+            for seed in range(N_TD_SEEDS):
+                curves["opd"][seed].append(point)
+        else:
             curves[line["arm"]][line["seed"]].append(point)
-    for curve in curves["opd"].values():  # before OPD all seeds are the base, which was measured once
-        if curve[0][0] > 0:
-            curve.insert(0, curves["opd"][0][0])
     return curves
 
 
@@ -639,10 +642,9 @@ def conditions(lines, question):
         row = [name, f"{mean_rate(before):.1f}"]
         for arm in ("opd", "offline-kl"):
             row.append(each_rate(runs[arm]))
-        _, mean, each_seed, _, other_speakers, _, _ = contrast_row("", runs["offline-kl"], runs["opd"])
-        rows.append([*row, mean, each_seed, other_speakers])
+        rows.append(row + contrast_row("", runs["offline-kl"], runs["opd"])[1:])
     header = ["", "before, mean %", "opd, each seed", "offline-kl, each seed"]
-    header += ["opd against offline-kl, macro %", "each seed", "95 %: these models, other speakers?"]
+    header += ["opd against offline-kl, macro %", *CONTRAST_HEADER[2:]]
     return markdown(header, rows)
 
 
@@ -650,7 +652,7 @@ def draw_conditions(lines, question):
     groups = {}
     for name, runs in condition_runs(lines, question).items():
         offline, opd = paired(runs["offline-kl"], runs["opd"])
-        groups[name] = [macro_change(b, a) for a, b in zip(offline, opd)]
+        groups[name] = [macro_change([b], a) for a, b in zip(offline, opd)]
     dots(HERE / f"{question}.png", groups, "opd against offline-kl, macro %")
 
 
@@ -696,10 +698,14 @@ def ablation_runs(lines):
 def ablations(lines):
     """One flag at a time."""
     base = evaluation_of(lines, "table-1", "example/base")
+    runs = ablation_runs(lines)
     rows = []
-    for arm, own in ablation_runs(lines).items():
-        rows.append([*rates_row(arm, own), change_cell(own, base)])
-    return markdown(["%", *RATES_HEADER, "macro change"], rows)
+    for arm, own in runs.items():
+        _, mean, each_seed, _, _, interval, _ = contrast_row("", runs["default"], own)
+        comparison = ["", "", ""] if arm == "default" else [mean, each_seed, interval]
+        rows.append([*rates_row(arm, own), change_cell(own, base), *comparison])
+    header = ["%", *RATES_HEADER, "macro change", "against default, macro %", "each seed"]
+    return markdown([*header, CONTRAST_HEADER[-2]], rows)
 
 
 def draw_ablations(lines):

@@ -103,7 +103,7 @@ def test_figures_of_the_tables():
     b = line("opd", 0, 2)
     units = sum(tables.units_of("en-clean").values())
     assert tables.rate(a, "en-clean") == pytest.approx(100 * 99 / units)
-    assert tables.macro_change(b, a) == pytest.approx(100 * (59 / 99 - 1))
+    assert tables.macro_change([b], a) == pytest.approx(100 * (59 / 99 - 1))
     counts = tables.joint_counts([a, b])
     assert counts.shape == (40, len(tables.TEST_SETS), 3)  # 20 English voices and 20 Chinese
     assert counts.sum(axis=0)[0].tolist() == [99, 59, units]
