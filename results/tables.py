@@ -264,6 +264,17 @@ def arms_contrasts(lines):
     return markdown(CONTRAST_HEADER, rows)
 
 
+def rate_contrasts(lines):
+    """opd against offline-kl with the same learning rate, and what that rate does to offline-kl."""
+    runs, _, _ = arm_runs(lines)
+    same_rate = [line for line in lines if line["question"] == "rate"]
+    rows = [
+        contrast_row("opd against offline-kl, both with the rate of opd", same_rate, runs["opd"]),
+        contrast_row("offline-kl: the rate of opd against its own", runs["offline-kl"], same_rate),
+    ]
+    return markdown(CONTRAST_HEADER, rows)
+
+
 # ---- question 2 --------------------------------------------------------------------------------------------
 
 
@@ -621,14 +632,16 @@ def digit_counts(runs_a, runs_b, stems):
 
 
 def condition_runs(lines, question):
-    """{condition: {opd, offline-kl: its runs}} of a part of question 5, and of the same seeds of Table 1."""
+    """{condition: {opd, offline-kl: its runs}} of a part of question 5, and of the base with all audio."""
     own = [line for line in lines if line["question"] == question and "arm" in line]
     seeds = {line["seed"] for line in own}
     conditions = {}
     for line in own:
         conditions.setdefault(line["condition"], []).append(line)
-    table_1 = [line for line in lines if line["question"] == "table-1" and "arm" in line]
-    conditions["Table 1"] = [line for line in table_1 if line["seed"] in seeds]
+    table_1, _, _ = arm_runs(lines)
+    same_rate = [line for line in lines if line["question"] == "rate"]
+    all_audio = table_1["opd"] + same_rate
+    conditions["base, all audio"] = [line for line in all_audio if line["seed"] in seeds]
     return {name: by_arm(runs) for name, runs in conditions.items()}
 
 
@@ -721,6 +734,7 @@ TABLES = {
     "arms": (arms, "table-1"),
     "arms-short": (arms_short, "table-1"),
     "arms-contrasts": (arms_contrasts, "table-1"),
+    "rate-contrasts": (rate_contrasts, "rate"),
     "recipe": (recipe, "table-2"),
     "recipe-short": (recipe_short, "table-2"),
     "recipe-contrasts": (recipe_contrasts, "table-2"),
