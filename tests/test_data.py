@@ -181,7 +181,7 @@ VALUES = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text
 OBJECTS = st.dictionaries(KEYS, VALUES).map(lambda value: line_of(**value).encode())
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@settings(max_examples=80, deadline=None, derandomize=True, database=None)
 @given(st.one_of(st.binary(max_size=40), st.text().map(str.encode), OBJECTS))
 def test_any_line_is_a_clip_or_one_line_of_error(raw):
     try:

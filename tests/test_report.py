@@ -40,6 +40,7 @@ def scalars_of(folder):
     return table
 
 
+@pytest.mark.slow
 def test_a_run_leaves_a_picture(stage, tmp_path):
     out = train(opd, stage, tmp_path / "run", "--steps", 2, "--eval", stage / "m.jsonl")
     assert (out / "report.png").read_bytes().startswith(b"\x89PNG")

@@ -138,6 +138,7 @@ def made_up(run, rng):
     return line
 
 
+@pytest.mark.slow
 def test_every_question_has_its_table_and_picture_once_it_is_through(monkeypatch, tmp_path):
     """From made-up lines of all runs; a question with one run missing has none, but for question 3."""
     monkeypatch.setattr(tables, "units_of", lambda stem: {f"voice {n}": 50 for n in range(20)})
