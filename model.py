@@ -1414,12 +1414,9 @@ def load_state(folder, model, trained, optimizer):
     """Restores what `save_checkpoint` wrote beside the model folder. InputError where it does not fit."""
     state = load_file(os.path.join(folder, "state.safetensors"))
     updates = float(state["updates"])
-    # With LoRA, what trained beside it is in the stock folder; what did not train has to be the same there.
+    # With LoRA, what trained beside it is in the stock folder.
     has_lora = model.lora_config is not None
     weights = load_file(os.path.join(folder, "model", "model.safetensors")) if has_lora else {}
-    for name, parameter in model.named_parameters():
-        if name in weights and name not in trained and not torch.equal(parameter.cpu(), weights[name]):
-            raise InputError(f"--resume: {name} is not what the run began with; keep the model it began with")
     for name, parameter in trained.items():
         weight = state.get(f"weight.{name}", weights.get(name))
         if weight is not None:
