@@ -431,7 +431,7 @@ def line_of(run, seconds):
     if run["question"] == "robustness":
         line["health"] = health(folder)
     if script == "opd.py":
-        line["vuss"] = vuss_of(out / "metrics.jsonl")
+        line["vuss"] = vuss_of(out / "metrics.jsonl", at_every_k=run["question"] == "table-2")
     return line
 
 
@@ -440,12 +440,12 @@ def rounded(figures):
     return {name: float(f"{value:.6g}") for name, value in figures.items() if value is not None}
 
 
-def vuss_of(path):
-    """{vuss, vuss_1, …: means over the first ten steps, the last ten, and all} of a metrics.jsonl."""
+def vuss_of(path, at_every_k):
+    """{vuss, or also vuss_1, …: means over the first ten steps, the last ten, and all} of a metrics.jsonl."""
     steps = [json.loads(raw) for raw in path.read_text(encoding="utf-8").splitlines()]
     table = {}
     for key in steps[0]:
-        if key == "vuss" or key.startswith("vuss_"):
+        if key == "vuss" or (at_every_k and key.startswith("vuss_")):
             values = [step[key] for step in steps]
             parts = {"first": values[:10], "last": values[-10:], "all": values}
             table[key] = {name: round(float(np.mean(part)), 3) for name, part in parts.items()}
