@@ -280,7 +280,7 @@ def test_clips_count_what_they_leave_out(tmp_path):
     assert [clip.text for clip in wanted] == ["y", ""] and wanted.n_unwanted == 1
 
 
-# Two million lines: seconds and bytes that starting on them takes, and what a few of the clips are.
+# A million lines: seconds and bytes that starting on them takes, and what a few of the clips are.
 START = """
 import json, resource, sys, time
 sys.path.insert(0, sys.argv[1])
@@ -291,16 +291,16 @@ clips = data.Clips([sys.argv[2]], 30.0, "text")
 seconds = time.process_time() - start
 first = data.BatchOrder(clips.seconds, 32, seed=0)(0).tolist()
 peak_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-some = [(clips[i].text, clips[i].where.split(":")[-1]) for i in (0, 9_999, 1_234_567, 1_999_999)]
+some = [(clips[i].text, clips[i].where.split(":")[-1]) for i in (0, 9_999, 734_567, 999_999)]
 print(json.dumps([len(clips), seconds, (peak_kb - before_kb) / 1e6, first, some]))
 """
 
 
 @pytest.mark.slow
-def test_two_million_lines_start_in_a_minute_or_so_and_below_half_a_gigabyte(tmp_path):
+def test_a_million_lines_start_in_half_a_minute_or_so_and_a_quarter_of_a_gigabyte(tmp_path):
     path = tmp_path / "m.jsonl"
     with open(path, "w") as file:
-        for i in range(2_000_000):
+        for i in range(1_000_000):
             seconds = 20 if i % 100_000 == 7 else 1 + i % 10
             file.write(
                 f'{{"audio": "s.tar", "offset": {i}, "nbytes": 9, "text": "{i}", "duration": {seconds}}}\n'
@@ -310,9 +310,9 @@ def test_two_million_lines_start_in_a_minute_or_so_and_below_half_a_gigabyte(tmp
     n, seconds, gigabytes, first, some = json.loads(done.stdout)
     print(f"{seconds:.0f} s, {gigabytes:.2f} GB")
     path.unlink()
-    assert n == 2_000_000 and seconds < 120 and gigabytes < 0.5
-    assert set(first) > {i * 100_000 + 7 for i in range(20)}
-    numbers = (0, 9_999, 1_234_567, 1_999_999)
+    assert n == 1_000_000 and seconds < 60 and gigabytes < 0.25
+    assert set(first) > {i * 100_000 + 7 for i in range(10)}
+    numbers = (0, 9_999, 734_567, 999_999)
     assert some == [[str(i), str(i + 1)] for i in numbers]
 
 
