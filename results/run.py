@@ -442,7 +442,7 @@ def rounded(figures):
 
 def vuss_of(path, at_every_k):
     """{vuss, or also vuss_1, …: means over the first ten steps, the last ten, and all} of a metrics.jsonl."""
-    steps = [json.loads(raw) for raw in path.read_text(encoding="utf-8").splitlines()]
+    steps = read_lines(path)
     table = {}
     for key in steps[0]:
         if key == "vuss" or (at_every_k and key.startswith("vuss_")):
@@ -485,7 +485,7 @@ def errors_by_speaker(folder, normalizer):
 def finished_lines():
     if not RUNS.exists():
         return []
-    return [json.loads(raw) for raw in RUNS.read_text(encoding="utf-8").splitlines()]
+    return read_lines(RUNS)
 
 
 def add_line(line):

@@ -274,10 +274,15 @@ def arms_contrasts(lines):
     return markdown(CONTRAST_HEADER, rows)
 
 
+def same_rate_runs(lines):
+    """The runs of offline-kl with the learning rate of opd."""
+    return [line for line in lines if line["question"] == "rate"]
+
+
 def rate_contrasts(lines):
     """opd against offline-kl with the same learning rate, and what that rate does to offline-kl."""
     runs, _, _ = arm_runs(lines)
-    same_rate = [line for line in lines if line["question"] == "rate"]
+    same_rate = same_rate_runs(lines)
     rows = [
         contrast_row("opd against offline-kl, both with the rate of opd", same_rate, runs["opd"]),
         contrast_row("offline-kl: the rate of opd against its own", runs["offline-kl"], same_rate),
@@ -539,8 +544,8 @@ def draw_prediction(lines):
 def support_runs(lines):
     """{support: its runs}. Those of the union are the opd runs of Table 1 with the same seeds."""
     runs = by_arm(line for line in lines if line["question"] == "support")
-    opd = by_arm(line for line in lines if line["question"] == "table-1" and "arm" in line)["opd"]
-    union, _ = paired(opd, runs["intersection"])
+    table_1, _, _ = arm_runs(lines)
+    union, _ = paired(table_1["opd"], runs["intersection"])
     return {"union (k = 32)": union, "intersection": runs["intersection"], "student's 52": runs["student"]}
 
 
@@ -649,8 +654,7 @@ def condition_runs(lines, question):
     for line in own:
         conditions.setdefault(line["condition"], []).append(line)
     table_1, _, _ = arm_runs(lines)
-    same_rate = [line for line in lines if line["question"] == "rate"]
-    all_audio = table_1["opd"] + same_rate
+    all_audio = table_1["opd"] + same_rate_runs(lines)
     conditions["base, all audio"] = [line for line in all_audio if line["seed"] in seeds]
     return {name: by_arm(runs) for name, runs in conditions.items()}
 
