@@ -86,6 +86,29 @@ MODELS = {
     # TD: what the teacher writes, and students that have learned from it.
     "td-text": f"eval.py --model {TEACHER} --data example/train.jsonl --out {{out}}",
 }
+# A base of another seed: the same data in another order, other weights to begin with. The same checkpoint.
+MODELS["start-base-2"] = f"{MODELS['start-base']} --seed 1"
+MODELS["students-2"] = MODELS["students"].replace("start-base", "start-base-2") + " --seed 1"
+BASE_2 = f"{FOLDER}/students-2/step-1600/model"
+
+# A larger instance, for a machine with a GPU: thirty times the parameters, eight times the audio.
+for name in ("base", "teacher"):
+    MODELS[f"scale-start-{name}"] = (
+        f"-m prepare.student --config results/scale-{name}.json --tokenizer example/base --out {{out}}"
+    )
+SCALE_TRAIN = f"example/train.jsonl {FOLDER}/extra/extra.jsonl"
+for name, lr, data in (
+    ("base", 1e-3, f"{FOLDER}/extra/labelled.jsonl"),
+    ("teacher", 5e-4, SCALE_TRAIN),
+):
+    MODELS[f"scale-{name}"] = (
+        f"sft.py --bf16 --keep 99 --out {{out}} --train {data} --model {FOLDER}/scale-start-{name}"
+        f" --steps 1500 --batch-size 32 --warmup-steps 200 --lr {lr:g} --ctc-weight 0.5"
+        f" --save-every 100 --eval {DEV} --eval-every 100 {SPEC_AUGMENT}"
+    )
+SCALE_BASE = f"{FOLDER}/scale-base/step-800/model"
+SCALE_TEACHER = f"{FOLDER}/scale-teacher/model"
+
 TD_STUDENTS = (1000, 1300, 1600)  # checkpoints that get TD
 for n_steps in TD_STUDENTS:
     checkpoint = f"{FOLDER}/students/step-{n_steps}/model"
@@ -125,6 +148,7 @@ ARMS = {
     "ce-teacher": "--states teacher --objective ce",
 }
 LEARNING_RATES = [2.5e-4, 5e-4, 1e-3, 2e-3]  # the grid, the same for all
+SCALE_RATES = [1e-4, 3e-4, 1e-3]
 KIN = {"teacher-kl": "offline-kl", "ce-teacher": "ce-reference"}  # they take the learning rate of their kin
 SEEDS = {"opd": 8, "offline-kl": 8, "teacher-kl": 5, "ce-reference": 5, "ce-teacher": 3}
 
@@ -288,7 +312,36 @@ def experiments(finished):
     for seed in range(2):
         for arm, flags in ABLATIONS.items():
             runs.append(opd_run("ablation", arm, seed, rates["opd"], steps=100, flags=flags))
+
+    # The two arms of the primary comparison from the base of another seed.
+    runs.append(eval_run("base-2", "base", BASE_2))
+    for seed in range(4):
+        for arm in ("opd", "offline-kl"):
+            runs.append(opd_run("base-2", arm, seed, rates[arm], student=BASE_2))
+
+    # The larger instance, its learning rates again by the error on dev after 100 steps.
+    for arm in ("opd", "offline-kl", "ce-reference"):
+        for lr in SCALE_RATES:
+            runs.append(scale_run("scale-tune", arm, 0, lr, steps=100, sets=DEV))
+    scale_rates = {}
+    for arm in ("opd", "offline-kl", "ce-reference"):
+        scale_rates[arm] = tuned_rate(arm, finished, "scale-tune", SCALE_RATES)
+    if None in scale_rates.values():
+        return runs
+    runs.append(eval_run("scale", "base", SCALE_BASE))
+    runs.append(eval_run("scale", "teacher", SCALE_TEACHER))
+    for seed in range(3):
+        for arm, lr in scale_rates.items():
+            runs.append(scale_run("scale", arm, seed, lr))
     return runs
+
+
+def scale_run(question, arm, seed, lr, **options):
+    """A run of opd.py on the larger instance."""
+    flags = f"--bf16 --workers 1 --train {SCALE_TRAIN}"
+    return opd_run(
+        question, arm, seed, lr, student=SCALE_BASE, teacher=SCALE_TEACHER, flags=flags, **options
+    )
 
 
 def opd_run(question, arm, seed, lr, *, steps=200, student=BASE, teacher=TEACHER, flags="", sets=TESTS):
@@ -355,13 +408,13 @@ def overlap_run(question, name, student, teacher):
     }
 
 
-def tuned_rate(arm, finished):
+def tuned_rate(arm, finished, question="tune", rates=LEARNING_RATES):
     """The learning rate with the lowest error on dev, or None while the grid is not finished."""
     errors = {}
     for line in finished:
-        if line["question"] == "tune" and line["arm"] == arm:
+        if line["question"] == question and line["arm"] == arm:
             errors[line["lr"]] = sum(line["errors"]["dev"])
-    if len(errors) < len(LEARNING_RATES):
+    if len(errors) < len(rates):
         return None
     return min(errors, key=errors.get)
 
@@ -508,7 +561,7 @@ def finish(job, seconds):
 
 
 QUESTIONS = ["tune", "table-1", "rate", "table-2", "table-3", "support", "digits", "strength", "amount"]
-QUESTIONS += ["robustness", "ablation"]
+QUESTIONS += ["robustness", "ablation", "base-2", "scale-tune", "scale"]
 
 
 def parse_args(argv=None):

@@ -721,8 +721,9 @@ def measure_memory(row, card_gb):
     whole = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction(min((card_gb - RESERVE_GB) * 1e9 / whole, 1.0))
     bf16 = row["bf16"]
-    teacher = qwen3_asr_1_7b().to(device, torch.bfloat16 if bf16 else torch.float32).requires_grad_(False)
-    student = memory_student(row["student"], row["rank"], row["recompute"]).to(device)
+    with device:  # weights are drawn there, which is fast
+        teacher = qwen3_asr_1_7b().to(torch.bfloat16 if bf16 else torch.float32).requires_grad_(False)
+        student = memory_student(row["student"], row["rank"], row["recompute"])
     student.bf16 = bf16
     n_clips = int(row[f"seconds_on_{card_gb}_gb"] // CLIP_S)
     batch = batch_of(student, n_clips, CLIP_S, device)
@@ -785,35 +786,41 @@ def quick_figures():
     student = our_model(96, 3, 4, 96, 2, 4, 2, 256, 512)
     teacher = our_model(160, 4, 4, 128, 3, 4, 2, 384, 512).requires_grad_(False)
     batch, teacher_batch = (batch_of(model, 32, 2.16, device) for model in (student, teacher))
-    figures = union_loss_figures(256, 151_936, 896, 32, device)
+    yield from union_loss_figures(256, 151_936, 896, 32, device)
     head = torch.nn.Linear(896, 151_936, bias=False)
-    figures += teacher_head_figures(head, 4, 128 + 64, 64, 32)
+    yield from teacher_head_figures(head, 4, 128 + 64, 64, 32)
     rollout, floor_s = rollout_figures(student, batch)
-    rollout.append(agreement_figure(student, batch, "float32", 1.0))
-    return figures + rollout + step_figures(student, teacher, batch, teacher_batch, floor_s) + audio_figures()
+    yield from rollout
+    yield agreement_figure(student, batch, "float32", 1.0)
+    yield from step_figures(student, teacher, batch, teacher_batch, floor_s)
+    yield from audio_figures()
 
 
 def real_figures():
     device = torch.device("cuda")
-    student = release_student().to(device)
+    with device:  # weights are drawn there, which is fast
+        student = release_student()
+        bf16_student = release_student().to(torch.bfloat16)
+        teacher = qwen3_asr_1_7b().to(torch.bfloat16).requires_grad_(False)
+        small = qwen3_asr_0_6b().to(torch.bfloat16)
     student.bf16 = True
-    teacher = qwen3_asr_1_7b().to(device, torch.bfloat16).requires_grad_(False)
     batch, teacher_batch = (batch_of(model, 32, 10.0, device) for model in (student, teacher))
-    figures = union_loss_figures(2048, 151_936, 896, 32, device)
-    figures += teacher_head_figures(teacher.head, 32, 200, 64, 32)
+    yield from union_loss_figures(2048, 151_936, 896, 32, device)
+    yield from teacher_head_figures(teacher.head, 32, 200, 64, 32)
     # Rollout and its baseline both have bf16 weights: `generate` knows no autocast of its own.
-    rollout, floor_s = rollout_figures(release_student().to(device, torch.bfloat16), batch)
-    figures += rollout + step_figures(student, teacher, batch, teacher_batch, floor_s) + audio_figures()
+    rollout, floor_s = rollout_figures(bf16_student, batch)
+    yield from rollout
+    yield from step_figures(student, teacher, batch, teacher_batch, floor_s)
+    yield from audio_figures()
     student.bf16 = False
-    figures.append(agreement_figure(student, batch, "float32", 1.0))
+    yield agreement_figure(student, batch, "float32", 1.0)
     student.bf16 = True
-    figures.append(agreement_figure(student, batch, "bf16", None))
-    small = qwen3_asr_0_6b().to(device, torch.bfloat16)
+    yield agreement_figure(student, batch, "bf16", None)
     small_batch = batch_of(small, 32, 10.0, device)
-    figures += decoding_figures("Qwen3-ASR-0.6B", small, small_batch)
-    figures += decoding_figures("Qwen3-ASR-1.7B", teacher, teacher_batch, "696, transformers, H200")
-    del small
-    return figures + largest_batch_figures(student, device)
+    yield from decoding_figures("Qwen3-ASR-0.6B", small, small_batch)
+    yield from decoding_figures("Qwen3-ASR-1.7B", teacher, teacher_batch, "696, transformers, H200")
+    del small, bf16_student, teacher
+    yield from largest_batch_figures(student, device)
 
 
 def main():
@@ -842,7 +849,7 @@ def main():
             row["met"] = figure.value >= bar if bar > 0 else figure.value <= -bar
             verdict = "met" if row["met"] else "UNMET"
         rows.append(row)
-        print(f"{figure.name:55s} {figure.value:9.3f}   {row['bar']:8s} {verdict}")
+        print(f"{figure.name:55s} {figure.value:9.3f}   {row['bar']:8s} {verdict}", flush=True)
     if args.json:
         result = {"machine": place, "figures": rows}
         pathlib.Path(args.json).write_text(json.dumps(result, indent=1, ensure_ascii=False))
