@@ -644,6 +644,10 @@ def step_batches(dataset, first_step, last_step, workers):
 def setup_distributed():
     """(rank, world size, device). Under torchrun LOCAL_RANK picks the device and RANK the data."""
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32, in convolutions too
+    # In bf16 torch 2.11 takes cuDNN's attention, whose backward gives NaN on Hopper where there is a mask and
+    # the length is 64 more than a multiple of 128 (github.com/pytorch/pytorch/issues/196678). It also
+    # prepares anew for every length of a batch, which made a step four times as long.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     has_gpu = torch.cuda.is_available()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local_rank) if has_gpu else torch.device("cpu")

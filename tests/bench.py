@@ -717,7 +717,7 @@ def measure_memory(row, card_gb):
 
     It has never been run: there was no GPU.
     """
-    device = torch.device("cuda")
+    _, _, device = data.setup_distributed()
     whole = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction(min((card_gb - RESERVE_GB) * 1e9 / whole, 1.0))
     bf16 = row["bf16"]
@@ -797,7 +797,7 @@ def quick_figures():
 
 
 def real_figures():
-    device = torch.device("cuda")
+    _, _, device = data.setup_distributed()
     with device:  # weights are drawn there, which is fast
         student = release_student()
         bf16_student = release_student().to(torch.bfloat16)
