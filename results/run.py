@@ -308,16 +308,16 @@ def experiments(finished):
             name = f"table-1-{arm}-lr{rates[arm]:g}-seed{seed}"
             runs.append(eval_run("robustness", f"{arm}-seed{seed}", f"{FOLDER}/{name}/model", odd_sets))
 
-    # Question 7: one flag at a time, 100 steps.
-    for seed in range(2):
-        for arm, flags in ABLATIONS.items():
-            runs.append(opd_run("ablation", arm, seed, rates["opd"], steps=100, flags=flags))
-
     # The two arms of the primary comparison from the base of another seed.
     runs.append(eval_run("base-2", "base", BASE_2))
     for seed in range(4):
         for arm in ("opd", "offline-kl"):
             runs.append(opd_run("base-2", arm, seed, rates[arm], student=BASE_2))
+
+    # Question 7: one flag at a time, 100 steps.
+    for seed in range(2):
+        for arm, flags in ABLATIONS.items():
+            runs.append(opd_run("ablation", arm, seed, rates["opd"], steps=100, flags=flags))
 
     # The larger instance, its learning rates again by the error on dev after 100 steps.
     for arm in ("opd", "offline-kl", "ce-reference"):
@@ -328,8 +328,8 @@ def experiments(finished):
         scale_rates[arm] = tuned_rate(arm, finished, "scale-tune", SCALE_RATES)
     if None in scale_rates.values():
         return runs
-    runs.append(eval_run("scale", "base", SCALE_BASE))
-    runs.append(eval_run("scale", "teacher", SCALE_TEACHER))
+    runs.append(eval_run("scale", "before-base", SCALE_BASE))
+    runs.append(eval_run("scale", "before-teacher", SCALE_TEACHER))
     for seed in range(3):
         for arm, lr in scale_rates.items():
             runs.append(scale_run("scale", arm, seed, lr))
