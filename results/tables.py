@@ -28,8 +28,12 @@ sys.path.insert(0, str(HERE))
 
 from run import (  # noqa: E402
     ARMS,
+    BASE_2,
     LEARNING_RATES,
     N_TD_SEEDS,
+    SCALE_BASE,
+    SCALE_RATES,
+    SCALE_TEACHER,
     STUDENTS,
     TEACHERS,
     TEST_SETS,
@@ -207,21 +211,21 @@ def draw_changes(path, runs, base):
 # ---- question 1 --------------------------------------------------------------------------------------------
 
 
-def tuning(lines):
+def tuning(lines, question="tune", rates=LEARNING_RATES):
     """The grid of learning rates: error on dev after 100 steps, a row an arm."""
     grid = collections.defaultdict(dict)  # arm → {learning rate: error}
     for line in lines:
-        if line["question"] == "tune":
+        if line["question"] == question:
             grid[line["arm"]][line["lr"]] = rate(line, "dev")
     rows = []
     for arm, errors in grid.items():
         best = min(errors, key=errors.get)
         row = [arm]
-        for lr in LEARNING_RATES:
+        for lr in rates:
             cell = f"{errors[lr]:.2f}"
             row.append(f"**{cell}**" if lr == best else cell)
         rows.append(row)
-    header = ["error on dev, %"] + [f"lr {lr:g}" for lr in LEARNING_RATES]
+    header = ["error on dev, %"] + [f"lr {lr:g}" for lr in rates]
     return markdown(header, rows)
 
 
@@ -740,6 +744,52 @@ def draw_ablations(lines):
     draw_changes(HERE / "ablations.png", ablation_runs(lines), base)
 
 
+# ---- another base, and a larger instance -------------------------------------------------------------------
+
+
+def arms_of(lines, question, base, teacher, contrasts):
+    """Base, arms and teacher of a question, and some arms against others."""
+    runs = by_arm(line for line in lines if line["question"] == question and "arm" in line)
+    before = evaluation_of(lines, question, base)
+    rows = [[*rates_row("base", [before]), ""]]
+    for arm in ARMS:
+        if arm in runs:
+            rows.append([*rates_row(arm, runs[arm]), change_cell(runs[arm], before)])
+    rows.append([*rates_row("teacher", [teacher]), ""])
+    rates = markdown(["%", *RATES_HEADER, "macro change"], rows)
+    rows = [contrast_row(f"{arm} against {other}", runs[other], runs[arm]) for arm, other in contrasts]
+    return rates + "\n\n" + markdown(CONTRAST_HEADER, rows)
+
+
+def other_base(lines):
+    """The two arms of the primary comparison from the base of another seed."""
+    _, _, teacher = arm_runs(lines)
+    return arms_of(lines, "base-2", BASE_2, teacher, [("opd", "offline-kl")])
+
+
+def scale(lines):
+    """Three arms of the larger instance."""
+    teacher = evaluation_of(lines, "scale", SCALE_TEACHER)
+    contrasts = [("opd", "offline-kl"), ("opd", "ce-reference"), ("offline-kl", "ce-reference")]
+    return arms_of(lines, "scale", SCALE_BASE, teacher, contrasts)
+
+
+def draw_scale(lines):
+    runs = by_arm(line for line in lines if line["question"] == "scale" and "arm" in line)
+    draw_changes(HERE / "scale.png", runs, evaluation_of(lines, "scale", SCALE_BASE))
+
+
+def draw_other_base(lines):
+    """opd against offline-kl, seed by seed, from both bases."""
+    table_1, _, _ = arm_runs(lines)
+    own = by_arm(line for line in lines if line["question"] == "base-2" and "arm" in line)
+    groups = {}
+    for name, runs in (("the base of Table 1", table_1), ("the base of another seed", own)):
+        offline, opd = paired(runs["offline-kl"], runs["opd"])
+        groups[name] = [macro_change([b], a) for a, b in zip(offline, opd)]
+    dots(HERE / "base-2.png", groups, "opd against offline-kl, macro %")
+
+
 # ---- all tables --------------------------------------------------------------------------------------------
 
 # Name → the table, and the question whose runs it needs.
@@ -763,6 +813,9 @@ TABLES = {
     "amount": (functools.partial(conditions, question="amount"), "amount"),
     "robustness": (robustness, "robustness"),
     "ablations": (ablations, "ablation"),
+    "base-2": (other_base, "base-2"),
+    "scale-tune": (functools.partial(tuning, question="scale-tune", rates=SCALE_RATES), "scale-tune"),
+    "scale": (scale, "scale"),
 }
 
 
@@ -776,6 +829,8 @@ PICTURES = {
     "amount": functools.partial(draw_conditions, question="amount"),
     "robustness": draw_robustness,
     "ablation": draw_ablations,
+    "base-2": draw_other_base,
+    "scale": draw_scale,
 }
 
 

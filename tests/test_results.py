@@ -22,18 +22,19 @@ import tables  # noqa: E402
 SCRIPTS = {"opd.py": opd, "sft.py": sft, "eval.py": evaluation, "overlap.py": overlap}
 
 
-def best_rate(arm):
+def best_rate(arm, rates):
     """The third of the grid for opd, the second for the others."""
-    return driver.LEARNING_RATES[2 if arm == "opd" else 1]
+    return rates[2 if arm == "opd" else 1]
 
 
 def tuned_lines():
-    """The grid of learning rates as if it were finished: `best_rate` has the fewest errors."""
+    """The grids of learning rates as if they were finished: `best_rate` has the fewest errors."""
     lines = []
-    for run in driver.experiments([]):
-        rates = driver.LEARNING_RATES
-        distance = abs(rates.index(run["lr"]) - rates.index(best_rate(run["arm"])))
-        lines.append({**run, "errors": {"dev": [10 + distance, 1]}})
+    for question, rates in (("tune", driver.LEARNING_RATES), ("scale-tune", driver.SCALE_RATES)):
+        for run in driver.experiments(lines):
+            if run["question"] == question:
+                distance = abs(rates.index(run["lr"]) - rates.index(best_rate(run["arm"], rates)))
+                lines.append({**run, "errors": {"dev": [10 + distance, 1]}})
     return lines
 
 
@@ -42,6 +43,7 @@ def test_every_command_is_one_that_its_script_takes(monkeypatch):
     assert {run["question"] for run in driver.experiments([])} == {"tune"}  # the others need their rates
     runs = driver.experiments(tuned_lines())
     assert len({run["name"] for run in runs}) == len(runs)
+    assert not {run["name"] for run in runs} & driver.MODELS.keys()  # each has its own folder
     models = [{"name": name, "command": command} for name, command in driver.MODELS.items()]
     seen = set()
     for run in runs + models:
@@ -53,9 +55,9 @@ def test_every_command_is_one_that_its_script_takes(monkeypatch):
         if "arm" in run and script == "opd.py":
             assert (args.seed, args.steps, args.lr) == (run["seed"], run["steps"], run["lr"])
             assert (args.student, args.teacher) == (run["student"], run["teacher"])
-            assert any("dev" in path for path in args.eval) == (run["question"] == "tune")
+            assert any("dev" in path for path in args.eval) == ("tune" in run["question"])
         if run.get("question") == "table-1" and "arm" in run:
-            assert args.lr == best_rate(run["arm"])
+            assert args.lr == best_rate(run["arm"], driver.LEARNING_RATES)
             seen.add((run["arm"], args.states, args.objective))
     assert seen == {
         ("opd", "student", "kl"),
@@ -128,7 +130,8 @@ def made_up(run, rng):
         line["baselines"] = {name: float(rng.uniform(1, 2)) for name in (*tables.BASELINES, "error_student")}
         return line
     paths = [argument for argument in arguments if argument.endswith(".jsonl")]
-    stems = {path.split("/")[-1].removesuffix(".jsonl") for path in paths} - {"train", "half", "quarter"}
+    stems = {path.split("/")[-1].removesuffix(".jsonl") for path in paths}
+    stems -= {"train", "extra", "half", "quarter"}
     line["errors"] = {stem: rng.integers(1, 9, size=20).tolist() for stem in stems}
     if script == "opd.py":
         names = ["vuss", *(f"vuss_{k}" for k in tables.KS[:-1])]
@@ -145,8 +148,8 @@ def test_every_question_has_its_table_and_picture_once_it_is_through(monkeypatch
     monkeypatch.setattr(overlap, "DRAWS", 99)
     rng = np.random.default_rng(0)
     tune = [{**line, "errors": {"dev": line["errors"]["dev"] + [1] * 18}} for line in tuned_lines()]
-    runs = driver.experiments(tune)[len(tune) :]
-    lines = tune + [made_up(run, rng) for run in runs]
+    tuned = {line["name"] for line in tune}
+    lines = tune + [made_up(run, rng) for run in driver.experiments(tune) if run["name"] not in tuned]
     computed = tables.all_tables(lines)
     assert computed.keys() == tables.TABLES.keys()
     for name, table in computed.items():
