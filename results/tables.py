@@ -16,6 +16,7 @@ import os
 import pathlib
 import sys
 import tempfile
+import textwrap
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -194,8 +195,8 @@ def dots(path, groups, label):
     for place, values in enumerate(groups.values()):
         axis.plot([place] * len(values), values, "o", alpha=0.6)
         axis.hlines(np.mean(values), place - 0.25, place + 0.25, color="black", linewidth=1)
-    rotation = 60 if len(groups) > 5 else 0
-    axis.set_xticks(range(len(groups)), list(groups), rotation=rotation)
+    names = [textwrap.fill(name, 18) for name in groups]
+    axis.set_xticks(range(len(groups)), names, rotation=60 if len(groups) > 5 else 0)
     axis.set_ylabel(label)
     save_picture(figure, path)
 
@@ -659,7 +660,7 @@ def condition_runs(lines, question):
         conditions.setdefault(line["condition"], []).append(line)
     table_1, _, _ = arm_runs(lines)
     all_audio = table_1["opd"] + same_rate_runs(lines)
-    conditions["base, all audio"] = [line for line in all_audio if line["seed"] in seeds]
+    conditions["the example's base, all audio"] = [line for line in all_audio if line["seed"] in seeds]
     return {name: by_arm(runs) for name, runs in conditions.items()}
 
 
