@@ -992,12 +992,14 @@ class SupportScores(torch.autograd.Function):
     Plain indexing would keep the gathered rows (N, U, H) for backward: 64 × 896 floats a row, 230 kB.
     """
 
-    chunk_floats = 2**20  # of gathered rows at a time
+    cpu_chunk_floats = 2**20  # of gathered rows at a time: what a cache holds
+    gpu_chunk_floats = 2**24  # enough for a GPU to be busy
 
     @staticmethod
     def chunks(hidden, ids):
-        """Slices of rows whose gathered matrix has at most chunk_floats entries (one row may exceed it)."""
-        n = max(SupportScores.chunk_floats // max(ids.shape[1] * hidden.shape[1], 1), 1)
+        """Slices of rows whose gathered matrix has at most so many entries (one row may exceed it)."""
+        n_floats = SupportScores.gpu_chunk_floats if hidden.is_cuda else SupportScores.cpu_chunk_floats
+        n = max(n_floats // max(ids.shape[1] * hidden.shape[1], 1), 1)
         return [slice(first, first + n) for first in range(0, len(ids), n)]
 
     @staticmethod

@@ -250,7 +250,7 @@ def test_ids_go_to_the_teacher_as_they_are_and_stop_where_one_has_no_counterpart
 @pytest.mark.parametrize("rows_at_a_time", [1, 3, 100])
 def test_scores_and_gradients_of_the_support_are_those_of_all_logits(rows_at_a_time, monkeypatch):
     """Ids that repeat within a row and between rows, some not counted; chunks that do not divide the rows."""
-    monkeypatch.setattr(m.SupportScores, "chunk_floats", rows_at_a_time * 6 * 4)
+    monkeypatch.setattr(m.SupportScores, "cpu_chunk_floats", rows_at_a_time * 6 * 4)
     torch.manual_seed(0)
     weight, hidden = torch.randn(11, 4, dtype=torch.float64), torch.randn(7, 4, dtype=torch.float64)
     ids = torch.randint(-1, 11, (7, 6))
