@@ -5,9 +5,10 @@
     python results/run.py --only table-1       # some questions
 
 A run is finished when results/runs.jsonl has its line. So this can be stopped at any moment, and started
-again: what was being run begins anew. Each run is one process of one thread, in runs/results/NAME. Models
-and data that an unfinished run needs are made first, and made anew where they are missing. They take
-espeak-ng and flite (example/make.py), and the recordings of ASR_OPD_DATA for question 4.
+again: what was being run begins anew. Each run is one process of one thread, in runs/results/NAME, on a GPU
+where there is one: so give `--only scale-tune scale` to a machine with a GPU, and the others to one without.
+Models and data that an unfinished run needs are made first, and made anew where they are missing. They take
+espeak-ng and flite (example/make.py), and the recordings of ASR_OPD_DATA for the digit strings.
 
 A line holds the question, the arm, the settings, the command, the seconds, and what results/tables.py
 computes the tables from: the errors of each speaker in each set (speakers in the order of results/units.json,
@@ -92,7 +93,7 @@ MODELS["students-2"] = MODELS["students"].replace("start-base", "start-base-2") 
 BASE_2 = f"{FOLDER}/students-2/step-1600/model"
 
 # A larger instance, for a machine with a GPU: thirty times the parameters, eight times the audio. The base is
-# again from the middle of its training, where its error on dev is near the small one's.
+# again from the middle of its training.
 for name in ("base", "teacher"):
     MODELS[f"scale-start-{name}"] = (
         f"-m prepare.student --config results/scale-{name}.json --tokenizer example/base --out {{out}}"
@@ -240,6 +241,10 @@ def experiments(finished):
                 model = f"{FOLDER}/{run['name']}/step-{step}/model" if step else student
                 overlap = overlap_run("table-2", f"{run['name']}-step{step}", model, TEACHER)
                 runs.append({**overlap, "arm": arm, "seed": seed, "steps": step})
+    # TD and SFT have the rate of the CE arms. Here more SFT has that of opd.
+    for seed in range(N_TD_SEEDS):
+        td_model = f"{FOLDER}/table-2-td-seed{seed}/model"
+        runs.append(td_run("td+sft", seed, rates["opd"], student=td_model, steps=200, question="td-rate"))
 
     # Question 3: does overlap predict the gain? Both models alone, each pair before, 100 steps of OPD.
     for name, model in STUDENTS.items():
@@ -281,7 +286,7 @@ def experiments(finished):
                 run["condition"] = held_out
                 runs.append(run)
 
-    # Question 5: students of other strength (25, 50 and 100 % of the base's training), and less audio. Both
+    # Question 5: students of other strength (about 25, 50 and 100 % of the base's training), less audio. Both
     # arms have the rate of opd, because question 4 showed how much of a difference can be the rate's.
     for seed in range(2):
         for arm in ("opd", "offline-kl"):
@@ -367,11 +372,11 @@ def opd_run(question, arm, seed, lr, *, steps=200, student=BASE, teacher=TEACHER
     }
 
 
-def td_run(arm, seed, lr, *, student, steps):
+def td_run(arm, seed, lr, *, student, steps, question="table-2"):
     """SFT on what the teacher has written for the clips of train."""
     return {
-        "question": "table-2",
-        "name": f"table-2-{arm}-seed{seed}",
+        "question": question,
+        "name": f"{question}-{arm}-seed{seed}",
         "arm": arm,
         "student": student,
         "teacher": TEACHER,
@@ -559,8 +564,8 @@ def finish(job, seconds):
     print(f"{job['name']}: {seconds:.0f} s", flush=True)
 
 
-QUESTIONS = ["tune", "table-1", "rate", "table-2", "table-3", "support", "digits", "strength", "amount"]
-QUESTIONS += ["robustness", "ablation", "base-2", "scale-tune", "scale"]
+QUESTIONS = ["tune", "table-1", "rate", "table-2", "td-rate", "table-3", "support", "digits", "strength"]
+QUESTIONS += ["amount", "robustness", "base-2", "ablation", "scale-tune", "scale"]
 
 
 def parse_args(argv=None):

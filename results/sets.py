@@ -29,7 +29,7 @@ PAUSE_S = 0.2  # between them
 
 
 def styled(text, language):
-    """A capital at the begin, a comma behind every second word or third character, a full stop."""
+    """A capital at the beginning, a comma behind every second word or third character, a full stop."""
     if language == "en":
         words = text.capitalize().split()
         pieces = [" ".join(words[i : i + 2]) for i in range(0, len(words), 2)]

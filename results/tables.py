@@ -333,6 +333,17 @@ def recipe_contrasts(lines):
     return markdown(CONTRAST_HEADER, rows)
 
 
+def td_rate_contrasts(lines):
+    """OPD against more SFT, both after TD and with the same learning rate, and what that rate does to SFT."""
+    runs = recipe_runs(lines)
+    same_rate = [line for line in lines if line["question"] == "td-rate"]
+    rows = [
+        contrast_row("td+opd against td+sft, both with the rate of opd", same_rate, runs["td+opd"]),
+        contrast_row("td+sft: the rate of opd against its own", runs["td+sft"], same_rate),
+    ]
+    return markdown(CONTRAST_HEADER, rows)
+
+
 def recipe_vuss(lines):
     """VUSS during OPD with and without TD, and the difference at equal error on dev."""
     runs = recipe_runs(lines)
@@ -605,7 +616,7 @@ def digits(lines):
         rows.append(row)
     contrasts = []
     same_lr = "offline-kl with opd's lr"
-    comparisons = [("opd", "offline-kl"), ("opd", same_lr)]
+    comparisons = [("opd", "offline-kl"), ("opd", same_lr), (same_lr, "offline-kl")]
     comparisons += [("opd", "ce-reference"), ("offline-kl", "ce-reference")]
     for arm, other in comparisons:
         counts, n_seeds = digit_counts(runs[other], runs[arm], stems)
@@ -651,17 +662,25 @@ def digit_counts(runs_a, runs_b, stems):
 # ---- questions 5 to 7 --------------------------------------------------------------------------------------
 
 
+CONDITIONS = {
+    "strength": [f"base after {n_steps} steps" for n_steps in (600, 1200, 1600, 2500)],
+    "amount": ["a quarter of the audio", "a half of the audio", "all of the audio"],
+}
+AS_IN_TABLE_1 = ("base after 1600 steps", "all of the audio")  # the example's base, and all of its audio
+
+
 def condition_runs(lines, question):
-    """{condition: {opd, offline-kl: its runs}} of a part of question 5, and of the base with all audio."""
-    own = [line for line in lines if line["question"] == question and "arm" in line]
-    seeds = {line["seed"] for line in own}
-    conditions = {}
-    for line in own:
-        conditions.setdefault(line["condition"], []).append(line)
+    """{condition: {opd, offline-kl: its runs}} of a part of question 5; both arms have the rate of opd."""
     table_1, _, _ = arm_runs(lines)
-    all_audio = table_1["opd"] + same_rate_runs(lines)
-    conditions["the example's base, all audio"] = [line for line in all_audio if line["seed"] in seeds]
-    return {name: by_arm(runs) for name, runs in conditions.items()}
+    same_rate = table_1["opd"] + same_rate_runs(lines)
+    runs = {}
+    for name in CONDITIONS[question]:
+        if name in AS_IN_TABLE_1:
+            own = [line for line in same_rate if line["seed"] in (0, 1)]
+        else:
+            own = [line for line in lines if line.get("condition") == name]
+        runs[name] = by_arm(own)
+    return runs
 
 
 def conditions(lines, question):
@@ -804,6 +823,7 @@ TABLES = {
     "recipe-short": (recipe_short, "table-2"),
     "recipe-contrasts": (recipe_contrasts, "table-2"),
     "recipe-vuss": (recipe_vuss, "table-2"),
+    "td-rate-contrasts": (td_rate_contrasts, "td-rate"),
     "pairs": (pairs, "table-3"),
     "overlaps": (overlaps, "table-3"),
     "prediction": (prediction, "table-3"),
@@ -819,7 +839,6 @@ TABLES = {
     "scale": (scale, "scale"),
 }
 
-
 PICTURES = {
     "table-1": draw_arms,
     "table-2": draw_recipe,
@@ -834,12 +853,25 @@ PICTURES = {
     "scale": draw_scale,
 }
 
+# Questions whose tables show runs of other questions too.
+BESIDE = {
+    "rate": {"table-1"},
+    "table-2": {"table-1"},
+    "td-rate": {"table-1", "table-2"},
+    "support": {"table-1"},
+    "strength": {"table-1", "rate"},
+    "amount": {"table-1", "rate"},
+    "ablation": {"table-1"},
+    "base-2": {"table-1"},
+}
+
 
 def shown_questions(lines):
-    """The questions whose runs are all finished, and question 3 once it has a run."""
+    """The questions whose runs, and those beside them, are all finished; question 3 once it has a run."""
     names = {line["name"] for line in lines}
     unfinished = {run["question"] for run in experiments(lines) if run["name"] not in names}
-    shown = {line["question"] for line in lines} - unfinished
+    finished = {line["question"] for line in lines} - unfinished
+    shown = {question for question in finished if BESIDE.get(question, set()) <= finished}
     if any(line["question"] == "table-3" and "arm" in line for line in lines):
         shown.add("table-3")
     return shown

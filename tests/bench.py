@@ -641,7 +641,8 @@ def step_memory(student, teacher, seconds, bf16, recompute):
     # Backward: the head's gradient waits for that of the embeddings, which share the tensor; and one layer.
     # LoRA has frozen the head.
     head_gradient = 4 * n_head if student.head.weight.requires_grad else 0
-    backward = head_gradient + max(seconds * encoder_extra_bytes, n_positions * lm_extra_bytes)
+    pieces = 2 * 4 * m.SupportScores.gpu_chunk_floats  # gathered rows of the head, and their gradient
+    backward = head_gradient + max(pieces, seconds * encoder_extra_bytes, n_positions * lm_extra_bytes)
     return {"rollout": rollout, "teacher": kept_bytes + teacher_bytes, "backward": kept_bytes + backward}
 
 

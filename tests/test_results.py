@@ -161,6 +161,9 @@ def test_every_question_has_its_table_and_picture_once_it_is_through(monkeypatch
     one_less = [line for line in lines if line["name"] != "ablation-k-4-lr0.001-seed1"]
     assert len(one_less) == len(lines) - 1
     assert computed.keys() - tables.all_tables(one_less).keys() == {"ablations"}
+    one_less = [line for line in lines if line["name"] != "rate-offline-kl-lr0.001-seed0"]
+    missing = {"rate-contrasts", "strength", "amount"}  # they show these runs beside their own
+    assert computed.keys() - tables.all_tables(one_less).keys() == missing
     last = [line["name"] for line in lines if line["question"] == "table-3" and "arm" in line][20:]
     started = [line for line in lines if line["name"] not in last]  # three students of eight are through
     assert "prediction" in tables.all_tables(started)
