@@ -28,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(HERE))
 
 from run import (  # noqa: E402
+    ABLATIONS,
     ARMS,
     BASE_2,
     LEARNING_RATES,
@@ -742,8 +743,9 @@ def draw_robustness(lines):
 
 
 def ablation_runs(lines):
-    """{flag: its runs} of question 7."""
-    return by_arm(line for line in lines if line["question"] == "ablation")
+    """{flag: its runs} of question 7, in the order of the list."""
+    runs = by_arm(line for line in lines if line["question"] == "ablation")
+    return {arm: runs[arm] for arm in ABLATIONS}
 
 
 def ablations(lines):
