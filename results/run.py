@@ -151,6 +151,7 @@ ARMS = {
 }
 LEARNING_RATES = [2.5e-4, 5e-4, 1e-3, 2e-3]  # the grid, the same for all
 SCALE_RATES = [1e-4, 3e-4, 1e-3]
+TUNED_ARMS = ["opd", "offline-kl", "ce-reference"]
 KIN = {"teacher-kl": "offline-kl", "ce-teacher": "ce-reference"}  # they take the learning rate of their kin
 SEEDS = {"opd": 8, "offline-kl": 8, "teacher-kl": 5, "ce-reference": 5, "ce-teacher": 3}
 
@@ -205,7 +206,7 @@ def experiments(finished):
     runs = []
 
     # Question 0: the learning rate of three arms, by the error on dev after 100 steps.
-    for arm in ("opd", "offline-kl", "ce-reference"):
+    for arm in TUNED_ARMS:
         for lr in LEARNING_RATES:
             runs.append(opd_run("tune", arm, 0, lr, steps=100, sets=DEV))
     rates = {}
@@ -266,7 +267,7 @@ def experiments(finished):
 
     # Question 4: human speech. 100 steps from a base that has heard two of the five; the sixth is tested.
     # The learning rates are the example's; offline-kl is also run with that of opd.
-    digit_arms = [(arm, arm, rates[arm]) for arm in ("opd", "offline-kl", "ce-reference")]
+    digit_arms = [(arm, arm, rates[arm]) for arm in TUNED_ARMS]
     digit_arms.append(("offline-kl with opd's lr", "offline-kl", rates["opd"]))
     for held_out in DIGIT_SPEAKERS:
         folder = f"{FOLDER}/digits-{held_out}"
@@ -326,11 +327,11 @@ def experiments(finished):
             runs.append(opd_run("ablation", arm, seed, rates["opd"], steps=100, flags=flags))
 
     # The larger instance, its learning rates again by the error on dev after 100 steps.
-    for arm in ("opd", "offline-kl", "ce-reference"):
+    for arm in TUNED_ARMS:
         for lr in SCALE_RATES:
             runs.append(scale_run("scale-tune", arm, 0, lr, steps=100, sets=DEV))
     scale_rates = {}
-    for arm in ("opd", "offline-kl", "ce-reference"):
+    for arm in TUNED_ARMS:
         scale_rates[arm] = tuned_rate(arm, finished, "scale-tune", SCALE_RATES)
     if None in scale_rates.values():
         return runs

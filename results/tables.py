@@ -96,6 +96,11 @@ def by_arm(lines):
     return {arm: sorted(own, key=lambda line: line["seed"]) for arm, own in arms.items()}
 
 
+def runs_of(lines, question):
+    """{arm: its lines} of a question, without models that were evaluated as they are."""
+    return by_arm(line for line in lines if line["question"] == question and "arm" in line)
+
+
 def joint_counts(lines, stems=TEST_SETS):
     """The table (G, S, runs + 1) of eval.py: errors by speaker and set in each run, then units."""
     sets = []
@@ -210,6 +215,15 @@ def draw_changes(path, runs, base):
     dots(path, groups, "macro change against the base, %")
 
 
+def draw_opd_against_offline(path, conditions):
+    """Draws the macro change of opd against offline-kl, a point a seed, of {condition: {arm: its lines}}."""
+    groups = {}
+    for name, runs in conditions.items():
+        offline, opd = paired(runs["offline-kl"], runs["opd"])
+        groups[name] = [macro_change([b], a) for a, b in zip(offline, opd)]
+    dots(path, groups, "opd against offline-kl, macro %")
+
+
 # ---- question 1 --------------------------------------------------------------------------------------------
 
 
@@ -233,7 +247,7 @@ def tuning(lines, question="tune", rates=LEARNING_RATES):
 
 def arm_runs(lines):
     """{arm: its lines} of question 1, and the lines of base and teacher as they are."""
-    runs = by_arm(line for line in lines if line["question"] == "table-1" and "arm" in line)
+    runs = runs_of(lines, "table-1")
     base = evaluation_of(lines, "table-1", "example/base")
     teacher = evaluation_of(lines, "table-1", "example/teacher")
     return runs, base, teacher
@@ -591,7 +605,7 @@ def draw_supports(lines):
 
 def digit_runs(lines):
     """→ {arm: its runs}, {(base or teacher, set): its line}, and the sets, one a held-out speaker."""
-    runs = by_arm(line for line in lines if line["question"] == "digits" and "arm" in line)
+    runs = runs_of(lines, "digits")
     models = {}
     stems = []
     for line in lines:
@@ -701,11 +715,7 @@ def conditions(lines, question):
 
 
 def draw_conditions(lines, question):
-    groups = {}
-    for name, runs in condition_runs(lines, question).items():
-        offline, opd = paired(runs["offline-kl"], runs["opd"])
-        groups[name] = [macro_change([b], a) for a, b in zip(offline, opd)]
-    dots(HERE / f"{question}.png", groups, "opd against offline-kl, macro %")
+    draw_opd_against_offline(HERE / f"{question}.png", condition_runs(lines, question))
 
 
 def robustness(lines):
@@ -744,7 +754,7 @@ def draw_robustness(lines):
 
 def ablation_runs(lines):
     """{flag: its runs} of question 7, in the order of the list."""
-    runs = by_arm(line for line in lines if line["question"] == "ablation")
+    runs = runs_of(lines, "ablation")
     return {arm: runs[arm] for arm in ABLATIONS}
 
 
@@ -771,7 +781,7 @@ def draw_ablations(lines):
 
 def arms_of(lines, question, base, teacher, contrasts):
     """Base, arms and teacher of a question, and some arms against others."""
-    runs = by_arm(line for line in lines if line["question"] == question and "arm" in line)
+    runs = runs_of(lines, question)
     before = evaluation_of(lines, question, base)
     rows = [[*rates_row("base", [before]), ""]]
     for arm in ARMS:
@@ -797,19 +807,17 @@ def scale(lines):
 
 
 def draw_scale(lines):
-    runs = by_arm(line for line in lines if line["question"] == "scale" and "arm" in line)
+    runs = runs_of(lines, "scale")
     draw_changes(HERE / "scale.png", runs, evaluation_of(lines, "scale", SCALE_BASE))
 
 
 def draw_other_base(lines):
     """opd against offline-kl, seed by seed, from both bases."""
-    table_1, _, _ = arm_runs(lines)
-    own = by_arm(line for line in lines if line["question"] == "base-2" and "arm" in line)
-    groups = {}
-    for name, runs in (("the base of Table 1", table_1), ("the base of another seed", own)):
-        offline, opd = paired(runs["offline-kl"], runs["opd"])
-        groups[name] = [macro_change([b], a) for a, b in zip(offline, opd)]
-    dots(HERE / "base-2.png", groups, "opd against offline-kl, macro %")
+    runs = {
+        "the base of Table 1": runs_of(lines, "table-1"),
+        "the base of another seed": runs_of(lines, "base-2"),
+    }
+    draw_opd_against_offline(HERE / "base-2.png", runs)
 
 
 # ---- all tables --------------------------------------------------------------------------------------------
