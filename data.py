@@ -12,6 +12,7 @@ and last what may be skipped: the table of languages, and sound files that libsn
 
 import argparse
 import array
+import collections
 import contextlib
 import dataclasses
 import datetime
@@ -666,12 +667,11 @@ def rank_and_world():
     return dist.get_rank(), dist.get_world_size()
 
 
-def all_reduce_sum(values, device):
-    """Sums numbers over all ranks, in float64. → a list of as many"""
-    total = torch.tensor(values, dtype=torch.float64, device=device)
-    if dist.is_initialized():
-        dist.all_reduce(total)
-    return total.tolist()
+def sum_over_ranks(sums):
+    total = collections.Counter()
+    for share in gather(sums):
+        total.update(share)
+    return total
 
 
 def gather(value):
@@ -731,24 +731,26 @@ def complete_steps(out):
     return dict(sorted(steps.items()))
 
 
-def find_run(args, script, contents):
-    """Looks at args.out before anything slow: → (steps done, folder of that checkpoint or None).
-
-    contents: {flag: what its paths hold (`content_of`)}. A new run wants a new or empty folder. --resume
-    goes on from the newest complete checkpoint, or from 0 where there is none. (None, None): the run is
-    finished. Rank 0 looks, and every rank gets its answer, or its InputError.
-    """
-    answer = [None]
-    if rank_and_world()[0] == 0:
-        try:
-            answer = [look_at_out(args, script, contents)]
-        except InputError as error:
-            answer = [error]
-    if dist.is_initialized():
-        dist.broadcast_object_list(answer)
-    if isinstance(answer[0], InputError):
-        raise answer[0]
-    return answer[0]
+def open_run(args, script, inputs):
+    contents = {}
+    for name, paths in inputs.items():
+        contents[name] = (
+            [content_of(path) for path in paths] if isinstance(paths, list) else content_of(paths)
+        )
+    first_step, checkpoint = look_at_out(args, script, contents)
+    config = {
+        "script": script,
+        "args": vars(args),
+        "contents": contents,
+        "git": git_commit(),
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "transformers": importlib.metadata.version("transformers"),
+        "world_size": rank_and_world()[1],
+        "threads": torch.get_num_threads(),
+        "device": "cpu",
+    }
+    return first_step, checkpoint, config
 
 
 def look_at_out(args, script, contents):
@@ -792,27 +794,14 @@ def check_out(out):
         raise InputError(f"--out {out}: {place} is a file; give the name of a new folder")
 
 
-def begin_run(args, script, contents, first_step):
-    """Writes config.json, and cuts metrics.jsonl and its kin back to `first_step`: no step is there twice."""
-    barrier()  # every rank has got this far, so that a refused run leaves no folder behind
+def begin_run(out, config, first_step):
+    barrier()
     if rank_and_world()[0] > 0:
         return
-    os.makedirs(args.out, exist_ok=True)
-    config = {
-        "script": script,
-        "args": vars(args),
-        "contents": contents,
-        "git": git_commit(),
-        "python": sys.version.split()[0],
-        "torch": torch.__version__,
-        "transformers": importlib.metadata.version("transformers"),
-        "world_size": rank_and_world()[1],
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-    }
-    write_json(os.path.join(args.out, "config.json"), config)
+    os.makedirs(out, exist_ok=True)
+    write_json(os.path.join(out, "config.json"), config)
     for name in ("metrics.jsonl", "samples.jsonl", "bad.jsonl"):
-        path = os.path.join(args.out, name)
+        path = os.path.join(out, name)
         if os.path.exists(path):
             lines = [line for line in read_lines(path) if line["step"] <= first_step]
             add_lines(path + ".new", lines, mode="w")

@@ -67,11 +67,7 @@ from model import (
     align_vocabularies,
     check_languages,
     missing_token,
-    student_rollout,
-    student_support,
     support_kl,
-    teacher_rollout,
-    teacher_support,
     union_support,
 )
 

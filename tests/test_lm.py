@@ -205,6 +205,8 @@ def test_peft_reads_nothing_of_ours():
     """LoRA sits on the LM's seven projections alone, although the encoder has some of the same names."""
     speech_lm = tiny_model()
     m.add_lora(speech_lm, rank=2, seed=0)
-    with_lora = [name for name, module in speech_lm.named_modules() if isinstance(module, peft.tuners.lora.Linear)]
+    with_lora = [
+        name for name, module in speech_lm.named_modules() if isinstance(module, peft.tuners.lora.Linear)
+    ]
     assert len(with_lora) == 7 * len(speech_lm.lm.layers)
     assert all(name.startswith("model.language_model.") for name in with_lora)
