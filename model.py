@@ -591,11 +591,18 @@ class SpeechLM(nn.Module):
         """
         folder = local_folder(name)
         kind = model_kind(name, folder)
-        model = {"glmasr": SpeechLM, "qwen3_asr": Qwen3ASR}[kind].load(folder, dtype)
-        for key, parameter in model.named_parameters():
+        try:
+            speech_lm = {"glmasr": SpeechLM, "qwen3_asr": Qwen3ASR}[kind].load(folder, dtype)
+        except (OSError, ValueError, AttributeError) as error:
+            absent = [file for file in BESIDE_WEIGHTS[kind] if not os.path.exists(os.path.join(folder, file))]
+            if isinstance(error, data.InputError) or not absent:
+                raise
+            source = "the folder or hub repository that this model came from"
+            raise data.InputError(f"{name} has no {absent[0]}; copy it from {source}") from error
+        for key, parameter in speech_lm.named_parameters():
             if not parameter.isfinite().all():
                 raise data.InputError(f"{name}: {key} holds NaN or infinite weights")
-        return model
+        return speech_lm
 
     @classmethod
     def load(cls, folder, dtype):
@@ -903,8 +910,14 @@ class Qwen3ASR(SpeechLM):
 
 
 def local_folder(name):
-    """`name` if it is a folder, else the cached, or now downloaded, folder of that hub repository."""
+    """`name` if it is a folder, else the cached, or now downloaded, folder of that hub repository.
+
+    The folder of a run, or of a checkpoint, means the `model` in it.
+    """
     name = os.fspath(name)
+    own_model = os.path.join(name, "model")
+    if os.path.isfile(os.path.join(own_model, "config.json")):
+        return own_model
     if os.path.isdir(name):
         return name
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
@@ -936,6 +949,13 @@ def weight_files(folder):
     return paths
 
 
+# What loading reads of a folder beside weights and config.json.
+BESIDE_WEIGHTS = {
+    "glmasr": ["tokenizer.json", "tokenizer_config.json"],
+    "qwen3_asr": ["tokenizer.json", "tokenizer_config.json", "processor_config.json", "chat_template.jinja"],
+}
+
+
 def read_config(name, folder):
     """The config.json of a model folder as a dict."""
     path = os.path.join(folder, "config.json")
@@ -946,8 +966,14 @@ def read_config(name, folder):
 
 def model_kind(name, folder):
     """The kind in config.json, glmasr or qwen3_asr. InputError for others, with the command that converts."""
+    if os.path.exists(os.path.join(folder, "adapter_config.json")):
+        raise data.InputError(f"{name} holds LoRA's matrices alone; give the folder `model` beside it")
     config = read_config(name, folder)
     kind = config.get("model_type")
+    if "script" in config:
+        raise data.InputError(
+            f"{name} is a run without a finished model; give one of its checkpoints, step-N"
+        )
     if "whisper_config" in config:
         raise data.InputError(f"{name} is a released ARK-ASR; run python -m prepare.ark {name} --out DIR")
     if "thinker_config" in config:
