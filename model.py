@@ -593,9 +593,11 @@ class SpeechLM(nn.Module):
         kind = model_kind(name, folder)
         try:
             speech_lm = {"glmasr": SpeechLM, "qwen3_asr": Qwen3ASR}[kind].load(folder, dtype)
+        except data.InputError as error:
+            raise data.InputError(f"{name}: {error}") from None
         except (OSError, ValueError, AttributeError) as error:
             absent = [file for file in BESIDE_WEIGHTS[kind] if not os.path.exists(os.path.join(folder, file))]
-            if isinstance(error, data.InputError) or not absent:
+            if not absent:
                 raise
             source = "the folder or hub repository that this model came from"
             raise data.InputError(f"{name} has no {absent[0]}; copy it from {source}") from error
@@ -865,7 +867,7 @@ class Qwen3ASR(SpeechLM):
         # Transformers fills what is missing with random numbers.
         mismatched = [*info["missing_keys"], *info["unexpected_keys"], *map(str, info["mismatched_keys"])]
         if mismatched:
-            raise data.InputError(f"{folder}: weights do not match config.json: {sorted(mismatched)[:3]} …")
+            raise data.InputError(f"weights do not match config.json: {sorted(mismatched)[:3]} …")
         return cls(stock, processor)
 
     def generation_config(self):
@@ -939,7 +941,7 @@ def weight_files(folder):
     if not os.path.exists(os.path.join(folder, names[0])):
         if not os.path.exists(index):
             remedy = "load other formats by transformers, and save them by save_pretrained"
-            raise data.InputError(f"{folder}: no model.safetensors and no index of its parts; {remedy}")
+            raise data.InputError(f"no model.safetensors and no index of its parts; {remedy}")
         names = sorted(set(data.read_json(index)["weight_map"].values()))
     paths = [os.path.join(folder, name) for name in names]
     for path in paths:
