@@ -329,16 +329,6 @@ def recipe(lines):
     return markdown(["%", *RATES_HEADER, "macro change"], rows)
 
 
-def recipe_short(lines):
-    """Table 2 for the README."""
-    runs = recipe_runs(lines)
-    base = evaluation_of(lines, "table-1", "example/base")
-    rows = []
-    for name, arm in (("OPD", "opd"), ("TD", "td"), ("TD + more SFT", "td+sft"), ("TD + OPD", "td+opd")):
-        rows.append([*rates_row(name, runs[arm])[:-1], change_cell(runs[arm], base)])
-    return markdown(["%", *TEST_SETS, "mean", "macro change"], rows)
-
-
 def recipe_contrasts(lines):
     runs = recipe_runs(lines)
     rows = []
@@ -805,7 +795,6 @@ TABLES = {
     "arms-contrasts": (arms_contrasts, "table-1"),
     "rate-contrasts": (rate_contrasts, "rate"),
     "recipe": (recipe, "table-2"),
-    "recipe-short": (recipe_short, "table-2"),
     "recipe-contrasts": (recipe_contrasts, "table-2"),
     "recipe-vuss": (recipe_vuss, "table-2"),
     "pairs": (pairs, "table-3"),

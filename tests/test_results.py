@@ -192,7 +192,7 @@ def test_documents_show_what_the_runs_say():
         text = (ROOT / name).read_text(encoding="utf-8")
         assert tables.with_tables(text, computed) == text, f"{name}: python results/tables.py --write"
     shown = [name for name in computed if f"<!-- table {name} -->" in (ROOT / "RESULTS.md").read_text()]
-    assert set(computed) - set(shown) <= {"arms-short", "recipe-short"}
+    assert set(computed) - set(shown) <= {"arms-short"}
 
 
 def test_lines_are_of_the_listed_runs_and_stay_small():
