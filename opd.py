@@ -52,20 +52,17 @@ from data import (
     InputError,
     StepDataset,
     add_lines,
-    all_reduce_sum,
     argument_parser,
     at_least,
     barrier,
     begin_run,
-    check_tensorboard,
     collate,
-    content_of,
     contexts_of,
-    find_run,
     language_code,
     load_usable,
     log_metrics,
     memory,
+    open_run,
     read_json,
     read_lines,
     report_bad,
@@ -73,6 +70,7 @@ from data import (
     setup_distributed,
     step_batches,
     stop_not_finite,
+    sum_over_ranks,
     tensorboard_writer,
     write_json,
 )
@@ -116,11 +114,6 @@ from model import (
 from overlap import draw_report, nested_ks, set_overlap
 
 SCRIPT = os.path.basename(__file__)
-
-# What a step sums over its micro-batches and ranks: in nats, rows, and clips (docs/metrics.md).
-SUMS = ["loss", "counted", "kl", "kl_counted"]
-SUMS += ["rows", "vuss", "n_student", "n_teacher", "overlap_ratio", "top1"]
-SUMS += ["clips", "tokens", "empty", "capped", "looping", "silent", "bad"]
 
 
 def parse_args(argv=None):
@@ -262,13 +255,12 @@ def parse_args(argv=None):
 def main(args):
     # ---- distributed -------------------------------------------------------------------------------------
     rank, world, device = setup_distributed()
-    check_tensorboard(args)
-    contents = {
-        "train": [content_of(path) for path in args.train],
-        "student": content_of(local_folder(args.student)),
-        "teacher": content_of(local_folder(args.teacher)),
+    inputs = {
+        "train": args.train,
+        "student": local_folder(args.student),
+        "teacher": local_folder(args.teacher),
     }
-    first_step, checkpoint = find_run(args, SCRIPT, contents)
+    first_step, checkpoint, config = open_run(args, SCRIPT, inputs)
     if first_step is None:  # the run in --out is finished
         return
 
@@ -368,7 +360,7 @@ def main(args):
             strict=is_strict,
         )
 
-    begin_run(args, SCRIPT, contents, first_step)
+    begin_run(args.out, config, first_step)
     writer = tensorboard_writer(args, first_step)
     before_path = os.path.join(args.out, "eval-0", "summary.json")
     if first_step == 0:
@@ -379,7 +371,6 @@ def main(args):
     # ---- training loop -----------------------------------------------------------------------------------
     n_ids = len(alignment.student_forbidden)
     nested_names = [f"vuss_{k}" for k in nested_ks(min(args.k, n_ids))]  # VUSS at smaller k
-    sum_names = SUMS + nested_names
     bar = tqdm(initial=first_step, total=args.steps, disable=rank > 0, desc="opd", mininterval=1)
     started = time.perf_counter()
     for step, micro_batches, bad in step_batches(dataset, first_step, args.steps, args.workers):
@@ -487,8 +478,7 @@ def main(args):
         # ---- one gradient --------------------------------------------------------------------------------
         # Σ over ranks of Σ over micro-batches, divided once by |𝒯|: the gradient does not depend on the cut.
         sums["bad"] = len(bad)
-        totals = all_reduce_sum([sums[name] for name in sum_names], device)
-        totals = dict(zip(sum_names, totals))
+        totals = sum_over_ranks(sums)
         n_bad = int(totals["bad"])
         if n_bad:
             report_bad(args.out, done, bad)

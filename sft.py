@@ -35,19 +35,16 @@ from data import (
     Clips,
     InputError,
     StepDataset,
-    all_reduce_sum,
     argument_parser,
     at_least,
     barrier,
     begin_run,
-    check_tensorboard,
     collate,
-    content_of,
-    find_run,
     language_code,
     load_audio,
     log_metrics,
     memory,
+    open_run,
     read_lines,
     report_bad,
     run_script,
@@ -55,6 +52,7 @@ from data import (
     setup_distributed,
     step_batches,
     stop_not_finite,
+    sum_over_ranks,
     tensorboard_writer,
     write_json,
 )
@@ -165,12 +163,8 @@ def parse_args(argv=None):
 def main(args):
     # ---- distributed -------------------------------------------------------------------------------------
     rank, world, device = setup_distributed()
-    check_tensorboard(args)
-    contents = {
-        "train": [content_of(path) for path in args.train],
-        "model": content_of(local_folder(args.model)),
-    }
-    first_step, checkpoint = find_run(args, SCRIPT, contents)
+    inputs = {"train": args.train, "model": local_folder(args.model)}
+    first_step, checkpoint, config = open_run(args, SCRIPT, inputs)
     if first_step is None:  # the run in --out is finished
         return
 
@@ -248,7 +242,7 @@ def main(args):
         print(f"{world} process(es) on {device.type}", flush=True)
 
     # ---- before ------------------------------------------------------------------------------------------
-    begin_run(args, SCRIPT, contents, first_step)
+    begin_run(args.out, config, first_step)
     writer = tensorboard_writer(args, first_step)
 
     def run_eval(step):
@@ -280,9 +274,7 @@ def main(args):
         for batch_clips, batch, targets in micro_batches:
             counts.update(tokens=int(targets.row_mask().sum()), clips=len(batch_clips))
             counts.update(cut=int((~targets.stopped).sum()), silent=int(batch.silent.sum()))
-        names = ["tokens", "clips", "cut", "silent", "bad"]
-        totals = all_reduce_sum([counts[name] for name in names], device)
-        counts = dict(zip(names, totals))
+        counts = sum_over_ranks(counts)
         if counts["bad"]:
             report_bad(args.out, done, bad)
 
@@ -316,9 +308,7 @@ def main(args):
             sums.update(cross_entropy=cross_entropy.item(), ctc=ctc.item(), too_short=n_too_short)
 
         # ---- one gradient --------------------------------------------------------------------------------
-        names = ["cross_entropy", "ctc", "too_short"]
-        totals = all_reduce_sum([sums[name] for name in names], device)
-        sums = dict(zip(names, totals))
+        sums = sum_over_ranks(sums)
         sum_gradients(trained)
         grad_norm = nn.utils.clip_grad_norm_(trained.values(), args.clip or math.inf).item()
         if not math.isfinite(sums["cross_entropy"] + sums["ctc"]) or not math.isfinite(grad_norm):
