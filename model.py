@@ -1439,7 +1439,7 @@ def save_checkpoint(out, step, model, trained, optimizer, keep):
             if name not in in_folder:
                 state[f"weight.{name}"] = parameter.detach().cpu()
         save_file(state, os.path.join(partial, "state.safetensors"))
-        os.rename(partial, final)
+        publish(partial, final)
         for folder in list(data.complete_steps(out).values())[:-keep]:
             shutil.rmtree(folder)
     data.barrier()
@@ -1489,5 +1489,21 @@ def save_model(out, model):
         for folder in (final, final + ".partial"):
             shutil.rmtree(folder, ignore_errors=True)
         model.save_pretrained(final + ".partial")
-        os.rename(final + ".partial", final)
+        publish(final + ".partial", final)
     data.barrier()
+
+
+def publish(partial, final):
+    """Gives a written folder its name once all of it has reached the disk, so that no failure leaves half."""
+    for folder, _, names in os.walk(partial):
+        for name in names:
+            flush(os.path.join(folder, name))
+        flush(folder)
+    os.rename(partial, final)
+    flush(os.path.dirname(final))
+
+
+def flush(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
