@@ -36,6 +36,7 @@ sys.path.insert(0, str(ROOT))
 
 from data import read_lines  # noqa: E402
 from eval import score  # noqa: E402
+from results import validate  # noqa: E402
 
 RUNS = HERE / "runs.jsonl"
 UNITS = HERE / "units.json"
@@ -480,7 +481,7 @@ def line_of(run, seconds):
     if script == "overlap.py":
         overlap = json.loads((out / "overlap.json").read_text(encoding="utf-8"))
         line["measures"] = rounded(overlap["measures"]["all"])
-        line["baselines"] = rounded(overlap["baselines"]["all"])
+        line["baselines"] = rounded(validate.baselines(read_lines(out / "clips.jsonl")))
         return line
     folder = out if script == "eval.py" else out / f"eval-{run['steps']}"
     # Whisper's normaliser makes "one two" 12, a single word: digit strings are scored without it.
