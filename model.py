@@ -1,7 +1,7 @@
 """Speech-LMs, their sampling, and the loss of on-policy distillation (arXiv 2605.28139).
 
     mel (B, 128, F) → Encoder → frames (B, T', D) → four merged → Adapter → audio embeddings (ΣA, H)
-        → in the prompt's placeholders → Qwen causal LM → hidden rows (N, H) → head → logits (N, V)
+        → in the prompt's placeholders → Qwen LM → hidden rows (N, H) → head → logits (N, V)
 
 Legend, used in all files:
     B  clips of a batch                N  rows: scored (clip, position) pairs of a batch, clip by clip
@@ -10,22 +10,20 @@ Legend, used in all files:
     A  audio tokens, 12.5 a second     V  vocabulary: rows of the LM's output matrix
     F  mel frames, 100 a second        H  hidden size of the LM
     T' encoder frames, 50 a second     D  hidden size of the encoder
+    d  size of an attention head       L  columns that a position may attend to
 
-Order: encoder and adapter, prompts and token ids, the speech-LM, Qwen3-ASR, sampling, the loss, vocabularies
-and self-check, LoRA, optimizer and checkpoints. The last section, the fast decoder, may be skipped.
+Order: encoder and adapter, the LM, prompts and token ids, the speech-LM, sampling, Qwen3-ASR, the loss,
+vocabularies and self-check, LoRA, optimizer and checkpoints.
 """
 
-import contextlib
 import dataclasses
 import glob
-import json
 import math
 import os
 import re
 import shutil
 
 import huggingface_hub
-import safetensors
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -34,21 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from data import (
-    HOP,
-    LANGUAGES,
-    N_MELS,
-    InputError,
-    barrier,
-    collate,
-    complete_steps,
-    gather,
-    log_mel,
-    n_audio_tokens,
-    pad_left,
-    rank_and_world,
-    script_language,
-)
+import data
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -154,28 +138,28 @@ class Adapter(nn.Module):
 
 
 def rotary_table(positions, size, theta, dtype):
-    """cos and sin (T', size) of the angles position · theta^(−2i / size), each frequency twice."""
+    """cos and sin (…, size) of positions (…) · theta^(−2i / size), each frequency twice."""
     exponents = torch.arange(0, size, 2, device=positions.device).float() / size
-    angles = positions.float()[:, None] * (1.0 / theta**exponents)  # (T', size / 2)
-    angles = torch.cat([angles, angles], dim=1)
+    angles = positions.float()[..., None] * (1.0 / theta**exponents)  # (…, size / 2)
+    angles = torch.cat([angles, angles], dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(x, cos, sin):
-    """Turns the first r dimensions of x (B, heads, T', d), as many as the table has: i with i + r / 2."""
-    size = cos.shape[1]
+    """Turns the first r dimensions of x (B, heads, n, d), as many as the table has: i with i + r / 2."""
+    size = cos.shape[-1]
     unturned = x[..., :size]
     first, second = unturned.chunk(2, dim=-1)
     turned = unturned * cos + torch.cat([-second, first], dim=-1) * sin
-    return torch.cat([turned, x[..., size:]], dim=-1)
+    return torch.cat([turned, x[..., size:]], dim=-1) if size < x.shape[-1] else turned
 
 
 def init_weights(modules, spread):
     """Draws new weights: normal with standard deviation `spread`, biases 0. Norms are born as 1 and 0."""
     for module in modules:
-        if isinstance(module, (nn.Linear, nn.Conv1d)):
+        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Embedding)):
             nn.init.normal_(module.weight, std=spread)
-            if module.bias is not None:
+            if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
 
 
@@ -193,6 +177,172 @@ PROMPT = f"<|user|><|begin_of_audio|>{AUDIO_TOKEN}<|end_of_audio|>{PROMPT_TEXT}<
 CONTEXT = "{context}"  # where a prompt gives the words of a clip's context
 CONTEXT_PROMPT = PROMPT.replace(PROMPT_TEXT, f"{PROMPT_TEXT} Context: {CONTEXT}")
 # The same prompt for stock transformers' processor: user turns, each content item in its place, no newlines.
+# ----------------------------------------------------------------------------------------------------------
+# The Qwen LM
+# ----------------------------------------------------------------------------------------------------------
+# Qwen2 and Qwen3, with the parameter names and the operations of stock transformers: in float32 on a CPU its
+# hidden rows are stock's bit for bit. It stands here so that one forward serves training, the prompt and
+# single tokens. Whatever sits on a module (a hook, LoRA, another class) is then in all three.
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class QwenAttention(nn.Module):
+    """Self-attention with rotary positions, in which several query heads may share a key head."""
+
+    def __init__(self, config):
+        super().__init__()
+        H = config.hidden_size
+        self.n_heads = config.num_attention_heads
+        self.n_key_heads = config.num_key_value_heads
+        self.d = head_size(config)
+        is_qwen2 = config.model_type == "qwen2"
+        self.q_proj = nn.Linear(H, self.n_heads * self.d, bias=is_qwen2)
+        self.k_proj = nn.Linear(H, self.n_key_heads * self.d, bias=is_qwen2)
+        self.v_proj = nn.Linear(H, self.n_key_heads * self.d, bias=is_qwen2)
+        self.o_proj = nn.Linear(self.n_heads * self.d, H, bias=False)
+        self.q_norm = nn.Identity() if is_qwen2 else RMSNorm(self.d, config.rms_norm_eps)
+        self.k_norm = nn.Identity() if is_qwen2 else RMSNorm(self.d, config.rms_norm_eps)
+
+    def forward(self, x, rotary, mask, storage=None, columns=None):
+        """x (B, n, H) → (B, n, H); the other arguments are those of `QwenLM.forward`, of this layer."""
+        B, n, _ = x.shape
+        q = self.q_norm(self.q_proj(x).view(B, n, self.n_heads, self.d)).transpose(1, 2)  # (B, heads, n, d)
+        k = self.k_norm(self.k_proj(x).view(B, n, self.n_key_heads, self.d)).transpose(1, 2)
+        v = self.v_proj(x).view(B, n, self.n_key_heads, self.d).transpose(1, 2)
+        q = rotate(q, *rotary)
+        k = rotate(k, *rotary)
+        if storage is not None:
+            storage[0].index_copy_(2, columns, k.to(storage.dtype))
+            storage[1].index_copy_(2, columns, v.to(storage.dtype))
+            k, v = storage[..., : mask.shape[3], :]  # the columns that may be attended to
+
+        n_shared = self.n_heads // self.n_key_heads
+        if n == 1:
+            # Query heads of one key head take the place of query positions, so that no key is repeated.
+            q = q.reshape(B, self.n_key_heads, n_shared, self.d)
+        elif n_shared > 1:
+            k = k[:, :, None].expand(-1, -1, n_shared, -1, -1).flatten(1, 2)  # (B, heads, L, d)
+            v = v[:, :, None].expand(-1, -1, n_shared, -1, -1).flatten(1, 2)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.d**-0.5)
+        y = y.reshape(B, self.n_heads, n, self.d).transpose(1, 2)
+        return self.o_proj(y.reshape(B, n, self.n_heads * self.d))
+
+
+class QwenMLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class QwenLayer(nn.Module):
+    """A pre-norm transformer layer."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = QwenAttention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = QwenMLP(config)
+
+    def forward(self, x, rotary, mask, storage=None, columns=None):
+        x = x + self.self_attn(self.input_layernorm(x), rotary, mask, storage, columns)
+        x = x + self.mlp(self.post_attention_layernorm(x))
+        return x
+
+
+class QwenLM(nn.Module):
+    """A Qwen2 or Qwen3 LM without its output matrix: embeddings (B, n, H) → hidden rows (B, n, H).
+
+    config: stock transformers' Qwen2Config or Qwen3Config. Raises InputError for a setting that is not built.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        check_text_config(config)
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([QwenLayer(config) for _ in range(config.num_hidden_layers)])
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.recompute = False  # activations again in the backward pass, in place of keeping them
+
+    def forward(self, embeds, rotary, mask, cache=None, columns=None):
+        """Hidden rows at the n positions of `embeds`, the one forward of training and sampling.
+
+        rotary: of `rotary`, for these positions. mask (B, 1, n, L) bool, True = attended. Without a cache the
+        L columns are the n positions. cache: of `new_cache`; keys and values are written into its columns
+        (n,), and its first L columns are attended to.
+        """
+        x = embeds
+        for i, layer in enumerate(self.layers):
+            if self.recompute and self.training:
+                x = checkpoint(layer, x, rotary, mask, use_reentrant=False)
+            else:
+                x = layer(x, rotary, mask, None if cache is None else cache[i], columns)
+        return self.norm(x)
+
+    def rotary(self, positions, dtype):
+        """cos and sin (B, 1, n, d) of positions (B, n), the same for all heads."""
+        return rotary_table(
+            positions[:, None], head_size(self.config), self.config.rope_parameters["rope_theta"], dtype
+        )
+
+    def new_cache(self, n_clips, n_columns):
+        """Keys and values for n_columns positions: a tensor (2, B, key heads, L, d) for each layer."""
+        weight = self.embed_tokens.weight
+        device = weight.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        shape = (2, n_clips, self.config.num_key_value_heads, n_columns, head_size(self.config))
+        return [weight.new_zeros(shape, dtype=dtype) for _ in self.layers]
+
+
+def head_size(config):
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def check_text_config(config):
+    """Raises InputError where the LM of a config is none of ours, with the key and its value."""
+    built = {
+        "model_type": (config.model_type, ("qwen2", "qwen3")),
+        "hidden_act": (config.hidden_act, ("silu",)),
+        "attention_dropout": (config.attention_dropout, (0,)),
+        "attention_bias": (getattr(config, "attention_bias", False), (False,)),
+        "use_sliding_window": (getattr(config, "use_sliding_window", False), (False,)),
+        "rope_type": (config.rope_parameters.get("rope_type", "default"), ("default",)),
+    }
+    for kind in config.layer_types or []:
+        built["layer_types"] = (kind, ("full_attention",))
+        if kind != "full_attention":
+            break
+    for key, (value, known) in built.items():
+        if value not in known:
+            raise data.InputError(f"text_config: {key} is {value!r}; the LM is built for {known[0]!r} alone")
+
+
+def causal_mask(mask):
+    """(B, 1, L, L) bool from (B, L): a position attends to itself and to what is real before it."""
+    L = mask.shape[1]
+    return mask[:, None, None] & torch.ones(L, L, dtype=torch.bool, device=mask.device).tril()
+
+
+def positions_of(mask):
+    """Position ids of tokens that are padded on the left: the first real one has 0."""
+    return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'user' %}<|user|>"
     "{% for part in message['content'] %}{% if part['type'] == 'audio' %}"
@@ -213,7 +363,6 @@ class Rollout:
     ids: torch.Tensor  # (B, T) int64; the stop token at [b, lens[b]] where stopped, padding behind
     lens: torch.Tensor  # (B,) transcript tokens, the stop token not counted
     stopped: torch.Tensor  # (B,) bool; False: cut by the cap
-    topk_ids: torch.Tensor | None = None  # (B, T, K) the sampler's top-k; −1: not valid, or not scored
 
     def row_mask(self):
         """(B, T) bool, True = a scored row; `x[row_mask]` gives the N rows, clip by clip."""
@@ -221,8 +370,7 @@ class Rollout:
         return positions < (self.lens + self.stopped)[:, None]
 
     def to(self, device):
-        topk_ids = None if self.topk_ids is None else self.topk_ids.to(device)
-        return Rollout(self.ids.to(device), self.lens.to(device), self.stopped.to(device), topk_ids)
+        return Rollout(self.ids.to(device), self.lens.to(device), self.stopped.to(device))
 
 
 class FrontEnd:
@@ -240,7 +388,9 @@ class FrontEnd:
         vocabulary = tokenizer.get_vocab()
         missing = [token for token in (*self.prompt_tokens, STOP_TOKEN, PAD_TOKEN) if token not in vocabulary]
         if missing:
-            raise InputError(f"tokenizer {tokenizer.name_or_path} lacks the token(s) {' '.join(missing)}")
+            raise data.InputError(
+                f"tokenizer {tokenizer.name_or_path} lacks the token(s) {' '.join(missing)}"
+            )
         self.tokenizer = tokenizer
         self.pad_id = vocabulary[PAD_TOKEN]
         self.stop_id = vocabulary[STOP_TOKEN]
@@ -254,10 +404,10 @@ class FrontEnd:
 
     def features(self, waveform):
         """(samples,) → log-mel (128, F) of the clip alone."""
-        return log_mel(waveform)
+        return data.log_mel(waveform)
 
     def n_audio_tokens(self, n_samples):
-        return n_audio_tokens(n_samples)
+        return data.n_audio_tokens(n_samples)
 
     def prompt(self, n_audio, language=None, context=None):
         """Prompt ids (S,) with n_audio placeholders. Our student's prompt names no language."""
@@ -322,7 +472,7 @@ class Qwen3ASRFrontEnd(FrontEnd):
     audio_token = "<|audio_pad|>"
     prompt_tokens = ["<|im_start|>", "<|audio_start|>", audio_token, "<|audio_end|>", "<asr_text>"]
     frame_multiple = 100  # its convolutions see chunks of one second
-    languages = LANGUAGES
+    languages = data.LANGUAGES
 
     def __init__(self, processor):
         user = {"role": "user", "content": [{"type": "audio", "audio": ""}]}
@@ -333,11 +483,11 @@ class Qwen3ASRFrontEnd(FrontEnd):
         super().__init__(processor.tokenizer, *prompts)
 
     def features(self, waveform):
-        return log_mel(waveform, max(len(waveform), 8_000))  # half a second at least
+        return data.log_mel(waveform, max(len(waveform), 8_000))  # half a second at least
 
     def n_audio_tokens(self, n_samples):
         """13 for each full second; the rest is halved three times, rounding up."""
-        full, rest = divmod(max(n_samples, 8_000) // HOP, 100)
+        full, rest = divmod(max(n_samples, 8_000) // data.HOP, 100)
         return 13 * full + math.ceil(rest / 8)
 
     def prompt(self, n_audio, language=None, context=None):
@@ -378,23 +528,21 @@ class SpeechLM(nn.Module):
         super().__init__()
         audio = config.audio_config
         text = config.text_config
-        if text.model_type not in ("qwen2", "qwen3"):
-            raise InputError(f"the LM is {text.model_type}; a student has a qwen2 or qwen3 LM")
-        if audio.num_mel_bins != N_MELS or audio.num_key_value_heads != audio.num_attention_heads:
-            raise InputError(f"the encoder wants {N_MELS} mel bins and as many key as query heads")
+        if audio.num_mel_bins != data.N_MELS or audio.num_key_value_heads != audio.num_attention_heads:
+            raise data.InputError(f"the encoder wants {data.N_MELS} mel bins and as many key as query heads")
         if audio.intermediate_size != 4 * audio.hidden_size:
-            raise InputError("the encoder's intermediate_size is not 4 × hidden_size, as four merged frames")
+            raise data.InputError(
+                "the encoder's intermediate_size is not 4 × hidden_size, as four merged frames"
+            )
         encoder = Encoder(audio)
         adapter = Adapter(config)
+        lm = QwenLM(text)
         init_weights(encoder.modules(), audio.initializer_range)
         init_weights(adapter.modules(), text.initializer_range)
+        init_weights(lm.modules(), text.initializer_range)
         # A ModuleDict, because stock's names begin with "model."; its parts are read by the properties below.
         self.model = nn.ModuleDict(
-            {
-                "audio_tower": encoder,
-                "multi_modal_projector": adapter,
-                "language_model": transformers.AutoModel.from_config(text),
-            }
+            {"audio_tower": encoder, "multi_modal_projector": adapter, "language_model": lm}
         )
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         if config.tie_word_embeddings:
@@ -402,19 +550,18 @@ class SpeechLM(nn.Module):
         else:
             init_weights([self.lm_head], text.initializer_range)
         self.set_up(config, FrontEnd(tokenizer))
-        self.float()
 
     def set_up(self, config, front_end):
         """What every speech-LM has beside its modules."""
         self.config = config
         self.front_end = front_end
         self.bf16 = False  # compute in bf16 by autocast; the weights stay as they are
-        self.lora_config = None  # peft's, after `add_lora`
+        self.peft_models = []  # peft's wrapper after `add_lora`, in a list: it is no part of this module
         vocab_size = config.text_config.vocab_size
         n_tokens = len(front_end.tokenizer)
         if config.audio_token_id != front_end.audio_id or vocab_size < n_tokens:
             ours = f"audio token {config.audio_token_id} and {vocab_size} rows"
-            raise InputError(
+            raise data.InputError(
                 f"model and tokenizer do not match: {ours}, {front_end.audio_id} and {n_tokens} tokens"
             )
         forbidden = forbidden_ids(front_end.tokenizer, vocab_size, front_end.stop_id)
@@ -456,43 +603,35 @@ class SpeechLM(nn.Module):
         """
         folder = local_folder(name)
         kind = model_kind(name, folder)
-        model_class = {"glmasr": SpeechLM, "qwen3_asr": Qwen3ASR}[kind]
-        try:
-            model = model_class.load(folder, dtype)
-        except InputError as error:
-            raise InputError(f"{name}: {error}") from error
+        model = {"glmasr": SpeechLM, "qwen3_asr": Qwen3ASR}[kind].load(folder, dtype)
         for key, parameter in model.named_parameters():
             if not parameter.isfinite().all():
-                raise InputError(f"{name}: {key} holds NaN or infinite weights")
+                raise data.InputError(f"{name}: {key} holds NaN or infinite weights")
         return model
 
     @classmethod
     def load(cls, folder, dtype):
-        with folder_errors():
-            config = transformers.GlmAsrConfig.from_pretrained(folder)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            weights = {}
-            for path in glob.glob(os.path.join(glob.escape(folder), "*.safetensors")):
-                weights.update(load_file(path))
+        config = transformers.GlmAsrConfig.from_pretrained(folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        weights = {}
+        for path in weight_files(folder):
+            weights.update(load_file(path))
+        # A head of its own is kept, whatever the flag says, and a head like the embeddings is tied.
+        embeddings = weights.get("model.language_model.embed_tokens.weight")
+        head = weights.get("lm_head.weight", embeddings)
+        if head is not None and not torch.equal(head, embeddings):
+            config.tie_word_embeddings = False
         model = cls(config, tokenizer)
-        # The parameters only. The LM's rotary frequencies stay float32: rounded to bf16 they would turn a key
-        # 400 tokens away by up to half a radian.
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
         model.load_weights(weights)
         return model
 
     def load_weights(self, weights):
-        """Takes over {name: tensor}, all of them and no other. InputError where they do not fit."""
-        own = self.state_dict()
+        """Takes over {name: tensor}, all of them and no other; torch's error names what does not fit."""
         if self.config.tie_word_embeddings:
-            own.pop("lm_head.weight")  # the same tensor as the embeddings
-            weights = {key: tensor for key, tensor in weights.items() if key != "lm_head.weight"}
-        mismatched = sorted(own.keys() ^ weights.keys())
-        mismatched += [key for key in own.keys() & weights.keys() if own[key].shape != weights[key].shape]
-        if mismatched:
-            raise InputError(f"weights and config.json do not match: {', '.join(mismatched[:3])} …")
-        self.load_state_dict(weights, strict=False)
+            weights = {"lm_head.weight": weights["model.language_model.embed_tokens.weight"], **weights}
+        self.load_state_dict(weights)
 
     def save_pretrained(self, folder):
         """Writes a folder that stock transformers loads: weights, configs, tokenizer, processor."""
@@ -519,7 +658,7 @@ class SpeechLM(nn.Module):
 
     def processor(self):
         return transformers.GlmAsrProcessor(
-            transformers.WhisperFeatureExtractor(feature_size=N_MELS),
+            transformers.WhisperFeatureExtractor(feature_size=data.N_MELS),
             self.front_end.tokenizer,
             chat_template=CHAT_TEMPLATE,
             audio_token=AUDIO_TOKEN,
@@ -529,7 +668,7 @@ class SpeechLM(nn.Module):
     def recompute_activations(self):
         """Computes activations again in the backward pass: less memory, more time, the same numbers."""
         self.encoder.recompute = True
-        recompute_stock(self.lm)
+        self.lm.recompute = True
 
     # ---- audio → embeddings → hidden rows ----
 
@@ -573,13 +712,8 @@ class SpeechLM(nn.Module):
             embeds = torch.cat([self.embed_prompt(batch, encoded), transcript], dim=1)  # (B, S + T − 1, H)
             # Padding right of a transcript needs no mask: attention is causal, its rows are not read.
             mask = F.pad(batch.prompt_mask, (0, T - 1), value=True)
-            output = self.lm(
-                inputs_embeds=embeds,
-                attention_mask=mask,
-                position_ids=positions_of(mask),
-                use_cache=False,
-            )
-        return output.last_hidden_state[:, S - 1 :][row_mask[:, :T]]
+            hidden = self.lm(embeds, self.lm.rotary(positions_of(mask), embeds.dtype), causal_mask(mask))
+        return hidden[:, S - 1 :][row_mask[:, :T]]
 
     def with_script_languages(self, batch, texts):
         """The batch, where the prompt names a language, with that of each text's script. Ours names none."""
@@ -593,13 +727,12 @@ class SpeechLM(nn.Module):
         batch,
         max_new_tokens,
         temperature=0.0,
-        k=32,
         tokens_per_second=TOKENS_PER_SECOND,
         forbidden=None,
         uniforms=None,
         encoded=None,
     ):
-        """Writes a transcript of each clip. → `Rollout` with the top-k ids of every step, after forbidding.
+        """Writes a transcript of each clip. → `Rollout`
 
         Greedy at temperature 0, else drawn from softmax(logits / temperature). A clip's cap, its stop token
         counted, is min(max_new_tokens, ⌊seconds · tokens_per_second⌋ + 16), so that one looping rollout
@@ -615,29 +748,9 @@ class SpeechLM(nn.Module):
             caps = caps.minimum((batch.seconds * tokens_per_second).floor().long() + 16)
         if temperature > 0 and uniforms is None:
             uniforms = torch.rand(len(caps), max_new_tokens, dtype=torch.float64, device=caps.device)
-
         with self.autocast():
             encoded = self.encode(batch) if encoded is None else encoded
-            # Prefill: the whole prompt in one pass. Its last column predicts the first token.
-            output = self.lm(
-                inputs_embeds=self.embed_prompt(batch, encoded),
-                attention_mask=batch.prompt_mask,
-                position_ids=positions_of(batch.prompt_mask),
-                use_cache=True,
-            )
-            hidden = output.last_hidden_state[:, -1]  # (B, H)
-            write = write_fast if may_copy_weights(self) else write_tokens
-            ids, topk_ids = write(
-                model=self,
-                hidden=hidden,
-                cache=output.past_key_values,
-                mask=batch.prompt_mask,
-                caps=caps,
-                forbidden=forbidden,
-                k=k,
-                temperature=temperature,
-                uniforms=uniforms,
-            )
+            ids = write_tokens(self, batch, encoded, caps, forbidden, temperature, uniforms)
         self.train(was_training)
 
         # A rollout ends at its first stop token or at its cap; what was written behind it is dropped.
@@ -648,39 +761,62 @@ class SpeechLM(nn.Module):
         row_mask = rollout.row_mask()
         T = int(row_mask.sum(dim=1).max())
         ids = ids.masked_fill(~row_mask, self.front_end.pad_id)
-        topk_ids = topk_ids.masked_fill(~row_mask[:, :, None], -1)
-        return Rollout(ids[:, :T], rollout.lens, rollout.stopped, topk_ids[:, :T])
+        return Rollout(ids[:, :T], rollout.lens, rollout.stopped)
 
 
-def write_tokens(model, hidden, cache, mask, caps, forbidden, k, temperature, uniforms):
-    """The sampling loop: one token after another, by the library's LM and its cache.
+TOKENS_AT_ONCE = 4  # on a GPU: asking whether all clips are through waits for it, so only every few tokens
 
-    hidden (B, H): the last prompt column's; mask (B, S): the prompt's. → ids (B, T), top-k ids (B, T, K)
-    with −1 where fewer than k ids are allowed. Clips go on behind their stop token until all are through;
-    the caller drops that.
+
+def write_tokens(speech_lm, batch, encoded, caps, forbidden, temperature, uniforms):
+    """The sampling loop: the prompt in one pass, then one token after another. → ids (B, T)
+
+    Clips go on behind their stop token until all are through; the caller drops that. The step for one token
+    works in place on tensors of fixed size. So on a GPU, where launching its many small kernels takes longer
+    than running them, it is captured as a CUDA graph once and then replayed.
     """
-    ids = []
-    topk_ids = []
-    is_through = torch.zeros_like(caps, dtype=torch.bool)
-    for t in range(int(caps.max())):
-        logits = model.head(hidden).float().masked_fill(forbidden, -math.inf)  # (B, V)
-        topk_ids.append(top_ids(logits, k))
-        token = pick_tokens(logits, temperature, None if uniforms is None else uniforms[:, t : t + 1])  # (B,)
-        ids.append(token)
-        is_through |= (token == model.front_end.stop_id) | (caps <= t + 1)
-        if is_through.all():
+    lm = speech_lm.lm
+    B, S = batch.prompt_ids.shape
+    T = int(caps.max())
+    cache = lm.new_cache(B, S + T)
+
+    # The prompt. Its last column predicts the first token.
+    prompt_mask = batch.prompt_mask
+    embeds = speech_lm.embed_prompt(batch, encoded)  # (B, S, H)
+    rotary = lm.rotary(positions_of(prompt_mask), embeds.dtype)
+    columns = torch.arange(S, device=caps.device)
+    hidden = lm(embeds, rotary, causal_mask(prompt_mask), cache, columns)[:, -1].clone()  # (B, H)
+
+    # What a step reads and writes: its position t, the ids, the columns that may be attended to.
+    t = caps.new_zeros(1)
+    ids = caps.new_full((B, T), -1)
+    attended = F.pad(prompt_mask, (0, T))[:, None, None]  # (B, 1, 1, S + T)
+    new_positions = prompt_mask.sum(dim=1, keepdim=True) + torch.arange(T, device=caps.device)  # (B, T)
+    cos, sin = lm.rotary(new_positions, embeds.dtype)  # (B, 1, T, d)
+
+    def write_token():
+        logits = speech_lm.head(hidden).float().masked_fill(forbidden, -math.inf)  # (B, V)
+        token = pick_tokens(logits, temperature, None if uniforms is None else uniforms.index_select(1, t))
+        ids.index_copy_(1, t, token[:, None])
+        attended.index_fill_(3, S + t, True)
+        rotary = (cos.index_select(2, t), sin.index_select(2, t))
+        embeds = lm.embed_tokens(token)[:, None]  # (B, 1, H)
+        hidden.copy_(lm(embeds, rotary, attended, cache, S + t)[:, 0])
+        t.add_(1)
+
+    step = write_token
+    for n_written in range(1, T + 1):
+        if ids.is_cuda and n_written == 2:  # the first token has warmed the kernels up
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                write_token()
+            step = graph.replay
+        step()
+        if ids.is_cuda and n_written % TOKENS_AT_ONCE:
+            continue
+        has_stopped = (ids == speech_lm.front_end.stop_id).any(dim=1)
+        if (has_stopped | (caps <= n_written)).all():
             break
-        # One step of the LM: the new token's embedding in, the hidden row that predicts the next one out.
-        mask = F.pad(mask, (0, 1), value=True)
-        output = model.lm(
-            inputs_embeds=model.lm.embed_tokens(token)[:, None],
-            attention_mask=mask,
-            position_ids=positions_of(mask)[:, -1:],
-            past_key_values=cache,
-            use_cache=True,
-        )
-        hidden = output.last_hidden_state[:, -1]
-    return torch.stack(ids, dim=1), torch.stack(topk_ids, dim=1)
+    return ids
 
 
 def pick_tokens(logits, temperature, uniforms):
@@ -695,24 +831,13 @@ def pick_tokens(logits, temperature, uniforms):
     return torch.where(token < logits.shape[1], token, logits.argmax(dim=1))
 
 
-def top_ids(logits, k):
-    """The ids of the k largest logits (…, V), best first; −1 where forbidden (−∞). → (…, min(k, V))"""
-    top = logits.topk(min(k, logits.shape[-1]))
-    return top.indices.masked_fill(top.values == -math.inf, -1)
-
-
-def positions_of(mask):
-    """Position ids of tokens that are padded on the left: the first real one has 0."""
-    return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
-
-
 # ----------------------------------------------------------------------------------------------------------
 # Qwen3-ASR
 # ----------------------------------------------------------------------------------------------------------
 
 
 class Qwen3ASR(SpeechLM):
-    """Qwen3-ASR in transformers' own modules (`-hf` checkpoints), as teacher or student.
+    """Qwen3-ASR (`-hf` checkpoints), as teacher or student: our LM in transformers' own model.
 
     Its encoder drops padding by itself, so embeddings do not depend on the batch. It has frames of no fixed
     rate to offer, so there is no `encode_frames`.
@@ -722,6 +847,12 @@ class Qwen3ASR(SpeechLM):
 
     def __init__(self, stock, processor):
         nn.Module.__init__(self)
+        # Our LM takes the place of stock's, and its parameters: they are moved, not copied.
+        stock_lm = stock.model.language_model
+        with torch.device("meta"):
+            lm = QwenLM(stock.config.text_config)
+        lm.load_state_dict(stock_lm.state_dict(keep_vars=True), assign=True)
+        stock.model.language_model = lm
         self.model = stock.model
         self.lm_head = stock.lm_head
         self.stock_processor = processor
@@ -731,15 +862,17 @@ class Qwen3ASR(SpeechLM):
 
     @classmethod
     def load(cls, folder, dtype):
-        with folder_errors():
-            stock, info = transformers.Qwen3ASRForConditionalGeneration.from_pretrained(
-                folder, dtype=dtype, use_safetensors=True, output_loading_info=True
-            )
-            processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=False)
-        mismatched = [*sorted(info["missing_keys"]), *sorted(info["unexpected_keys"])]
-        mismatched += sorted(str(key) for key in info["mismatched_keys"])
+        weight_files(folder)
+        stock, info = transformers.Qwen3ASRForConditionalGeneration.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+        processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+        # Transformers fills what is missing with random numbers.
+        mismatched = [*info["missing_keys"], *info["unexpected_keys"], *map(str, info["mismatched_keys"])]
         if mismatched:
-            raise InputError(f"weights and config.json do not match: {', '.join(mismatched[:3])} …")
+            raise data.InputError(
+                f"{folder}: weights and config.json do not match: {sorted(mismatched)[:3]} …"
+            )
         return cls(stock, processor)
 
     def generation_config(self):
@@ -752,8 +885,9 @@ class Qwen3ASR(SpeechLM):
         return self.stock_processor
 
     def recompute_activations(self):
-        recompute_stock(self.encoder)
-        recompute_stock(self.lm)
+        self.encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.encoder.disable_input_require_grads()  # a hook that frozen embeddings would need
+        self.lm.recompute = True
 
     def encode(self, batch):
         """Audio embeddings (ΣA, H) of all clips, one clip after the other."""
@@ -772,22 +906,16 @@ class Qwen3ASR(SpeechLM):
         prompts = []
         for b, text in enumerate(texts):
             is_open = batch.languages[b] is None
-            script = script_language(text, batch.default_language) if is_open else None
+            script = data.script_language(text, batch.default_language) if is_open else None
             if script:
                 prompts.append(self.front_end.prompt(int(batch.audio_lens[b]), script, batch.contexts[b]))
             else:
                 prompts.append(batch.prompt_ids[b][batch.prompt_mask[b]].tolist())
-        prompt_ids, prompt_mask = pad_left(prompts, self.front_end.pad_id)
+        prompt_ids, prompt_mask = data.pad_left(prompts, self.front_end.pad_id)
         device = batch.prompt_ids.device
         return dataclasses.replace(
             batch, prompt_ids=prompt_ids.to(device), prompt_mask=prompt_mask.to(device)
         )
-
-
-def recompute_stock(module):
-    """Gradient checkpointing of a transformers module, without the hook that frozen embeddings would need."""
-    module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    module.disable_input_require_grads()
 
 
 def local_folder(name):
@@ -796,55 +924,68 @@ def local_folder(name):
     if os.path.isdir(name):
         return name
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise InputError(
+        raise data.InputError(
             f"{name} is no model folder: not a directory, nor a name like Qwen/Qwen3-ASR-0.6B-hf"
         )
     if re.fullmatch(r"Qwen/Qwen3-ASR-[\d.]+B", name):
-        raise InputError(f"{name} has its original form (thinker.* keys); take {name}-hf")
+        raise data.InputError(f"{name} has its original form (thinker.* keys); take {name}-hf")
     patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt"]
     try:
         return huggingface_hub.snapshot_download(name, allow_patterns=patterns)
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
         reason = " ".join(str(error).split())[:80]
         where = "no such folder, and no such hub repository in the cache or within reach"
-        raise InputError(
+        raise data.InputError(
             f"{name}: {where} ({reason}); `hf download {name}` where there is a network"
         ) from error
 
 
-@contextlib.contextmanager
-def folder_errors():
-    """Turns what libraries say of a broken model folder into one line."""
-    config_error = huggingface_hub.errors.StrictDataclassError
-    try:
-        yield
-    except (OSError, ValueError, safetensors.SafetensorError, config_error) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"is no model folder: {reason}") from error
+def weight_files(folder):
+    """The paths of a folder's weights, as stock takes them: model.safetensors, else those of its index.
+
+    What else lies there, such as a backup or an older split, is no part of the model. Raises InputError where
+    there are none, or where one is a pointer of git lfs.
+    """
+    names = ["model.safetensors"]
+    index = os.path.join(folder, "model.safetensors.index.json")
+    if not os.path.exists(os.path.join(folder, names[0])):
+        if not os.path.exists(index):
+            remedy = "load other formats by transformers, and save them by save_pretrained"
+            raise data.InputError(f"{folder}: no model.safetensors and no index of its parts; {remedy}")
+        names = sorted(set(data.read_json(index)["weight_map"].values()))
+    paths = [os.path.join(folder, name) for name in names]
+    for path in paths:
+        with open(path, "rb") as file:
+            if file.read(20).startswith(b"version https://git"):
+                raise data.InputError(
+                    f"{path} is a pointer of git lfs, not the weights; run git lfs pull there"
+                )
+    return paths
 
 
 def read_config(name, folder):
-    """The config.json of a model folder as a dict. Raises InputError."""
-    try:
-        with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
-            return dict(json.load(file))
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{name} is no model folder: config.json: {error}") from None
+    """The config.json of a model folder as a dict."""
+    path = os.path.join(folder, "config.json")
+    if not os.path.isfile(path):
+        raise data.InputError(f"{name} is no model folder: it has no config.json")
+    return data.read_json(path)
 
 
 def model_kind(name, folder):
     """The kind in config.json, glmasr or qwen3_asr. InputError for others, with the command that converts."""
     config = read_config(name, folder)
     if "whisper_config" in config:
-        raise InputError(f"{name} is a released ARK-ASR; convert it: python -m prepare.ark {name} --out DIR")
+        raise data.InputError(
+            f"{name} is a released ARK-ASR; convert it: python -m prepare.ark {name} --out DIR"
+        )
     if "thinker_config" in config:
         size = "0.6B" if "0.6b" in os.path.basename(os.path.realpath(folder)).lower() else "1.7B"
-        raise InputError(
+        raise data.InputError(
             f"{name} has Qwen3-ASR's original form (thinker.* keys); take Qwen/Qwen3-ASR-{size}-hf"
         )
     kind = config.get("model_type")
     if kind not in ("glmasr", "qwen3_asr"):
-        raise InputError(
+        raise data.InputError(
             f"{name}: model_type is {kind!r}, not glmasr or qwen3_asr; python -m prepare.student makes one"
         )
     return kind
@@ -862,12 +1003,12 @@ def check_languages(languages, default_language, *models):
             continue
         names = f"the prompt of {model.architecture} knows {', '.join(sorted(known))}"
         if default_language is not None and default_language not in known:
-            raise InputError(f"--language {default_language}: {names}")
+            raise data.InputError(f"--language {default_language}: {names}")
         for language, clip in languages.items():
             if language is None and default_language is None:
-                raise InputError(f'{clip.where}: no "language": give --language; {names}')
+                raise data.InputError(f'{clip.where}: no "language": give --language; {names}')
             if language is not None and language not in known:
-                raise InputError(f'{clip.where}: "language" {language}: {names}')
+                raise data.InputError(f'{clip.where}: "language" {language}: {names}')
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -952,29 +1093,18 @@ def generalized_jsd(log_p, log_q, beta):
 
 
 @torch.no_grad()
-def teacher_support(teacher, hidden, student_topk, alignment, k, chunk=1024):
-    """What the teacher says at each row: T_t, the union with S_t, and its scores there.
+def topk_ids(speech_lm, hidden, forbidden, k, chunk=1024):
+    """A model's top-k ids at its rows: hidden (N, H), forbidden (V,) → (N, K) best first, −1 not allowed.
 
-    hidden (N, H') the teacher's rows, student_topk (N, K) → support_ids, support_mask (N, 2K), the
-    teacher's raw logits on the support (N, 2K) float32, its own top-k (N, K). All ids are the student's, −1
-    invalid. `chunk` rows at a time go through the head, so that no (N, V') tensor is kept.
+    S_t and T_t of Eq. 1, each in its model's ids. `chunk` rows at a time go through the head, so that no
+    (N, V) tensor is kept. K is less than k where the vocabulary is.
     """
-    supports = []
-    masks = []
-    scores = []
-    topks = []
-    for rows, student_ids in zip(hidden.split(chunk), student_topk.split(chunk)):
-        logits = teacher.head(rows).float().masked_fill(alignment.teacher_forbidden, -math.inf)  # (chunk, V')
-        top = top_ids(logits, k)
-        teacher_ids = torch.where(top >= 0, alignment.to_student[top.clamp(min=0)], -1)
-        support_ids, support_mask = union_support(student_ids, teacher_ids)
-        # The scores once more, in float32: bf16 logits near 20 are 0.1 apart. (Their top-k may have ties.)
-        columns = alignment.to_teacher[support_ids.clamp(min=0)].clamp(min=0)
-        supports.append(support_ids)
-        masks.append(support_mask)
-        scores.append(support_scores(teacher.head.weight, rows, columns))
-        topks.append(teacher_ids)
-    return torch.cat(supports), torch.cat(masks), torch.cat(scores), torch.cat(topks)
+    parts = []
+    for rows in hidden.split(chunk):
+        logits = speech_lm.head(rows).float().masked_fill(forbidden, -math.inf)  # (chunk, V)
+        top = logits.topk(min(k, logits.shape[1]))
+        parts.append(top.indices.masked_fill(top.values == -math.inf, -1))
+    return torch.cat(parts)
 
 
 def support_scores(head_weight, hidden, support_ids):
@@ -1076,16 +1206,6 @@ def token_ce(model, hidden, ids, chunk=256):
     return torch.cat(parts)
 
 
-@torch.no_grad()
-def student_support(student, hidden, alignment, k, chunk=1024):
-    """S_t of a transcript that is given: the student's top-k at its rows (N, H). → ids (N, K), −1 invalid."""
-    topks = []
-    for rows in hidden.split(chunk):
-        logits = student.head(rows).float().masked_fill(alignment.student_forbidden, -math.inf)
-        topks.append(top_ids(logits, k))
-    return torch.cat(topks)
-
-
 # ----------------------------------------------------------------------------------------------------------
 # Two vocabularies, and the self-check
 # ----------------------------------------------------------------------------------------------------------
@@ -1099,6 +1219,14 @@ class Alignment:
     to_student: torch.Tensor  # (V',)
     student_forbidden: torch.Tensor  # (V,) bool: forbidden in the student, or without a counterpart
     teacher_forbidden: torch.Tensor  # (V',) bool, likewise
+
+    def in_teacher(self, ids):
+        """The student's ids as the teacher's, of any shape; −1 stays −1."""
+        return torch.where(ids >= 0, self.to_teacher[ids.clamp(min=0)], -1)
+
+    def in_student(self, ids):
+        """The teacher's ids as the student's."""
+        return torch.where(ids >= 0, self.to_student[ids.clamp(min=0)], -1)
 
 
 def align_vocabularies(student, teacher):
@@ -1116,7 +1244,7 @@ def align_vocabularies(student, teacher):
     n_text = student_forbidden.count(False)
     if len(pairs) < 0.99 * n_text:
         shared = f"only {len(pairs)} of the student's {n_text} text tokens are in the teacher's vocabulary"
-        raise InputError(
+        raise data.InputError(
             f"--student, --teacher: {shared}; distillation compares token by token: one tokenizer"
         )
     to_teacher = torch.full((len(student_forbidden),), -1)
@@ -1134,11 +1262,14 @@ def align_vocabularies(student, teacher):
     )
 
 
-def teacher_rollout(rollout, alignment):
-    """The same transcripts in the teacher's ids. Ids in, ids out: nothing goes through text."""
-    ids = alignment.to_teacher[rollout.ids]
+def mapped_rollout(rollout, to_other):
+    """The same transcripts in the ids of the other model. Ids in, ids out: nothing goes through text.
+
+    to_other: (V,) `Alignment.to_teacher` or `to_student`.
+    """
+    ids = to_other[rollout.ids]
     assert (ids[rollout.row_mask()] >= 0).all(), (
-        "a transcript token has no counterpart in the teacher's vocabulary: forbid it (student_forbidden), "
+        "a transcript token has no counterpart in the other vocabulary: forbid it to the model that writes, "
         "or leave the clip out"
     )
     return Rollout(ids.clamp(min=0), rollout.lens, rollout.stopped)  # padding becomes id 0 and is never read
@@ -1150,13 +1281,6 @@ def missing_token(text, front_end, to_teacher):
         if to_teacher[i] < 0:
             return front_end.decode([i])
     return None
-
-
-def student_rollout(rollout, alignment):
-    """A transcript of the teacher in the student's ids. It was written without ids that the student lacks."""
-    ids = alignment.to_student[rollout.ids]
-    assert (ids[rollout.row_mask()] >= 0).all(), "a transcript token has no counterpart in the student"
-    return Rollout(ids.clamp(min=0), rollout.lens, rollout.stopped)
 
 
 @torch.no_grad()
@@ -1172,12 +1296,14 @@ def self_check(model, waveforms, languages, default_language=None):
     """
     was_training = model.training
     model.eval()
-    batch = collate(waveforms, model.front_end, languages, default_language).to(model.device)
-    rollout = model.sample(batch, 32, k=1)
+    batch = data.collate(waveforms, model.front_end, languages, default_language).to(model.device)
+    rollout = model.sample(batch, 32)
     batch_logits = model.head(model(batch, rollout)).float()  # (N, V)
     single_logits = []
     for b, waveform in enumerate(waveforms):
-        one = collate([waveform], model.front_end, languages[b : b + 1], default_language).to(model.device)
+        one = data.collate([waveform], model.front_end, languages[b : b + 1], default_language).to(
+            model.device
+        )
         part = Rollout(rollout.ids[b : b + 1], rollout.lens[b : b + 1], rollout.stopped[b : b + 1])
         single_logits.append(model.head(model(one, part)).float())
     single_logits = torch.cat(single_logits)
@@ -1202,85 +1328,54 @@ def self_check(model, waveforms, languages, default_language=None):
     limit = math.log(int((~model.forbidden).sum())) + tolerance
     if not (check["nll"] <= limit and check["agreement"] >= 0.95 and check["batch_difference"] <= tolerance):
         sound = f"sound: nll ≤ {limit:.1f}, agreement ≥ 0.95, batch_difference ≤ {tolerance:g}"
-        raise InputError(
+        raise data.InputError(
             f"self-check: {model.architecture}: prompt, rows or masks are misaligned: {check}; {sound}"
         )
     return check
 
 
 # ----------------------------------------------------------------------------------------------------------
-# LoRA (not in the paper): y = W x + (alpha / rank) B A x on the LM's projections, and W stays as it is
+# LoRA (not in the paper): y = W x + 2 B A x on the LM's projections, by peft, and W stays as it is
 # ----------------------------------------------------------------------------------------------------------
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def add_lora(model, rank, alpha, seed):
-    """Freezes the LM and puts LoRA beside its projections, by peft. A (rank, in) is drawn, B (out, rank) 0.
+def add_lora(speech_lm, rank, seed):
+    """Freezes the LM and puts LoRA beside its projections. A (rank, in) is drawn, B (out, rank) 0."""
+    import peft  # read for --lora-rank only
 
-    Raises InputError where peft is not installed.
-    """
-    try:
-        import peft
-    except ImportError:
-        raise InputError("--lora-rank needs the package peft: pip install peft") from None
     torch.manual_seed(seed)  # the same A on all ranks
-    model.lm_head.requires_grad_(False)
-    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=PROJECTIONS)
-    # Only LoRA's parameters require a gradient afterwards, and they are float32.
-    peft.inject_adapter_in_model(config, model.lm)
-    # As peft reads it beside the whole stock model, whose encoder has projections of the same names.
-    names = "|".join(PROJECTIONS)
-    model.lora_config = peft.LoraConfig(
-        r=rank, lora_alpha=alpha, target_modules=rf".*\.language_model\..*\.({names})", inference_mode=True
-    )
-
-
-def is_lora(module):
-    """Is it a linear layer with the plain LoRA of `add_lora`, and nothing else on it?"""
-    # By name, because peft need not be installed.
-    if (type(module).__module__, type(module).__name__) != ("peft.tuners.lora.layer", "Linear"):
-        return False
-    has_dropout = any(type(dropout) is not nn.Identity for dropout in module.lora_dropout.values())
-    has_bias = any(module.lora_bias.values())
-    is_plain = not (
-        module.merged or module.disable_adapters or module.lora_variant or has_dropout or has_bias
-    )
-    has_one_adapter = list(module.lora_A) == ["default"] and module.active_adapters == ["default"]
-    return is_plain and has_one_adapter
-
-
-def weight_of(linear):
-    """The weight (out, in) that a linear layer computes with, LoRA's product added where it has one."""
-    if is_lora(linear):
-        return linear.base_layer.weight + linear.get_delta_weight("default")
-    return linear.weight
+    projections = rf".*\.language_model\..*\.({'|'.join(PROJECTIONS)})"  # the encoder has such names too
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=projections)
+    wrapped = peft.get_peft_model(speech_lm, config)
+    # peft freezes all other weights; encoder and adapter train beside LoRA.
+    for part in (speech_lm.encoder, speech_lm.adapter):
+        part.requires_grad_(True)
+    speech_lm.peft_models.append(wrapped)
 
 
 @torch.no_grad()
-def merged_weights(model):
-    """The state dict on the CPU under stock's names: LoRA is added to the weights that it sits on."""
+def merged_weights(speech_lm):
+    """The state dict on the CPU under stock's names: LoRA is merged into the weights that it sits on."""
     weights = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in speech_lm.state_dict().items():
         if ".lora_" not in name:
             weights[name.replace(".base_layer.", ".")] = tensor.cpu()
-    for name, module in model.named_modules():
-        if hasattr(module, "lora_A"):
-            assert is_lora(module), (
-                f"{name}: a saved folder can hold plain LoRA only, without dropout or DoRA"
-            )
-            weights[f"{name}.weight"] = weight_of(module).cpu()
+    for name, module in speech_lm.named_modules():
+        if hasattr(module, "base_layer"):
+            frozen = module.base_layer.weight.clone()
+            module.merge()
+            weights[f"{name}.weight"] = module.base_layer.weight.cpu().clone()
+            module.unmerge()
+            module.base_layer.weight.copy_(frozen)  # bit for bit: unmerging rounds
     return weights
 
 
-def save_lora(model, folder):
-    """Writes A and B of all projections in peft's own format, for stock transformers and vLLM."""
-    weights = {}
-    for name, tensor in model.state_dict().items():
-        if ".lora_" in name:
-            weights["base_model.model." + name.replace(".default.", ".")] = tensor.cpu().contiguous()
-    model.lora_config.save_pretrained(folder)
-    save_file(weights, os.path.join(folder, "adapter_model.safetensors"), metadata={"format": "pt"})
+def save_lora(speech_lm, folder):
+    """Writes A and B as peft does, for stock transformers and vLLM; nothing where there is no LoRA."""
+    for wrapped in speech_lm.peft_models:
+        wrapped.save_pretrained(folder)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1358,7 +1453,7 @@ def sum_gradients(trained, bucket_floats=2**24):
 def check_replicas(trained):
     """Stops where the ranks' weights have come apart: every rank holds the same student, bit for bit."""
     sums = [parameter.detach().view(torch.int32).sum(dtype=torch.int64) for parameter in trained.values()]
-    checksums = gather(torch.stack(sums).tolist())
+    checksums = data.gather(torch.stack(sums).tolist())
     assert all(checksum == checksums[0] for checksum in checksums), "the ranks' weights have come apart"
 
 
@@ -1372,14 +1467,13 @@ def save_checkpoint(out, step, model, trained, optimizer, keep):
     all: written beside and renamed. The last `keep` checkpoints stay.
     """
     check_replicas(trained)
-    if rank_and_world()[0] == 0:
+    if data.rank_and_world()[0] == 0:
         final = os.path.join(out, f"step-{step}")
         partial = final + ".partial"
         for leftover in glob.glob(os.path.join(glob.escape(out), "step-*.partial")):
             shutil.rmtree(leftover)
         model.save_pretrained(os.path.join(partial, "model"))
-        if model.lora_config is not None:
-            save_lora(model, os.path.join(partial, "lora"))
+        save_lora(model, os.path.join(partial, "lora"))
         state = {"step": torch.tensor(step), "updates": torch.tensor(0)}
         in_folder = {name for name in model.state_dict() if ".lora_" not in name}
         for name, parameter in trained.items():
@@ -1392,12 +1486,12 @@ def save_checkpoint(out, step, model, trained, optimizer, keep):
                 state[f"weight.{name}"] = parameter.detach().cpu()
         save_file(state, os.path.join(partial, "state.safetensors"))
         os.rename(partial, final)
-        for folder in list(complete_steps(out).values())[:-keep]:
+        for folder in list(data.complete_steps(out).values())[:-keep]:
             shutil.rmtree(folder)
-    barrier()
+    data.barrier()
 
 
-def model_to_train(name, checkpoint, lora_rank, lora_alpha, seed):
+def model_to_train(name, checkpoint, lora_rank, seed):
     """The model of a run: `name` at its beginning, later that of its checkpoint; with LoRA where rank > 0.
 
     A LoRA run always goes on with the weights that it began with, because a checkpoint's folder has LoRA
@@ -1408,7 +1502,7 @@ def model_to_train(name, checkpoint, lora_rank, lora_alpha, seed):
         folder = os.path.join(checkpoint, "model")
     model = SpeechLM.from_pretrained(folder)
     if lora_rank:
-        add_lora(model, lora_rank, lora_alpha, seed)
+        add_lora(model, lora_rank, seed)
     return model
 
 
@@ -1417,18 +1511,18 @@ def load_state(folder, model, trained, optimizer):
     state = load_file(os.path.join(folder, "state.safetensors"))
     updates = float(state["updates"])
     # With LoRA, what trained beside it is in the stock folder.
-    has_lora = model.lora_config is not None
+    has_lora = bool(model.peft_models)
     weights = load_file(os.path.join(folder, "model", "model.safetensors")) if has_lora else {}
     for name, parameter in trained.items():
         weight = state.get(f"weight.{name}", weights.get(name))
         if weight is not None:
             parameter.data.copy_(weight)
         elif has_lora:
-            raise InputError(f"--resume: {folder} has no weights of {name}; it is another model's")
+            raise data.InputError(f"--resume: {folder} has no weights of {name}; it is another model's")
         if updates == 0:
             continue
         if f"exp_avg.{name}" not in state:
-            raise InputError(f"--resume: {folder} has no moments of {name}; it is another model's")
+            raise data.InputError(f"--resume: {folder} has no moments of {name}; it is another model's")
         optimizer.state[parameter] = {
             "step": torch.tensor(updates, device=parameter.device),
             "exp_avg": state[f"exp_avg.{name}"].to(parameter.device),
@@ -1441,196 +1535,11 @@ def save_model(out, model):
 
     With LoRA also out/lora.
     """
-    if rank_and_world()[0] == 0:
-        if model.lora_config is not None:
-            save_lora(model, os.path.join(out, "lora"))
+    if data.rank_and_world()[0] == 0:
+        save_lora(model, os.path.join(out, "lora"))
         final = os.path.join(out, "model")
         for folder in (final, final + ".partial"):
             shutil.rmtree(folder, ignore_errors=True)
         model.save_pretrained(final + ".partial")
         os.rename(final + ".partial", final)
-    barrier()
-
-
-# ----------------------------------------------------------------------------------------------------------
-# The fast decoder: equal to `write_tokens`, only faster. Skip it on first reading.
-# ----------------------------------------------------------------------------------------------------------
-# It copies the LM's weights into fused matrices and keeps keys and values in fixed storage, so that a step
-# is a few large operations, and on a GPU one CUDA graph. (Equal in float32; with bf16 it also rounds keys and
-# rotary tables, which the plain loop keeps in float32.) A copy takes LoRA's product with it, and would pass
-# over whatever else sits on a layer (a hook, another class): `may_copy_weights` is asked first.
-
-
-def may_copy_weights(model):
-    """May weights be copied? Only of stock modules with linear layers (plain or LoRA's) and without hooks."""
-    kinds = getattr(model.lm.config, "layer_types", None) or []
-    if any(kind != "full_attention" for kind in kinds):
-        return False
-    for module in (model.head, *model.lm.modules()):
-        is_stock = type(module).__module__.startswith(("torch.nn.", "transformers.")) or is_lora(module)
-        if not is_stock or "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
-            return False
-    with_bias = [model.lm.embed_tokens]  # or without
-    without_bias = [model.head]
-    for layer in model.lm.layers:
-        attention = layer.self_attn
-        mlp = layer.mlp
-        with_bias += [attention.q_proj, attention.k_proj, attention.v_proj]
-        without_bias += [attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-    layers = [module.base_layer if is_lora(module) else module for module in with_bias + without_bias]
-    are_plain = [type(layer) in (nn.Linear, nn.Embedding) for layer in layers]
-    return all(are_plain) and all(module.bias is None for module in without_bias)
-
-
-TOKENS_AT_ONCE = 4  # asking whether all rows are through waits for the device, so only every few tokens
-
-
-def write_fast(model, hidden, cache, mask, caps, forbidden, k, temperature, uniforms):
-    """`write_tokens` with fused weights, four tokens as one unit: a CUDA graph where there is a GPU."""
-    B = len(caps)
-    T = math.ceil(int(caps.max()) / TOKENS_AT_ONCE) * TOKENS_AT_ONCE
-    decoder = FastDecoder(model.lm, cache, mask, T)
-    head = model.head.weight.to(decoder.dtype)
-    embeddings = model.lm.embed_tokens.weight
-    hidden = hidden.clone()
-    ids = caps.new_full((B, T), -1)
-    topk_ids = caps.new_zeros((B, T, min(k, len(forbidden))))
-    t = caps.new_zeros(1)  # the position to write, on the device, where a replayed graph finds it
-    offsets = torch.arange(TOKENS_AT_ONCE, device=caps.device)
-    if uniforms is not None:
-        uniforms = F.pad(uniforms.to(caps.device), (0, T))
-
-    def write_unit():
-        """Everything is written in place, so that a graph can be replayed."""
-        unit_logits = []
-        for _ in range(TOKENS_AT_ONCE):
-            logits = F.linear(hidden.to(decoder.dtype), head).float()  # (B, V)
-            logits = logits.masked_fill(forbidden, -math.inf)
-            unit_logits.append(logits)
-            token = pick_tokens(
-                logits, temperature, None if uniforms is None else uniforms.index_select(1, t)
-            )
-            ids.index_copy_(1, t, token[:, None])
-            hidden.copy_(decoder.step(F.embedding(token, embeddings), t))
-            t.add_(1)
-        top = top_ids(torch.stack(unit_logits, dim=1), k)  # (B, 4, K)
-        topk_ids.index_copy_(1, t - TOKENS_AT_ONCE + offsets, top)
-
-    replay = write_unit
-    for done in range(TOKENS_AT_ONCE, T + 1, TOKENS_AT_ONCE):
-        if ids.is_cuda and done == 2 * TOKENS_AT_ONCE:  # the first unit has warmed the kernels up
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                write_unit()
-            replay = graph.replay
-        replay()
-        has_stopped = (ids[:, :done] == model.front_end.stop_id).any(dim=1)
-        if (has_stopped | (caps <= done)).all():
-            break
-    return ids, topk_ids
-
-
-@dataclasses.dataclass
-class FusedLayer:
-    """The weights of one LM layer, and its storage of keys and values."""
-
-    norm_1: torch.Tensor  # (H,)
-    qkv: torch.Tensor  # ((heads + 2 · kv heads) · d, H)
-    qkv_bias: torch.Tensor | None
-    qk_norm: torch.Tensor | None  # (heads + kv heads, d), Qwen3's norms of queries and keys
-    keys: torch.Tensor  # (B · kv heads, S + T, d)
-    values: torch.Tensor
-    o: torch.Tensor
-    norm_2: torch.Tensor
-    gate_up: torch.Tensor
-    down: torch.Tensor
-
-
-class FastDecoder:
-    """One-token steps of a Qwen LM after a prefill, over fixed storage and with fused projections.
-
-    cache: the prefill's, S positions; prompt_mask (B, S); T: tokens that may follow. Weights are copied, so a
-    decoder lives for one batch.
-    """
-
-    def __init__(self, lm, cache, prompt_mask, T):
-        config = lm.config
-        device = prompt_mask.device
-        cached = cache.layers
-        self.dtype = cached[0].values.dtype
-        if torch.is_autocast_enabled(device.type):
-            self.dtype = torch.get_autocast_dtype(device.type)
-        self.n_heads = config.num_attention_heads
-        self.n_kv_heads = config.num_key_value_heads
-        self.eps = config.rms_norm_eps
-        self.activation = lm.layers[0].mlp.act_fn
-        self.norm = lm.norm.weight
-        self.S = prompt_mask.shape[1]
-        # Added to attention scores: −∞ for padding, and for positions that are not written yet.
-        mask = F.pad(prompt_mask, (0, T)).repeat_interleave(self.n_kv_heads, dim=0)
-        self.bias = torch.zeros(mask.shape, dtype=self.dtype, device=device).masked_fill(~mask, -math.inf)[
-            :, None
-        ]
-        self.next_position = prompt_mask.sum(dim=1)  # (B,) of the first token
-        positions = torch.arange(self.S + T, device=device)[None]
-        cos, sin = lm.rotary_emb(cached[0].keys, positions)
-        self.rotary = torch.cat([cos, sin], dim=2)[0].to(self.dtype)  # (S + T, 2d)
-        self.layers = [self.fuse(layer, past, T) for layer, past in zip(lm.layers, cached)]
-
-    def fuse(self, layer, past, T):
-        attention = layer.self_attn
-        mlp = layer.mlp
-        projections = [attention.q_proj, attention.k_proj, attention.v_proj]
-        has_bias = attention.q_proj.bias is not None
-        qk_norm = None
-        if hasattr(attention, "q_norm"):
-            q_norm = attention.q_norm.weight.expand(self.n_heads, -1)
-            k_norm = attention.k_norm.weight.expand(self.n_kv_heads, -1)
-            qk_norm = torch.cat([q_norm, k_norm]).to(self.dtype)
-        return FusedLayer(
-            norm_1=layer.input_layernorm.weight,
-            qkv=torch.cat([weight_of(projection) for projection in projections]).to(self.dtype),
-            qkv_bias=torch.cat([p.bias for p in projections]).to(self.dtype) if has_bias else None,
-            qk_norm=qk_norm,
-            keys=F.pad(past.keys.flatten(0, 1), (0, 0, 0, T)).to(self.dtype),
-            values=F.pad(past.values.flatten(0, 1), (0, 0, 0, T)).to(self.dtype),
-            o=weight_of(attention.o_proj).to(self.dtype),
-            norm_2=layer.post_attention_layernorm.weight,
-            gate_up=torch.cat([weight_of(mlp.gate_proj), weight_of(mlp.up_proj)]).to(self.dtype),
-            down=weight_of(mlp.down_proj).to(self.dtype),
-        )
-
-    def step(self, x, t):
-        """Hidden rows (B, H) after token t, a (1,) tensor; x (B, H): its embeddings, of the same dtype."""
-        position = self.S + t
-        self.bias.index_fill_(2, position, 0.0)  # (B · kv, 1, S + T)
-        cos, sin = F.embedding(self.next_position + t, self.rotary)[:, None].chunk(2, dim=2)  # (B, 1, d)
-        for layer in self.layers:
-            y = self.normed(x, layer.norm_1).to(self.dtype)
-            x = x + self.attend(layer, y, cos, sin, position)
-            y = self.normed(x, layer.norm_2).to(self.dtype)
-            gate, up = F.linear(y, layer.gate_up).chunk(2, dim=-1)
-            x = x + F.linear(self.activation(gate) * up, layer.down)
-        return self.normed(x, self.norm)
-
-    def normed(self, x, weight):
-        return F.rms_norm(x, x.shape[-1:], weight, self.eps)
-
-    def attend(self, layer, x, cos, sin, position):
-        """x (B, H) → (B, H); key and value of this position are written into the layer's storage."""
-        B = len(x)
-        d = cos.shape[2]
-        qkv = F.linear(x, layer.qkv, layer.qkv_bias).view(B, -1, d)
-        qk, v = qkv.split([self.n_heads + self.n_kv_heads, self.n_kv_heads], dim=1)  # (B, heads, d)
-        if layer.qk_norm is not None:
-            qk = F.rms_norm(qk, (d,), None, self.eps) * layer.qk_norm
-        turned = torch.cat([-qk[..., d // 2 :], qk[..., : d // 2]], dim=2)
-        q, k = (qk * cos + turned * sin).split([self.n_heads, self.n_kv_heads], dim=1)
-        layer.keys.index_copy_(1, position, k.reshape(-1, 1, d))
-        layer.values.index_copy_(1, position, v.reshape(-1, 1, d))
-        # Query heads that share a key head take the place of query positions. Written out: for one position
-        # PyTorch's own attention takes three times as long on a CPU.
-        q = q.reshape(B * self.n_kv_heads, -1, d)  # (B · kv, heads / kv, d)
-        scores = torch.baddbmm(self.bias, q, layer.keys.mT, alpha=d**-0.5)  # (B · kv, heads / kv, S + T)
-        weights = scores.softmax(dim=2, dtype=torch.float32).to(self.dtype)
-        return F.linear(torch.bmm(weights, layer.values).view(B, -1), layer.o)
+    data.barrier()

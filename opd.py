@@ -25,6 +25,7 @@ The main deviations from the released code, each on purpose:
     6. An empty rollout is scored at its stop token; the release falls back to the reference text.
     7. Weights, gradients and the optimizer are float32; only computing is bf16, with --bf16.
     8. A clip's encoder output does not depend on its batch mates.
+    9. S_t is the student's top-k when it reads the transcript, whoever wrote it, and not the sampler's.
 
 Not in the paper: the arms above, --student-share, --lora-rank (LoRA on a frozen LM), and --context (words
 that a line gives to the prompts beforehand).
@@ -36,6 +37,7 @@ paper's, for 24 GPUs.
 """
 
 import collections
+import functools
 import math
 import os
 import sys
@@ -46,356 +48,216 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from data import (
-    AudioError,
-    Clips,
-    InputError,
-    StepDataset,
-    add_lines,
-    all_reduce_sum,
-    argument_parser,
-    at_least,
-    barrier,
-    begin_run,
-    check_tensorboard,
-    collate,
-    content_of,
-    contexts_of,
-    find_run,
-    language_code,
-    load_usable,
-    log_metrics,
-    memory,
-    read_json,
-    read_lines,
-    report_bad,
-    run_script,
-    setup_distributed,
-    step_batches,
-    stop_not_finite,
-    tensorboard_writer,
-    write_json,
-)
-from eval import (
-    clusters_of,
-    compare_folders,
-    evaluate,
-    languages_of,
-    looping,
-    print_comparison,
-    print_summaries,
-    read_sets,
-)
-from model import (
-    PARTS,
-    TOKENS_PER_SECOND,
-    SpeechLM,
-    align_vocabularies,
-    check_languages,
-    cosine_lr,
-    full_kl,
-    load_state,
-    local_folder,
-    make_optimizer,
-    missing_token,
-    model_to_train,
-    narrow_support,
-    save_checkpoint,
-    save_model,
-    self_check,
-    student_rollout,
-    student_support,
-    sum_gradients,
-    support_kl,
-    support_scores,
-    teacher_rollout,
-    teacher_support,
-    token_ce,
-    trained_parameters,
-)
-from overlap import draw_report, nested_ks, set_overlap
+import data
+import eval
+import model
+import overlap
 
 SCRIPT = os.path.basename(__file__)
 
-# What a step sums over its micro-batches and ranks: in nats, rows, and clips (docs/metrics.md).
-SUMS = ["loss", "counted", "kl", "kl_counted"]
-SUMS += ["rows", "vuss", "n_student", "n_teacher", "overlap_ratio", "top1"]
-SUMS += ["clips", "tokens", "empty", "capped", "looping", "silent", "bad"]
-
 
 def parse_args(argv=None):
-    parser = argument_parser(SCRIPT, __doc__)
+    parser = data.argument_parser(SCRIPT, __doc__)
     add = parser.add_argument
+    seconds = data.at_least(0.01)
+    weight = data.at_least(0)
+    whole = data.at_least(0, int)
+    count = data.at_least(1, int)
+    whose = ["student", "reference", "teacher"]
+    supports = ["union", "teacher", "student", "intersection", "full"]
+    parts = list(model.PARTS)
     # models
-    add("--student", required=True, help="folder or hub name of the model to distil into; it is not changed")
+    add("--student", required=True, help="folder or hub name of the model to distil into; it stays as it is")
     add("--teacher", required=True, help="folder or hub name of the frozen teacher")
     # data
-    add(
-        "--train",
-        nargs="+",
-        required=True,
-        metavar="m.jsonl",
-        help="manifests; text is read with --states reference only",
-    )
-    add("--eval", nargs="*", default=[], metavar="m.jsonl", help="sets to score before and after")
-    add("--language", help="of clips whose line names none, where a model's prompt wants one (Qwen3-ASR)")
-    add(
-        "--context",
-        choices=["both", "teacher", "none"],
-        default="both",
-        help="whose prompt gives a line's context; teacher: the student learns to do without",
-    )
-    add("--max-seconds", type=at_least(0.01), default=30.0, help="longer clips do not train, and are counted")
-    add(
-        "--on-bad-audio",
-        choices=["error", "skip"],
-        default="error",
-        help="skip: count it, list it in bad.jsonl",
-    )
-    add("--workers", type=at_least(0, int), default=2, help="processes a rank that read ahead; 0 = none")
+    add("--train", nargs="+", required=True, metavar="M", help="manifests; --states reference reads text")
+    add("--eval", nargs="*", default=[], metavar="M", help="manifests to score before and after")
+    add("--language", help="of clips whose line names none, where a prompt wants one (Qwen3-ASR)")
+    add("--context", choices=["both", "teacher", "none"], default="both", help="whose prompt gives it")
+    add("--max-seconds", type=seconds, default=30.0, help="longer clips do not train, and are counted")
+    add("--on-bad-audio", choices=["error", "skip"], default="error", help="skip: list it in bad.jsonl")
+    add("--workers", type=whole, default=2, help="processes a rank that read ahead; 0 = none")
     # arm
-    add(
-        "--states",
-        choices=["student", "reference", "teacher"],
-        default="student",
-        help="whose transcript the positions come from: a rollout, the manifest's text, or the teacher's",
-    )
+    add("--states", choices=whose, default="student", help="whose transcript the rows come from")
     add("--objective", choices=["kl", "ce"], default="kl", help="ce: cross-entropy on that transcript")
-    add(
-        "--student-share",
-        type=at_least(0),
-        default=0.0,
-        help="share of the steps that take the student's states instead (GKD's mixture); 0 = none",
-    )
+    add("--student-share", type=weight, default=0.0, help="share of steps with the student's states")
     # rollout
-    add("--temperature", type=at_least(0), default=0.0, help="of the rollout's sampling; 0 = greedy")
-    add(
-        "--max-new-tokens", type=at_least(1, int), default=64, help="cap of a rollout, its stop token counted"
-    )
-    add(
-        "--tokens-per-second",
-        type=at_least(0),
-        default=TOKENS_PER_SECOND,
-        help="a cap too: this × seconds + 16; 0 = off",
-    )
+    add("--temperature", type=weight, default=0.0, help="of the rollout's sampling; 0 = greedy")
+    add("--max-new-tokens", type=count, default=64, help="cap of a rollout, its stop token counted")
+    add("--tokens-per-second", type=weight, default=25.0, help="cap too: this × seconds + 16; 0 = off")
     # objective
-    add("--k", type=at_least(1, int), default=32, help="top-k ids of each model")
-    add(
-        "--support",
-        choices=["union", "teacher", "student", "intersection", "full"],
-        default="union",
-        help="ids that the KL is over: S_t ∪ T_t, T_t, S_t, S_t ∩ T_t, or all",
-    )
-    add(
-        "--divergence",
-        choices=["forward", "reverse", "jsd"],
-        default="forward",
-        help="KL(teacher ‖ student), KL(student ‖ teacher), or their mixture with --beta",
-    )
-    add("--beta", type=float, help="the teacher's weight in --divergence jsd, between 0 and 1; 0.5 if absent")
-    add("--tau", type=at_least(1e-3), default=1.0, help="temperature of both distributions in the loss")
+    add("--k", type=count, default=32, help="top-k ids of each model")
+    add("--support", choices=supports, default="union", help="ids of the KL: S_t ∪ T_t, T_t, S_t, both, all")
+    add("--divergence", choices=["forward", "reverse", "jsd"], default="forward", help="forward: KL(p ‖ q)")
+    add("--beta", type=float, help="the teacher's weight in --divergence jsd; 0.5 if absent")
+    add("--tau", type=data.at_least(1e-3), default=1.0, help="temperature of both distributions in the loss")
     # optimization
-    add(
-        "--train-parts",
-        nargs="+",
-        choices=list(PARTS),
-        default=list(PARTS),
-        help="parts of the student that train; the others stay as they are",
-    )
-    add("--lora-rank", type=at_least(0, int), default=0, help="LoRA on a frozen LM, by peft; 0 = all weights")
-    add(
-        "--lora-alpha",
-        type=at_least(0.01),
-        help="LoRA's product counts alpha / rank; twice the rank if absent",
-    )
-    add("--steps", type=at_least(1, int), default=10_000, help="optimizer updates")
-    add("--batch-size", type=at_least(1, int), default=960, help="clips per update, all ranks together")
-    add("--micro-seconds", type=at_least(0.01), default=600.0, help="s of audio per forward pass and rank")
-    add("--lr", type=at_least(0), default=1e-4, help="peak learning rate")
-    add("--warmup-steps", type=at_least(0, int), default=1_000, help="linear warm-up, then cosine to 0")
-    add("--weight-decay", type=at_least(0), default=0.005, help="of AdamW; not on norms, biases, embeddings")
-    add("--clip", type=at_least(0), default=1.0, help="largest gradient norm; 0 = off")
+    add("--train-parts", nargs="+", choices=parts, default=parts, help="parts that train; the others stay")
+    add("--lora-rank", type=whole, default=0, help="LoRA on a frozen LM; 0 = all weights")
+    add("--steps", type=count, default=10_000, help="optimizer updates")
+    add("--batch-size", type=count, default=960, help="clips per update, all ranks together")
+    add("--micro-seconds", type=seconds, default=600.0, help="s of audio per forward pass and rank")
+    add("--lr", type=weight, default=1e-4, help="peak learning rate")
+    add("--warmup-steps", type=whole, default=1_000, help="linear warm-up, then cosine to 0")
+    add("--weight-decay", type=weight, default=0.005, help="of AdamW; not on norms, biases, embeddings")
+    add("--clip", type=weight, default=1.0, help="largest gradient norm; 0 = off")
     add("--bf16", action="store_true", help="compute in bf16; what trains stays float32")
-    add("--recompute", action="store_true", help="recompute activations in backward: less memory, more time")
+    add("--recompute", action="store_true", help="activations again in backward: less memory, more time")
     # run
     add("--out", default="runs/opd", help="new or empty folder of the run")
     add("--resume", action="store_true", help="go on with the run in --out, from its newest checkpoint")
-    add("--save-every", type=at_least(1, int), default=1_000, help="steps between checkpoints")
-    add("--keep", type=at_least(1, int), default=2, help="last checkpoints kept")
-    add("--eval-every", type=at_least(0, int), default=0, help="steps between further evaluations; 0 = off")
-    add(
-        "--tensorboard",
-        action="store_true",
-        help="write every metric to OUT/tensorboard too, from this start on",
-    )
-    add(
-        "--sample-every",
-        type=at_least(0, int),
-        default=100,
-        help="steps between lines of samples.jsonl; 0 = off",
-    )
-    add("--seed", type=at_least(0, int), default=0, help="of the order of clips and of sampling")
+    add("--save-every", type=count, default=1_000, help="steps between checkpoints")
+    add("--keep", type=count, default=2, help="last checkpoints kept")
+    add("--eval-every", type=whole, default=0, help="steps between further evaluations; 0 = off")
+    add("--sample-every", type=whole, default=100, help="steps between samples.jsonl; 0 = off")
+    add("--tensorboard", action="store_true", help="write every metric to OUT/tensorboard too")
+    add("--seed", type=whole, default=0, help="of the order of clips and of sampling")
     args = parser.parse_args(argv)
-    if args.k < 2 and args.objective == "kl" and args.support in ("teacher", "student", "intersection"):
+    if args.divergence == "jsd" and args.beta is None:
+        args.beta = 0.5
+    is_ce = args.objective == "ce"
+    if args.k < 2 and not is_ce and args.support not in ("union", "full"):
         parser.error("--k 1: a support of one id has no KL; give a larger one")
-    if args.states == "student" and args.objective == "ce":
+    if args.states == "student" and is_ce:
         parser.error("--objective ce: a student learns nothing from its own words; give other --states")
-    if args.lora_alpha is not None and not args.lora_rank:
-        parser.error("--lora-alpha has no meaning without --lora-rank")
-    if args.lora_alpha is None:
-        args.lora_alpha = 2.0 * args.lora_rank
+    if args.student_share > 1 or (args.student_share and (args.states == "student" or is_ce)):
+        parser.error("--student-share is a share of the steps, at most 1, for the kl of other --states")
     if args.lora_rank and "lm" not in args.train_parts:
         parser.error("--lora-rank trains the LM; name lm in --train-parts")
-    if args.student_share > 1:
-        parser.error("--student-share is a share of the steps, at most 1")
-    if args.student_share and (args.states == "student" or args.objective == "ce"):
-        parser.error("--student-share mixes the student's states into the kl of other --states")
-    if args.beta is not None and args.divergence != "jsd":
-        parser.error("--beta is the weight in --divergence jsd; leave it out")
-    if args.divergence == "jsd":
-        args.beta = 0.5 if args.beta is None else args.beta
-        if not 0 < args.beta < 1:
-            parser.error("--beta lies between 0 and 1; its ends are --divergence reverse and forward")
+    if args.beta is not None and (args.divergence != "jsd" or not 0 < args.beta < 1):
+        parser.error("--beta weighs --divergence jsd, between 0 and 1; its ends are reverse and forward")
     return args
 
 
 def main(args):
     # ---- distributed -------------------------------------------------------------------------------------
-    rank, world, device = setup_distributed()
-    check_tensorboard(args)
-    contents = {
-        "train": [content_of(path) for path in args.train],
-        "student": content_of(local_folder(args.student)),
-        "teacher": content_of(local_folder(args.teacher)),
-    }
-    first_step, checkpoint = find_run(args, SCRIPT, contents)
+    rank, world, device = data.setup_distributed()
+    inputs = {"train": args.train}
+    for name in ("student", "teacher"):
+        inputs[name] = model.local_folder(getattr(args, name))
+    first_step, checkpoint, config = data.open_run(args, SCRIPT, inputs)
     if first_step is None:  # the run in --out is finished
         return
 
     # ---- models ------------------------------------------------------------------------------------------
-    teacher = SpeechLM.from_pretrained(args.teacher, torch.bfloat16 if args.bf16 else torch.float32)
+    teacher = model.SpeechLM.from_pretrained(args.teacher, torch.bfloat16 if args.bf16 else torch.float32)
     teacher = teacher.to(device).eval().requires_grad_(False)
-    student = model_to_train(args.student, checkpoint, args.lora_rank, args.lora_alpha, args.seed)
+    student = model.model_to_train(args.student, checkpoint, args.lora_rank, args.seed)
     student = student.to(device).train()
     student.bf16 = args.bf16
     if args.recompute:
         student.recompute_activations()
-    for model in (student, teacher):  # `support_scores` would pass over whatever sits on a head
-        assert type(model.head) is nn.Linear, "the scores on a support read the head's bare weight"
-    alignment = align_vocabularies(student, teacher)
-    trained = trained_parameters(student, args.train_parts)
-    optimizer = make_optimizer(trained, args.lr, args.weight_decay)
+    for speech_lm in (student, teacher):  # `support_scores` would pass over whatever sits on a head
+        assert type(speech_lm.head) is nn.Linear, "the scores on a support read the head's bare weight"
+    alignment = model.align_vocabularies(student, teacher)
+    trained = model.trained_parameters(student, args.train_parts)
+    optimizer = model.make_optimizer(trained, args.lr, args.weight_decay)
     if checkpoint:
-        load_state(checkpoint, student, trained, optimizer)
+        model.load_state(checkpoint, student, trained, optimizer)
 
     # ---- data --------------------------------------------------------------------------------------------
-    language = language_code(args.language) if args.language else None
-    clips = Clips(args.train, args.max_seconds, "text" if args.states == "reference" else None)
-    eval_sets = read_sets(args.eval, args.max_seconds)
-    check_languages(clips.languages, language, student, teacher)
-    check_languages(languages_of(eval_sets), language, student)
+    language = data.language_code(args.language) if args.language else None
+    clips = data.Clips(args.train, args.max_seconds, "text" if args.states == "reference" else None)
+    eval_sets = eval.read_sets(args.eval, args.max_seconds)
+    model.check_languages(clips.languages, language, student, teacher)
+    model.check_languages(eval.languages_of(eval_sets), language, student)
     for set_clips in eval_sets.values():
-        clusters_of(set_clips)  # a line without its speaker shows now, and leaves no folder behind
-
+        eval.clusters_of(set_clips)  # a line without its speaker shows now, and leaves no folder behind
     to_teacher = alignment.to_teacher.cpu()
 
     def check_reference(clip):
         """Raises AudioError where the teacher lacks a token of the reference: such a clip cannot be used."""
-        token = missing_token(clip.text, student.front_end, to_teacher)
+        token = model.missing_token(clip.text, student.front_end, to_teacher)
         if token is not None:
-            raise AudioError(f"{clip.where}: the teacher's vocabulary lacks a token of the text, {token!r}")
+            raise data.AudioError(f"{clip.where}: the teacher's vocabulary lacks {token!r} of the text")
 
     def make_micro_batch(step, indices, batch_clips, waveforms):
         """One micro-batch, made by a data worker: clips, both models' Batch, uniforms (B, T), references."""
         languages = [clip.language for clip in batch_clips]
-        student_contexts, teacher_contexts = contexts_of(batch_clips, args.context)
-        batch = collate(waveforms, student.front_end, languages, language, student_contexts)
-        teacher_batch = collate(waveforms, teacher.front_end, languages, language, teacher_contexts)
+        student_contexts, teacher_contexts = data.contexts_of(batch_clips, args.context)
+        batch = data.collate(waveforms, student.front_end, languages, language, student_contexts)
+        teacher_batch = data.collate(waveforms, teacher.front_end, languages, language, teacher_contexts)
         # Sampling is a function of (seed, step, clip): the same whatever the ranks and micro-batches.
-        # (Nothing reads these draws at temperature 0.)
-        uniforms = [
-            np.random.default_rng((args.seed, 2, step, i)).random(args.max_new_tokens) for i in indices
-        ]
-        uniforms = torch.from_numpy(np.stack(uniforms))
+        generators = [np.random.default_rng((args.seed, 2, step, i)) for i in indices]
+        uniforms = np.stack([generator.random(args.max_new_tokens) for generator in generators])
         references = None
         if args.states == "reference":
             references = student.front_end.transcripts([clip.text for clip in batch_clips])
-        return batch_clips, batch, teacher_batch, uniforms, references
+        return batch_clips, batch, teacher_batch, torch.from_numpy(uniforms), references
 
-    dataset = StepDataset(
-        clips, args, make_micro_batch, check_reference if args.states == "reference" else None
-    )
+    check = check_reference if args.states == "reference" else None
+    dataset = data.StepDataset(clips, args, make_micro_batch, check)
     if rank == 0:
         hours = clips.seconds.sum(dtype=float) / 3600
-        left_out = (
-            f"left out: {clips.n_long} longer than {args.max_seconds:g} s, {clips.n_failed} not decoded"
-        )
         epochs = args.steps * args.batch_size / len(clips)
-        peak_lr = cosine_lr(min(args.warmup_steps, args.steps - 1), args.steps, args.warmup_steps, args.lr)
-        print(f"train: {len(clips)} clips, {hours:.2f} h, {left_out}")
+        peak_lr = model.cosine_lr(
+            min(args.warmup_steps, args.steps - 1), args.steps, args.warmup_steps, args.lr
+        )
+        print(f"train: {len(clips)} clips, {hours:.2f} h, left out: {clips.n_long} longer than", end=" ")
+        print(f"{args.max_seconds:g} s, {clips.n_failed} not decoded")
         print(f"{args.steps} steps = {epochs:.1f} epochs, lr up to {peak_lr:.3g}")
-        for name, model in (("student", student), ("teacher", teacher)):
-            print(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
+        for name, speech_lm in (("student", student), ("teacher", teacher)):
+            print(f"{name}: {sum(p.numel() for p in speech_lm.parameters()) / 1e6:.2f} M parameters")
         print(f"{world} process(es) on {device.type}", flush=True)
 
     # ---- before ------------------------------------------------------------------------------------------
     # Misaligned prompts, rows or masks show on four clips, from the shortest to the longest.
     by_length = np.argsort(clips.seconds, kind="stable")
     check_clips = [clips[i] for i in by_length[np.arange(4) * (len(clips) - 1) // 3]]
-    usable, waveforms, bad = load_usable(check_clips)
+    usable, waveforms, bad = data.load_usable(check_clips)
     if not usable:
-        raise InputError(f"self-check: none of four clips can be used; the first: {bad[0]['reason']}")
+        raise data.InputError(f"self-check: none of four clips can be used; the first: {bad[0]['reason']}")
     languages = [check_clips[b].language for b in usable]
-    for name, model in (("student", student), ("teacher", teacher)):
-        check = self_check(model, waveforms, languages, language)
+    for name, speech_lm in (("student", student), ("teacher", teacher)):
+        figures = model.self_check(speech_lm, waveforms, languages, language)
         if rank == 0:
-            figures = ", ".join(f"{key} {value:.3g}" for key, value in check.items())
-            print(f"self-check on {len(usable)} clips, {name}: {figures}", flush=True)
+            shown = ", ".join(f"{key} {value:.3g}" for key, value in figures.items())
+            print(f"self-check on {len(usable)} clips, {name}: {shown}", flush=True)
+
+    decoding = {
+        "batch_seconds": args.micro_seconds,
+        "default_language": language,
+        "with_context": args.context == "both",
+    }
 
     def run_eval(step):
-        if not eval_sets:
-            return {}
         folder = os.path.join(args.out, f"eval-{step}")
-        is_strict = args.on_bad_audio == "error"
-        return evaluate(
-            student,
-            eval_sets,
-            device,
-            args.micro_seconds,
-            folder,
-            default_language=language,
-            with_context=args.context == "both",
-            strict=is_strict,
-        )
+        strict = args.on_bad_audio == "error"
+        return eval.evaluate(student, eval_sets, device, decoding, folder, strict=strict) if eval_sets else {}
 
-    begin_run(args, SCRIPT, contents, first_step)
-    writer = tensorboard_writer(args, first_step)
+    data.begin_run(args.out, config, first_step)
+    writer = data.tensorboard_writer(args, first_step)
     before_path = os.path.join(args.out, "eval-0", "summary.json")
     if first_step == 0:
         before = run_eval(0)
     else:
-        before = read_json(before_path) if os.path.exists(before_path) else {}
+        before = data.read_json(before_path) if os.path.exists(before_path) else {}
 
     # ---- training loop -----------------------------------------------------------------------------------
-    n_ids = len(alignment.student_forbidden)
-    nested_names = [f"vuss_{k}" for k in nested_ks(min(args.k, n_ids))]  # VUSS at smaller k
-    sum_names = SUMS + nested_names
+    writing = {
+        "max_new_tokens": args.max_new_tokens,
+        "temperature": args.temperature,
+        "tokens_per_second": args.tokens_per_second,
+        "forbidden": alignment.student_forbidden,
+    }
+    arm = functools.partial(arm_loss, args, student, teacher, alignment)
+    is_arm = (args.objective, args.support, args.divergence, args.tau) != ("kl", "union", "forward", 1.0)
     bar = tqdm(initial=first_step, total=args.steps, disable=rank > 0, desc="opd", mininterval=1)
     started = time.perf_counter()
-    for step, micro_batches, bad in step_batches(dataset, first_step, args.steps, args.workers):
+    for step, micro_batches, bad in data.step_batches(dataset, first_step, args.steps, args.workers):
         data_s = time.perf_counter() - started
         done = step + 1
+        states = states_of(args, step)
         is_sampled = rank == 0 and args.sample_every and (step % args.sample_every == 0 or done == args.steps)
-        samples = None
-        sums = collections.Counter()
+        samples = []
+        sums = collections.Counter()  # (metric, what its sum is divided by) → sum
+        counts = collections.Counter(skipped=len(bad))
         step_clips = []
         step_texts = []
-        states = states_of(args, step)
         for batch_clips, batch, teacher_batch, uniforms, references in micro_batches:
             batch = batch.to(device)
             teacher_batch = teacher_batch.to(device)
             uniforms = uniforms.to(device)
-            references = references.to(device) if references else None
 
             # ============================ the method, one micro-batch of B clips ============================
             # Encode. One pass of the student's encoder, with gradient, serves the rollout and the loss. The
@@ -403,140 +265,96 @@ def main(args):
             encoded = student.encode(batch)  # (ΣA, H)
             teacher_encoded = teacher.encode(teacher_batch)  # (ΣA', H')
 
-            # Rollout: the student transcribes by itself, without gradient, and keeps its top-k ids S_t of
-            # every step. From here on a row is a token of it, the stop token included. (The controlled arms
-            # take another transcript, and nothing else differs.)
+            # Rollout: the student transcribes by itself, without gradient. From here on a row is a token of
+            # it, the stop token included. (The controlled arms take another transcript in its place.)
             if states == "student":
-                rollout = student.sample(
-                    batch,
-                    args.max_new_tokens,
-                    temperature=args.temperature,
-                    k=args.k,
-                    tokens_per_second=args.tokens_per_second,
-                    forbidden=alignment.student_forbidden,
-                    uniforms=uniforms,
-                    encoded=encoded,
-                )
-            elif states == "teacher":
-                transcripts = teacher_transcripts(teacher, teacher_batch, teacher_encoded, alignment, args)
-                rollout = student_rollout(transcripts, alignment)
+                rollout = student.sample(batch, **writing, uniforms=uniforms, encoded=encoded)
             else:
-                rollout = references
+                rollout = arm_rollout(
+                    args, states, references, teacher, teacher_batch, teacher_encoded, alignment
+                )
 
-            # The teacher reads the same tokens, id by id, behind its own prompt. (Without a language in the
-            # manifest, the script of the text decides it.)
+            # Both models read the same tokens, id by id, the teacher behind its own prompt. (Where no line
+            # names a language for that prompt, the script of the transcript decides it.)
             texts = student.front_end.texts(rollout)
             teacher_batch = teacher.with_script_languages(teacher_batch, texts)
-            same_transcripts = teacher_rollout(rollout, alignment)
-            teacher_hidden = teacher(teacher_batch, same_transcripts, teacher_encoded)  # (N, H')
-
-            # The student reads them, with gradient. S_t of a transcript that it did not write comes from
-            # these rows.
             student_hidden = student(batch, rollout, encoded)  # (N, H)
-            if rollout.topk_ids is None:
-                student_topk = student_support(student, student_hidden, alignment, args.k)  # (N, K)
-            else:
-                student_topk = rollout.topk_ids[rollout.row_mask()]  # (N, K)
+            same_rollout = model.mapped_rollout(rollout, alignment.to_teacher)
+            teacher_hidden = teacher(teacher_batch, same_rollout, teacher_encoded)  # (N, H')
 
-            # The teacher's top-k ids are T_t; U_t = S_t ∪ T_t, and the raw logits of both models there.
-            support_ids, support_mask, teacher_logits, teacher_topk = teacher_support(
-                teacher, teacher_hidden, student_topk, alignment, args.k
-            )  # (N, 2K), (N, 2K), (N, 2K), (N, K)
-            student_logits = support_scores(student.head.weight, student_hidden, support_ids)  # (N, 2K)
+            # At each row S_t and T_t, the top-k ids of student and teacher, and U_t = S_t ∪ T_t, all in the
+            # student's ids.
+            student_topk = model.topk_ids(student, student_hidden, alignment.student_forbidden, args.k)
+            teacher_topk = model.topk_ids(teacher, teacher_hidden, alignment.teacher_forbidden, args.k)
+            teacher_topk = alignment.in_student(teacher_topk)  # (N, K)
+            support_ids, support_mask = model.union_support(student_topk, teacher_topk)  # (N, 2K)
 
-            # The loss of each row: KL(teacher ‖ student) on U_t (Eq. 1), or what the flags put in its place.
-            if args.objective == "ce":
-                loss = token_ce(student, student_hidden, rollout.ids[rollout.row_mask()])  # (N,)
-                counted = torch.ones_like(loss, dtype=torch.bool)
-            elif args.support == "full":
-                loss, counted = full_kl(
-                    student,
-                    student_hidden,
-                    teacher,
-                    teacher_hidden,
-                    alignment,
-                    args.tau,
-                    args.divergence,
-                    args.beta,
-                )  # (N,), (N,)
-            else:
-                loss_mask = narrow_support(
+            # The raw logits of both on U_t: no other row of an output matrix is read with gradient.
+            teacher_ids = alignment.in_teacher(support_ids)
+            student_logits = model.support_scores(student.head.weight, student_hidden, support_ids)  # (N, 2K)
+            teacher_logits = model.support_scores(teacher.head.weight, teacher_hidden, teacher_ids)
+
+            # The loss of a row: KL(teacher ‖ student) on U_t (Eq. 1), or what other flags put in its place.
+            kl, kl_mask = model.support_kl(student_logits, teacher_logits, support_mask)  # (N,), (N,)
+            loss = kl
+            loss_mask = kl_mask
+            if is_arm:
+                id_mask = model.narrow_support(
                     args.support, support_ids, support_mask, student_topk, teacher_topk
                 )
-                loss, counted = support_kl(
-                    student_logits, teacher_logits, loss_mask, args.tau, args.divergence, args.beta
-                )  # (N,), (N,)
+                loss, loss_mask = arm(
+                    rollout, id_mask, student_hidden, student_logits, teacher_hidden, teacher_logits
+                )
 
             # Backward of the sum. The division by |𝒯| comes once, when the rows of all ranks are known.
             loss.sum().backward()
             # ================================================================================================
 
-            # For the log: the paper's KL and overlap on U_t, whatever the loss is. (By default it is that KL.
-            # A Counter's update adds.)
-            kl, kl_counted = support_kl(student_logits.detach(), teacher_logits, support_mask)
-            sums.update(loss=loss.sum().item(), counted=counted.sum().item())
-            sums.update(kl=kl.sum().item(), kl_counted=kl_counted.sum().item())
-            sums.update(rollout_sums(batch, rollout, texts, student_topk, teacher_topk, support_mask))
+            # For the log. What a fork adds to one of these is in metrics.jsonl.
+            counts.update(positions=int(loss_mask.sum()), kl_rows=int(kl_mask.sum()))
+            counts.update(rows=len(kl), clips=len(texts))
+            sums["loss", "positions"] += loss.sum().item()
+            sums["kl", "kl_rows"] += kl.sum().item()
+            for name, values in overlap.set_overlap(student_topk, teacher_topk, support_mask).items():
+                sums[name, "rows"] += values.sum().item()
+            for name, values in clip_measures(batch, rollout, texts).items():
+                sums[name, "clips"] += sum(values)
             step_clips += batch_clips
             step_texts += texts
-            if is_sampled and samples is None:
-                transcripts = teacher_transcripts(teacher, teacher_batch, teacher_encoded, alignment, args)
-                teacher_texts = teacher.front_end.texts(transcripts)
+            if is_sampled and not samples:
+                written = teacher_rollout(args, teacher, teacher_batch, teacher_encoded, alignment)
+                teacher_texts = teacher.front_end.texts(written)
                 samples = sample_lines(done, student.front_end, batch_clips, rollout, teacher_texts, kl)
 
         # ---- one gradient --------------------------------------------------------------------------------
         # Σ over ranks of Σ over micro-batches, divided once by |𝒯|: the gradient does not depend on the cut.
-        sums["bad"] = len(bad)
-        totals = all_reduce_sum([sums[name] for name in sum_names], device)
-        totals = dict(zip(sum_names, totals))
-        n_bad = int(totals["bad"])
-        if n_bad:
-            report_bad(args.out, done, bad)
-        sum_gradients(trained)
+        sums = data.sum_over_ranks(sums)
+        counts = data.sum_over_ranks(counts)
+        if counts["skipped"]:
+            data.report_bad(args.out, done, bad)
+        model.sum_gradients(trained)
         for parameter in trained.values():
-            parameter.grad /= max(totals["counted"], 1)
+            parameter.grad /= max(counts["positions"], 1)
         grad_norm = nn.utils.clip_grad_norm_(trained.values(), args.clip or math.inf).item()
-        if not math.isfinite(totals["loss"]) or not math.isfinite(grad_norm):
-            what = f"loss {totals['loss']}, gradient norm {grad_norm}"
-            stop_not_finite(args.out, done, what, step_clips, step_texts)
+        if not math.isfinite(sums["loss", "positions"]) or not math.isfinite(grad_norm):
+            figures = f"loss {sums['loss', 'positions']}, gradient norm {grad_norm}"
+            data.stop_not_finite(args.out, done, figures, step_clips, step_texts)
 
         # ---- step ----------------------------------------------------------------------------------------
-        lr = cosine_lr(step, args.steps, args.warmup_steps, args.lr)
+        lr = model.cosine_lr(step, args.steps, args.warmup_steps, args.lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        if totals["counted"]:  # a step without a row changes nothing
+        if counts["positions"]:  # a step without a row changes nothing
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
         # ---- log -----------------------------------------------------------------------------------------
+        metrics = {"step": done}
+        for (name, divisor), total in sums.items():
+            metrics[name] = total / max(counts[divisor], 1)
         step_s = time.perf_counter() - started
-        n_rows = max(totals["rows"], 1)
-        n_clips = max(totals["clips"], 1)
-        n_counted = max(totals["counted"], 1)
-        metrics = {
-            "step": done,
-            "loss": totals["loss"] / n_counted,
-            "kl": totals["kl"] / max(totals["kl_counted"], 1),
-            "vuss": totals["vuss"] / n_rows,
-            **{name: totals[name] / n_rows for name in nested_names},
-            "n_student": totals["n_student"] / n_rows,
-            "n_teacher": totals["n_teacher"] / n_rows,
-            "overlap_ratio": totals["overlap_ratio"] / n_rows,
-            "top1": totals["top1"] / n_rows,
-            "positions": int(totals["counted"]),
-            "mean_tokens": totals["tokens"] / n_clips,
-            "empty": totals["empty"] / n_clips,
-            "capped": totals["capped"] / n_clips,
-            "looping": totals["looping"] / n_clips,
-            "silent": totals["silent"] / n_clips,
-            "skipped": n_bad,
-            "grad_norm": grad_norm,
-            "lr": lr,
-            "clips_per_s": totals["clips"] / step_s,
-            "data_s": data_s,
-            "step_s": step_s,
-            **memory(),
-        }
+        metrics.update(positions=counts["positions"], skipped=counts["skipped"], grad_norm=grad_norm, lr=lr)
+        metrics.update(clips_per_s=counts["clips"] / step_s, data_s=data_s, step_s=step_s, **data.memory())
 
         # ---- eval, save ----------------------------------------------------------------------------------
         if args.eval_every and done % args.eval_every == 0 and done < args.steps:
@@ -544,58 +362,63 @@ def main(args):
             for stem, summary in summaries.items():
                 metrics[f"{stem}/{summary['metric']}"] = summary["value"]
             if rank == 0:
-                print_summaries(summaries)
+                eval.print_summaries(summaries)
         if rank == 0:
-            log_metrics(args.out, metrics, writer)
+            data.log_metrics(args.out, metrics, writer)
+            data.add_lines(os.path.join(args.out, "samples.jsonl"), samples)
             bar.update()
-            shown = {key: f"{metrics[key]:.3g}" for key in ("loss", "kl", "vuss", "clips_per_s")}
-            bar.set_postfix(shown, refresh=False)
-            add_lines(os.path.join(args.out, "samples.jsonl"), samples or [])
+            shown = ("loss", "kl", "vuss", "clips_per_s")
+            bar.set_postfix({key: f"{metrics[key]:.3g}" for key in shown if key in metrics}, refresh=False)
         if done % args.save_every == 0 or done == args.steps:
-            save_checkpoint(args.out, done, student, trained, optimizer, args.keep)
+            model.save_checkpoint(args.out, done, student, trained, optimizer, args.keep)
         started = time.perf_counter()
     bar.close()
 
     # ---- after -------------------------------------------------------------------------------------------
-    save_model(args.out, student)
+    model.save_model(args.out, student)
     after = run_eval(args.steps)
     if rank == 0:
-        lines = read_lines(os.path.join(args.out, "metrics.jsonl"))
-        comparison = {}
-        if before and after:
-            folders = [os.path.join(args.out, f"eval-{step}") for step in (0, args.steps)]
-            comparison = compare_folders(*folders, strict=False)
-            print_comparison(comparison, "before", "after")
-        elif after:  # --eval was given at a resume, so there is nothing to compare with
-            print_summaries(after)
-        vuss_first = float(np.mean([line["vuss"] for line in lines[:10]]))
-        vuss_last = float(np.mean([line["vuss"] for line in lines[-10:]]))
-        seconds = sum(line["step_s"] for line in lines)
-        waited = sum(line["data_s"] for line in lines)
-        print(f"VUSS {vuss_first:.2f} → {vuss_last:.2f} (first and last 10 steps)")
-        peak = f"{lines[-1]['rss_gb']:.2f} GB"
-        if device.type == "cuda":
-            peak += f", {lines[-1]['gpu_gb']:.2f} GB on the GPU"
-        print(f"{seconds:.0f} s of steps, {waited:.0f} s of them for data; peak {peak}")
-        skipped = sum(line["skipped"] for line in lines)
-        if skipped:
-            print(f"skipped: {skipped} clips that could not be used, listed in {args.out}/bad.jsonl")
-        print(f"model: {os.path.join(args.out, 'model')}")
-        summary = {
-            "steps": args.steps,
-            "before": before,
-            "after": after,
-            "change": comparison,
-            "vuss_first": vuss_first,
-            "vuss_last": vuss_last,
-            "seconds": seconds,
-            "skipped": skipped,
-            "model": os.path.join(args.out, "model"),
-        }
-        write_json(os.path.join(args.out, "summary.json"), summary)  # it marks a finished run
-        compared = comparison.get("sets", {})
-        draw_report(args.out, lines, {stem: (before[stem], after[stem]) for stem in compared})
-    barrier()
+        report(args, before, after)
+    data.barrier()
+
+
+def report(args, before, after):
+    """Prints and draws what a run has done, and writes summary.json."""
+    lines = data.read_lines(os.path.join(args.out, "metrics.jsonl"))
+    comparison = {}
+    if before and after:
+        folders = [os.path.join(args.out, f"eval-{step}") for step in (0, args.steps)]
+        comparison = eval.compare_folders(*folders, strict=False)
+        eval.print_comparison(comparison, "before", "after")
+    elif after:  # --eval was given at a resume, so there is nothing to compare with
+        eval.print_summaries(after)
+    vuss = [line["vuss"] for line in lines if "vuss" in line]
+    summary = {
+        "steps": args.steps,
+        "before": before,
+        "after": after,
+        "change": comparison,
+        "vuss_first": float(np.mean(vuss[:10])),
+        "vuss_last": float(np.mean(vuss[-10:])),
+        "seconds": sum(line["step_s"] for line in lines),
+        "skipped": sum(line["skipped"] for line in lines),
+        "model": os.path.join(args.out, "model"),
+    }
+    print(f"VUSS {summary['vuss_first']:.2f} → {summary['vuss_last']:.2f} (first and last 10 steps)")
+    waited = sum(line["data_s"] for line in lines)
+    peak = f"{lines[-1]['rss_gb']:.2f} GB, {lines[-1]['gpu_gb']:.2f} GB on the GPU"
+    print(f"{summary['seconds']:.0f} s of steps, {waited:.0f} s of them for data; peak {peak}")
+    if summary["skipped"]:
+        print(f"skipped: {summary['skipped']} clips that could not be used, listed in {args.out}/bad.jsonl")
+    print(f"model: {summary['model']}")
+    compared = comparison.get("sets", {})
+    overlap.draw_report(args.out, lines, {stem: (before[stem], after[stem]) for stem in compared})
+    data.write_json(os.path.join(args.out, "summary.json"), summary)  # written last: it marks a finished run
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The controlled arms: another transcript, another loss
+# ----------------------------------------------------------------------------------------------------------
 
 
 def states_of(args, step):
@@ -604,30 +427,63 @@ def states_of(args, step):
     return "student" if draw < args.student_share else args.states
 
 
-def teacher_transcripts(teacher, teacher_batch, teacher_encoded, alignment, args):
-    """What the teacher writes greedily, without ids that the student lacks: a `Rollout` in its own ids."""
+def arm_rollout(args, states, references, teacher, teacher_batch, teacher_encoded, alignment):
+    """Transcripts that the student has not written: the manifest's, or the teacher's greedy ones."""
+    if states == "reference":
+        return references.to(teacher.device)
+    written = teacher_rollout(args, teacher, teacher_batch, teacher_encoded, alignment)
+    return model.mapped_rollout(written, alignment.to_student)
+
+
+def teacher_rollout(args, teacher, teacher_batch, teacher_encoded, alignment):
+    """What the teacher writes greedily, without ids that the student lacks, in its own ids."""
     return teacher.sample(
         teacher_batch,
         args.max_new_tokens,
-        k=1,
         tokens_per_second=args.tokens_per_second,
         forbidden=alignment.teacher_forbidden,
         encoded=teacher_encoded,
     )
 
 
-def rollout_sums(batch, rollout, texts, student_topk, teacher_topk, support_mask):
-    """What the log needs of a micro-batch, summed over its rows and clips."""
-    overlap = set_overlap(student_topk, teacher_topk, support_mask)
+def arm_loss(
+    args,
+    student,
+    teacher,
+    alignment,
+    rollout,
+    id_mask,
+    student_hidden,
+    student_logits,
+    teacher_hidden,
+    teacher_logits,
+):
+    """The loss of each row by the flags: → loss (N,) in nats, and loss_mask (N,), the rows of 𝒯.
+
+    Cross-entropy, or a divergence at temperature τ on all ids, on the union, or on the part id_mask of it.
+    """
+    if args.objective == "ce":
+        loss = model.token_ce(student, student_hidden, rollout.ids[rollout.row_mask()])
+        return loss, torch.ones_like(loss, dtype=torch.bool)
+    divergence = (args.tau, args.divergence, args.beta)
+    if args.support == "full":
+        return model.full_kl(student, student_hidden, teacher, teacher_hidden, alignment, *divergence)
+    return model.support_kl(student_logits, teacher_logits, id_mask, *divergence)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# For the log
+# ----------------------------------------------------------------------------------------------------------
+
+
+def clip_measures(batch, rollout, texts):
+    """What the log says of each transcript: {name: B numbers}."""
     return {
-        **{name: values.sum().item() for name, values in overlap.items()},
-        "rows": len(support_mask),
-        "clips": len(texts),
-        "tokens": rollout.lens.sum().item(),
-        "empty": (rollout.lens == 0).sum().item(),
-        "capped": (~rollout.stopped).sum().item(),
-        "looping": sum(looping(text) for text in texts),
-        "silent": batch.silent.sum().item(),
+        "mean_tokens": rollout.lens.tolist(),
+        "empty": (rollout.lens == 0).tolist(),
+        "capped": (~rollout.stopped).tolist(),
+        "looping": [eval.looping(text) for text in texts],
+        "silent": batch.silent.tolist(),
     }
 
 
@@ -653,4 +509,4 @@ def sample_lines(step, front_end, clips, rollout, teacher_texts, kl, n=2):
 
 if __name__ == "__main__":
     example = os.path.join(os.path.dirname(os.path.abspath(__file__)), "example", "opd.args")
-    run_script(main, parse_args(sys.argv[1:] or ["@" + example]))
+    data.run_script(main, parse_args(sys.argv[1:] or ["@" + example]))

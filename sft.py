@@ -31,132 +31,61 @@ import torchaudio
 from torch import nn
 from tqdm import tqdm
 
-from data import (
-    Clips,
-    InputError,
-    StepDataset,
-    all_reduce_sum,
-    argument_parser,
-    at_least,
-    barrier,
-    begin_run,
-    check_tensorboard,
-    collate,
-    content_of,
-    find_run,
-    language_code,
-    load_audio,
-    log_metrics,
-    memory,
-    read_lines,
-    report_bad,
-    run_script,
-    script_language,
-    setup_distributed,
-    step_batches,
-    stop_not_finite,
-    tensorboard_writer,
-    write_json,
-)
-from eval import clusters_of, evaluate, languages_of, looping, print_summaries, read_sets
-from model import (
-    PARTS,
-    Qwen3ASR,
-    check_languages,
-    cosine_lr,
-    load_state,
-    local_folder,
-    make_optimizer,
-    model_to_train,
-    save_checkpoint,
-    save_model,
-    sum_gradients,
-    token_ce,
-    trained_parameters,
-)
+import data
+import eval
+import model
 
 SCRIPT = os.path.basename(__file__)
 
 
 def parse_args(argv=None):
-    parser = argument_parser(SCRIPT, __doc__)
+    parser = data.argument_parser(SCRIPT, __doc__)
     add = parser.add_argument
+    seconds = data.at_least(0.01)
+    weight = data.at_least(0)
+    whole = data.at_least(0, int)
+    count = data.at_least(1, int)
+    parts = list(model.PARTS)
     # model
-    add("--model", required=True, help="folder or hub name of the model to start from; it is not changed")
+    add("--model", required=True, help="folder or hub name of the model to start from; it stays as it is")
     # data
-    add(
-        "--train",
-        nargs="+",
-        required=True,
-        metavar="m.jsonl",
-        help="manifests with a transcript on every line",
-    )
+    add("--train", nargs="+", required=True, metavar="M", help="manifests with a transcript on every line")
     add("--text-field", default="text", help='key of the transcript; "hyp" in a result file of eval.py')
-    add(
-        "--drop-looping",
-        action="store_true",
-        help="leave out transcripts that repeat themselves, and count them",
-    )
-    add("--eval", nargs="*", default=[], metavar="m.jsonl", help="sets to score at the end")
-    add("--language", help="of clips whose line names none, where the model's prompt wants one (Qwen3-ASR)")
+    add("--drop-looping", action="store_true", help="leave out and count transcripts that repeat themselves")
+    add("--eval", nargs="*", default=[], metavar="M", help="manifests to score at the end")
+    add("--language", help="of clips whose line names none, where the prompt wants one (Qwen3-ASR)")
     add("--no-context", action="store_true", help="prompts do not give a line's context")
-    add("--max-seconds", type=at_least(0.01), default=30.0, help="longer clips do not train, and are counted")
-    add(
-        "--on-bad-audio",
-        choices=["error", "skip"],
-        default="error",
-        help="skip: count it, list it in bad.jsonl",
-    )
-    add("--workers", type=at_least(0, int), default=2, help="processes a rank that read ahead; 0 = none")
+    add("--max-seconds", type=seconds, default=30.0, help="longer clips do not train, and are counted")
+    add("--on-bad-audio", choices=["error", "skip"], default="error", help="skip: list it in bad.jsonl")
+    add("--workers", type=whole, default=2, help="processes a rank that read ahead; 0 = none")
     # objective
-    add("--ctc-weight", type=at_least(0), default=0.0, help="weight of the CTC loss on the encoder; 0 = off")
+    add("--ctc-weight", type=weight, default=0.0, help="weight of the CTC loss on the encoder; 0 = off")
     # augmentation (SpecAugment)
-    add("--time-masks", type=at_least(0, int), default=0, help="masks along time per clip; 0 = off")
-    add("--time-width", type=at_least(1, int), default=40, help="longest time mask, in mel frames of 10 ms")
-    add("--freq-masks", type=at_least(0, int), default=0, help="masks along frequency per clip; 0 = off")
-    add("--freq-width", type=at_least(1, int), default=27, help="widest frequency mask, of 128 mel bins")
+    add("--time-masks", type=whole, default=0, help="masks along time per clip; 0 = off")
+    add("--time-width", type=count, default=40, help="longest time mask, in mel frames of 10 ms")
+    add("--freq-masks", type=whole, default=0, help="masks along frequency per clip; 0 = off")
+    add("--freq-width", type=count, default=27, help="widest frequency mask, of 128 mel bins")
     # optimization
-    add(
-        "--train-parts",
-        nargs="+",
-        choices=list(PARTS),
-        default=list(PARTS),
-        help="parts of the model that train; the others stay as they are",
-    )
-    add("--lora-rank", type=at_least(0, int), default=0, help="LoRA on a frozen LM, by peft; 0 = all weights")
-    add(
-        "--lora-alpha",
-        type=at_least(0.01),
-        help="LoRA's product counts alpha / rank; twice the rank if absent",
-    )
-    add("--steps", type=at_least(1, int), default=10_000, help="optimizer updates")
-    add("--batch-size", type=at_least(1, int), default=960, help="clips per update, all ranks together")
-    add("--micro-seconds", type=at_least(0.01), default=600.0, help="s of audio per forward pass and rank")
-    add("--lr", type=at_least(0), default=1e-4, help="peak learning rate")
-    add("--warmup-steps", type=at_least(0, int), default=1_000, help="linear warm-up, then cosine to 0")
-    add("--weight-decay", type=at_least(0), default=0.005, help="of AdamW; not on norms, biases, embeddings")
-    add("--clip", type=at_least(0), default=1.0, help="largest gradient norm; 0 = off")
+    add("--train-parts", nargs="+", choices=parts, default=parts, help="parts that train; the others stay")
+    add("--lora-rank", type=whole, default=0, help="LoRA on a frozen LM; 0 = all weights")
+    add("--steps", type=count, default=10_000, help="optimizer updates")
+    add("--batch-size", type=count, default=960, help="clips per update, all ranks together")
+    add("--micro-seconds", type=seconds, default=600.0, help="s of audio per forward pass and rank")
+    add("--lr", type=weight, default=1e-4, help="peak learning rate")
+    add("--warmup-steps", type=whole, default=1_000, help="linear warm-up, then cosine to 0")
+    add("--weight-decay", type=weight, default=0.005, help="of AdamW; not on norms, biases, embeddings")
+    add("--clip", type=weight, default=1.0, help="largest gradient norm; 0 = off")
     add("--bf16", action="store_true", help="compute in bf16; what trains stays float32")
-    add("--recompute", action="store_true", help="recompute activations in backward: less memory, more time")
+    add("--recompute", action="store_true", help="activations again in backward: less memory, more time")
     # run
     add("--out", default="runs/sft", help="new or empty folder of the run")
     add("--resume", action="store_true", help="go on with the run in --out, from its newest checkpoint")
-    add("--save-every", type=at_least(1, int), default=1_000, help="steps between checkpoints")
-    add("--keep", type=at_least(1, int), default=2, help="last checkpoints kept")
-    add("--eval-every", type=at_least(0, int), default=0, help="steps between further evaluations; 0 = off")
-    add(
-        "--tensorboard",
-        action="store_true",
-        help="write every metric to OUT/tensorboard too, from this start on",
-    )
-    add(
-        "--seed", type=at_least(0, int), default=0, help="of the order of clips, of masks and of the CTC head"
-    )
+    add("--save-every", type=count, default=1_000, help="steps between checkpoints")
+    add("--keep", type=count, default=2, help="last checkpoints kept")
+    add("--eval-every", type=whole, default=0, help="steps between further evaluations; 0 = off")
+    add("--tensorboard", action="store_true", help="write every metric to OUT/tensorboard too")
+    add("--seed", type=whole, default=0, help="of the order of clips, of masks and of the CTC head")
     args = parser.parse_args(argv)
-    if args.lora_alpha is not None and not args.lora_rank:
-        parser.error("--lora-alpha has no meaning without --lora-rank")
-    if args.lora_alpha is None:
-        args.lora_alpha = 2.0 * args.lora_rank
     if args.lora_rank and "lm" not in args.train_parts:
         parser.error("--lora-rank trains the LM; name lm in --train-parts")
     return args
@@ -164,37 +93,35 @@ def parse_args(argv=None):
 
 def main(args):
     # ---- distributed -------------------------------------------------------------------------------------
-    rank, world, device = setup_distributed()
-    check_tensorboard(args)
-    contents = {
-        "train": [content_of(path) for path in args.train],
-        "model": content_of(local_folder(args.model)),
-    }
-    first_step, checkpoint = find_run(args, SCRIPT, contents)
+    rank, world, device = data.setup_distributed()
+    inputs = {"train": args.train, "model": model.local_folder(args.model)}
+    first_step, checkpoint, config = data.open_run(args, SCRIPT, inputs)
     if first_step is None:  # the run in --out is finished
         return
 
     # ---- model -------------------------------------------------------------------------------------------
-    model = model_to_train(args.model, checkpoint, args.lora_rank, args.lora_alpha, args.seed)
-    model = model.to(device).train()
-    model.bf16 = args.bf16
+    student = model.model_to_train(args.model, checkpoint, args.lora_rank, args.seed)
+    student = student.to(device).train()
+    student.bf16 = args.bf16
     if args.recompute:
-        model.recompute_activations()
-    trained = trained_parameters(model, args.train_parts)
+        student.recompute_activations()
+    trained = model.trained_parameters(student, args.train_parts)
     ctc_head = None
     if args.ctc_weight:
-        if isinstance(model, Qwen3ASR):
-            raise InputError("--ctc-weight: not for Qwen3-ASR, whose encoder has no frames of a fixed rate")
+        if isinstance(student, model.Qwen3ASR):
+            raise data.InputError(
+                "--ctc-weight: not for Qwen3-ASR, whose encoder has no frames of a fixed rate"
+            )
         torch.manual_seed(args.seed)  # the same initial weights on every rank
-        ctc_head = nn.Linear(model.config.audio_config.hidden_size, 257).to(device)
+        ctc_head = nn.Linear(student.config.audio_config.hidden_size, 257).to(device)
         trained["ctc_head.weight"] = ctc_head.weight
         trained["ctc_head.bias"] = ctc_head.bias
-    optimizer = make_optimizer(trained, args.lr, args.weight_decay)
+    optimizer = model.make_optimizer(trained, args.lr, args.weight_decay)
     if checkpoint:
-        load_state(checkpoint, model, trained, optimizer)
+        model.load_state(checkpoint, student, trained, optimizer)
 
     # ---- data --------------------------------------------------------------------------------------------
-    language = language_code(args.language) if args.language else None
+    language = data.language_code(args.language) if args.language else None
     n_cut = 0
 
     def is_cut(clip):
@@ -203,28 +130,28 @@ def main(args):
 
     def is_wanted(clip):
         nonlocal n_cut
-        if args.drop_looping and looping(clip.text):
+        if args.drop_looping and eval.looping(clip.text):
             return False
         n_cut += is_cut(clip)
         return True
 
-    clips = Clips(args.train, args.max_seconds, args.text_field, is_wanted)
-    eval_sets = read_sets(args.eval, args.max_seconds)
-    check_languages(clips.languages, language, model)
-    check_languages(languages_of(eval_sets), language, model)
+    clips = data.Clips(args.train, args.max_seconds, args.text_field, is_wanted)
+    eval_sets = eval.read_sets(args.eval, args.max_seconds)
+    model.check_languages(clips.languages, language, student)
+    model.check_languages(eval.languages_of(eval_sets), language, student)
     for set_clips in eval_sets.values():
         # What would end the run after hours shows now: a line without its speaker, a damaged clip.
-        clusters_of(set_clips)
+        eval.clusters_of(set_clips)
         if args.on_bad_audio == "error":
             for clip in set_clips[rank::world]:
-                load_audio(clip)
-    front_end = model.front_end
+                data.load_audio(clip)
+    front_end = student.front_end
 
     def make_micro_batch(step, indices, batch_clips, waveforms):
         """One micro-batch, built by a data worker: clips, Batch, the transcripts as a Rollout."""
-        languages = [clip.language or script_language(clip.text, language) for clip in batch_clips]
+        languages = [clip.language or data.script_language(clip.text, language) for clip in batch_clips]
         contexts = None if args.no_context else [clip.context for clip in batch_clips]
-        batch = collate(waveforms, front_end, languages, language, contexts)
+        batch = data.collate(waveforms, front_end, languages, language, contexts)
         for b, i in enumerate(indices):
             n_frames = batch.mel_lens[b]
             batch.mel[b, :, :n_frames] = spec_augment(batch.mel[b, :, :n_frames], args, step, i)
@@ -232,74 +159,70 @@ def main(args):
         targets = front_end.transcripts(texts, [not is_cut(clip) for clip in batch_clips])
         return batch_clips, batch, targets
 
-    dataset = StepDataset(clips, args, make_micro_batch)
+    dataset = data.StepDataset(clips, args, make_micro_batch)
     if rank == 0:
         hours = clips.seconds.sum(dtype=float) / 3600
         epochs = args.steps * args.batch_size / len(clips)
-        peak_lr = cosine_lr(min(args.warmup_steps, args.steps - 1), args.steps, args.warmup_steps, args.lr)
-        print(f"train: {len(clips)} clips, {hours:.2f} h")
-        print(f"{args.steps} steps = {epochs:.1f} epochs, lr up to {peak_lr:.3g}")
-        print(
-            f"left out: {clips.n_long} longer than {args.max_seconds:g} s, {clips.n_failed} not decoded",
-            end=", ",
+        peak_lr = model.cosine_lr(
+            min(args.warmup_steps, args.steps - 1), args.steps, args.warmup_steps, args.lr
         )
-        print(f"{clips.n_unwanted} looping; without a stop token, as the cap cut them: {n_cut}")
-        print(f"model: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters", end=", ")
+        print(f"train: {len(clips)} clips, {hours:.2f} h, left out: {clips.n_long} longer than", end=" ")
+        print(f"{args.max_seconds:g} s, {clips.n_failed} not decoded, {clips.n_unwanted} looping", end="; ")
+        print(f"without a stop token, as the cap cut them: {n_cut}")
+        print(f"{args.steps} steps = {epochs:.1f} epochs, lr up to {peak_lr:.3g}")
+        print(f"model: {sum(p.numel() for p in student.parameters()) / 1e6:.2f} M parameters", end=", ")
         print(f"{world} process(es) on {device.type}", flush=True)
 
     # ---- before ------------------------------------------------------------------------------------------
-    begin_run(args, SCRIPT, contents, first_step)
-    writer = tensorboard_writer(args, first_step)
+    data.begin_run(args.out, config, first_step)
+    writer = data.tensorboard_writer(args, first_step)
+    decoding = {
+        "batch_seconds": args.micro_seconds,
+        "default_language": language,
+        "with_context": not args.no_context,
+    }
 
     def run_eval(step):
         if not eval_sets:
             return {}
         folder = os.path.join(args.out, f"eval-{step}")
-        is_strict = args.on_bad_audio == "error"
-        summaries = evaluate(
-            model,
-            eval_sets,
-            device,
-            args.micro_seconds,
-            folder,
-            default_language=language,
-            with_context=not args.no_context,
-            strict=is_strict,
-        )
+        strict = args.on_bad_audio == "error"
+        summaries = eval.evaluate(student, eval_sets, device, decoding, folder, strict=strict)
         if rank == 0:
-            print_summaries(summaries)
+            eval.print_summaries(summaries)
         return summaries
 
     # ---- training loop -----------------------------------------------------------------------------------
     bar = tqdm(initial=first_step, total=args.steps, disable=rank > 0, desc="sft", mininterval=2)
     started = time.perf_counter()
-    for step, micro_batches, bad in step_batches(dataset, first_step, args.steps, args.workers):
+    for step, micro_batches, bad in data.step_batches(dataset, first_step, args.steps, args.workers):
         data_s = time.perf_counter() - started
         done = step + 1
-        counts = collections.Counter(bad=len(bad))
+        # What the loss is divided by is known before the first backward pass.
+        counts = collections.Counter(skipped=len(bad))
         for batch_clips, batch, targets in micro_batches:
             counts.update(tokens=int(targets.row_mask().sum()), clips=len(batch_clips))
-            counts.update(cut=int((~targets.stopped).sum()), silent=int(batch.silent.sum()))
-        names = ["tokens", "clips", "cut", "silent", "bad"]
-        totals = all_reduce_sum([counts[name] for name in names], device)
-        counts = dict(zip(names, totals))
-        if counts["bad"]:
-            report_bad(args.out, done, bad)
+        counts = data.sum_over_ranks(counts)
+        if counts["skipped"]:
+            data.report_bad(args.out, done, bad)
 
-        sums = collections.Counter()
+        sums = collections.Counter()  # (metric, what its sum is divided by) → sum
+        counts["step"] = 1
         for batch_clips, batch, targets in micro_batches:
             batch = batch.to(device)
             targets = targets.to(device)
 
             # ============================ the loss, one micro-batch of B clips ============================
             # Encode, and read the transcript behind the prompt: a hidden row for each token to predict.
-            frames = model.encode_frames(batch) if ctc_head is not None else None  # (B, T', D)
-            encoded = model.adapt(frames, batch) if ctc_head is not None else model.encode(batch)  # (ΣA, H)
-            hidden = model(batch, targets, encoded)  # (N, H)
+            frames = student.encode_frames(batch) if ctc_head is not None else None  # (B, T', D)
+            encoded = (
+                student.adapt(frames, batch) if ctc_head is not None else student.encode(batch)
+            )  # (ΣA, H)
+            hidden = student(batch, targets, encoded)  # (N, H)
 
             # Cross-entropy of the transcript tokens and the stop tokens.
             target_ids = targets.ids[targets.row_mask()]  # (N,)
-            cross_entropy = token_ce(model, hidden, target_ids).sum()
+            cross_entropy = model.token_ce(student, hidden, target_ids).sum()
 
             # CTC of the transcript's bytes on the encoder's frames.
             ctc = torch.zeros((), device=device)
@@ -313,23 +236,28 @@ def main(args):
             loss.backward()
             # ==============================================================================================
 
-            sums.update(cross_entropy=cross_entropy.item(), ctc=ctc.item(), too_short=n_too_short)
+            sums["loss", "tokens"] += cross_entropy.item()
+            sums["cut", "clips"] += int((~targets.stopped).sum())
+            sums["silent", "clips"] += int(batch.silent.sum())
+            if ctc_head is not None:
+                sums["ctc", "clips"] += ctc.item()
+                sums["ctc_too_short", "step"] += n_too_short
 
         # ---- one gradient --------------------------------------------------------------------------------
-        names = ["cross_entropy", "ctc", "too_short"]
-        totals = all_reduce_sum([sums[name] for name in names], device)
-        sums = dict(zip(names, totals))
-        sum_gradients(trained)
+        sums = data.sum_over_ranks(sums)
+        model.sum_gradients(trained)
         grad_norm = nn.utils.clip_grad_norm_(trained.values(), args.clip or math.inf).item()
-        if not math.isfinite(sums["cross_entropy"] + sums["ctc"]) or not math.isfinite(grad_norm):
-            what = f"cross-entropy {sums['cross_entropy']}, CTC {sums['ctc']}, gradient norm {grad_norm}"
+        losses = (sums["loss", "tokens"], sums["ctc", "clips"])
+        if not math.isfinite(sum(losses)) or not math.isfinite(grad_norm):
+            figures = f"Σ of cross-entropy and of CTC {losses}, gradient norm {grad_norm}"
             step_clips = []
             for batch_clips, _, _ in micro_batches:
                 step_clips += batch_clips
-            stop_not_finite(args.out, done, what, step_clips, [clip.text for clip in step_clips])
+            texts = [clip.text for clip in step_clips]
+            data.stop_not_finite(args.out, done, figures, step_clips, texts)
 
         # ---- step ----------------------------------------------------------------------------------------
-        lr = cosine_lr(step, args.steps, args.warmup_steps, args.lr)
+        lr = model.cosine_lr(step, args.steps, args.warmup_steps, args.lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
         if counts["tokens"]:  # a step without a row changes nothing
@@ -337,51 +265,41 @@ def main(args):
         optimizer.zero_grad(set_to_none=True)
 
         # ---- log -----------------------------------------------------------------------------------------
+        metrics = {"step": done}
+        for (name, divisor), total in sums.items():
+            metrics[name] = total / max(counts[divisor], 1)
         step_s = time.perf_counter() - started
-        n_clips = max(counts["clips"], 1)
-        metrics = {
-            "step": done,
-            "loss": sums["cross_entropy"] / max(counts["tokens"], 1),
-            "grad_norm": grad_norm,
-            "lr": lr,
-            "tokens": int(counts["tokens"]),
-            "cut": counts["cut"] / n_clips,
-            "silent": counts["silent"] / n_clips,
-            "skipped": int(counts["bad"]),
-            "clips_per_s": counts["clips"] / step_s,
-            "data_s": data_s,
-            "step_s": step_s,
-            **memory(),
-        }
-        if ctc_head is not None:
-            metrics["ctc"] = sums["ctc"] / n_clips
-            metrics["ctc_too_short"] = int(sums["too_short"])
+        metrics.update(tokens=counts["tokens"], skipped=counts["skipped"], grad_norm=grad_norm, lr=lr)
+        metrics.update(clips_per_s=counts["clips"] / step_s, data_s=data_s, step_s=step_s, **data.memory())
 
         # ---- eval, save ----------------------------------------------------------------------------------
         if args.eval_every and done % args.eval_every == 0 and done < args.steps:
             for stem, summary in run_eval(done).items():
                 metrics[f"{stem}/{summary['metric']}"] = summary["value"]
         if rank == 0:
-            log_metrics(args.out, metrics, writer)
+            data.log_metrics(args.out, metrics, writer)
             bar.update()
-            bar.set_postfix({key: f"{metrics[key]:.3g}" for key in ("loss", "clips_per_s")}, refresh=False)
+            shown = ("loss", "clips_per_s")
+            bar.set_postfix({key: f"{metrics[key]:.3g}" for key in shown if key in metrics}, refresh=False)
         if done % args.save_every == 0 or done == args.steps:
-            save_checkpoint(args.out, done, model, trained, optimizer, args.keep)
+            model.save_checkpoint(args.out, done, student, trained, optimizer, args.keep)
         started = time.perf_counter()
     bar.close()
 
     # ---- after -------------------------------------------------------------------------------------------
-    save_model(args.out, model)
+    model.save_model(args.out, student)
     summaries = run_eval(args.steps)
     if rank == 0:
-        lines = read_lines(os.path.join(args.out, "metrics.jsonl"))
+        lines = data.read_lines(os.path.join(args.out, "metrics.jsonl"))
         skipped = sum(line["skipped"] for line in lines)
         if skipped:
             print(f"skipped: {skipped} clips that could not be used, listed in {args.out}/bad.jsonl")
         print(f"model: {os.path.join(args.out, 'model')}")
         summary = {"steps": args.steps, "eval": summaries, "skipped": skipped}
-        write_json(os.path.join(args.out, "summary.json"), summary)  # written last: it marks a finished run
-    barrier()
+        data.write_json(
+            os.path.join(args.out, "summary.json"), summary
+        )  # written last: it marks a finished run
+    data.barrier()
 
 
 def spec_augment(mel, args, step, clip):
@@ -429,4 +347,4 @@ def ctc_loss(ctc_head, frames, frame_lens, texts):
 
 
 if __name__ == "__main__":
-    run_script(main, parse_args())
+    data.run_script(main, parse_args())
