@@ -394,9 +394,9 @@ def predictions(table, measure, axis):
     return {
         "error_without": math.sqrt((errors_without**2).mean()),
         "error": math.sqrt((errors**2).mean()),
-        "improvement": figures.value,
-        "low": figures.low,
-        "high": figures.high,
+        "improvement": float(figures.value),
+        "low": float(figures.low),
+        "high": float(figures.high),
     }
 
 
@@ -518,9 +518,9 @@ def association_rows(result):
         row = [name]
         row.append("+" if figures["expected_sign"] > 0 else "−")
         row.append(signed(figures["r"]))
-        row.append(p_cell(figures["r_p" if name == result["primary"] else "r_p_holm"]))
+        row.append(eval.p_text(figures["r_p" if name == result["primary"] else "r_p_holm"]))
         for key in ("partial", "tau_teachers", "tau_students"):
-            p = p_cell(figures[f"{key}_p_holm"])
+            p = eval.p_text(figures[f"{key}_p_holm"])
             row.append(f"{signed(figures[key])} ({p})")
         row.append(better_by(figures["new_teacher"]))
         row.append(regret_cell(figures["regret"]))
@@ -574,10 +574,6 @@ def signed(value, places=2):
         return "–"
     text = f"{value:+.{places}f}"
     return text.replace("-", "−")
-
-
-def p_cell(p):
-    return "–" if math.isnan(p) else eval.p_text(p)
 
 
 if __name__ == "__main__":
