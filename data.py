@@ -12,6 +12,7 @@ and last what may be skipped: the table of languages, and sound files that libsn
 
 import argparse
 import array
+import collections
 import contextlib
 import dataclasses
 import datetime
@@ -666,12 +667,12 @@ def rank_and_world():
     return dist.get_rank(), dist.get_world_size()
 
 
-def all_reduce_sum(values, device):
-    """Sums numbers over all ranks, in float64. → a list of as many"""
-    total = torch.tensor(values, dtype=torch.float64, device=device)
-    if dist.is_initialized():
-        dist.all_reduce(total)
-    return total.tolist()
+def sum_over_ranks(sums):
+    """Sums a Counter of numbers over all ranks, in their order. → Counter with the names that any rank has"""
+    totals = collections.Counter()
+    for share in gather(dict(sums)):
+        totals.update(share)  # adds
+    return totals
 
 
 def gather(value):
@@ -705,21 +706,112 @@ MAY_CHANGE = """
 """.split()
 
 
-def content_of(path):
-    """SHA-256 of a manifest, or of the config and each file of weights of a model folder."""
-    paths = [path]
-    if os.path.isdir(path):
-        paths = [os.path.join(path, "config.json")]
-        if not os.path.exists(paths[0]):
-            raise InputError(f"{path} is no model folder: it has no config.json")
-        paths += sorted(glob.glob(os.path.join(glob.escape(path), "*.safetensors")))
-    elif not os.path.isfile(path):
-        raise InputError(f"{path}: no such file or folder")
-    digests = []
-    for own_path in paths:
-        with open(own_path, "rb") as file:
-            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
-    return " ".join(digests)
+def open_run(args, script, inputs):
+    """Opens a run's folder before anything slow. → (steps done, folder of that checkpoint or None, config)
+
+    A new run wants a new or empty folder. --resume goes on from the newest complete checkpoint, or from 0
+    where there is none. The steps are None where the run is finished.
+
+    inputs: {name of a flag: path, or list of paths} of training data and model folders. config is what
+    `begin_run` writes; nothing is written here. Rank 0 looks, and every rank gets its answer or its
+    InputError.
+    """
+    answer = None
+    if rank_and_world()[0] == 0:
+        try:
+            answer = look_at_run(args, script, inputs)
+        except InputError as error:
+            answer = error
+        except OSError as error:
+            answer = InputError(error)
+    answer = gather(answer)[0]
+    if isinstance(answer, InputError):
+        raise answer
+    return answer
+
+
+def look_at_run(args, script, inputs):
+    """`open_run` on rank 0."""
+    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise InputError("--tensorboard needs the package tensorboard: pip install tensorboard")
+    config = {
+        "script": script,
+        "args": vars(args),
+        "inputs": fingerprints(inputs),
+        "git": git_commit(),
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "transformers": importlib.metadata.version("transformers"),
+        "world_size": rank_and_world()[1],
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
+    out = args.out
+    names = os.listdir(out) if os.path.exists(out) else []
+    if not names or names == ["config.json.new"]:  # killed before its first file was complete
+        return 0, None, config
+    if not args.resume:
+        raise InputError(f"--out {out} is not empty: choose a new folder, or go on with its run by --resume")
+
+    config_path = os.path.join(out, "config.json")
+    old_config = read_json(config_path) if os.path.exists(config_path) else {}
+    if old_config.get("script") != script:
+        raise InputError(f"--out {out} holds no run of {script} (config.json); choose another folder")
+    for name, old in old_config["args"].items():
+        new = getattr(args, name, None)
+        change = f"--resume: --{name.replace('_', '-')} was {old}, now {new}"
+        if name in inputs:
+            if old_config["inputs"][name] != config["inputs"][name]:
+                raise InputError(f"{change}: the run began with other content; keep it")
+        elif name not in MAY_CHANGE and new != old:
+            raise InputError(f"{change}; keep it")
+
+    steps = complete_steps(out)
+    step = max(steps, default=0)
+    if os.path.exists(os.path.join(out, "summary.json")):
+        print(f"{out}: finished at step {step}; nothing to do", flush=True)
+        return None, None, config
+    print(f"{out}: goes on from step {step}", flush=True)
+    return step, steps.get(step), config
+
+
+def fingerprints(inputs):
+    """What stands in place of each path: a digest that tells whether the content is the same."""
+    digests = {}
+    for name, paths in inputs.items():
+        is_list = isinstance(paths, list | tuple)
+        digests[name] = [fingerprint(path) for path in paths] if is_list else fingerprint(paths)
+    return digests
+
+
+def fingerprint(path):
+    """SHA-256 of a manifest, or of a model folder: its config, and of each file of weights size and samples.
+
+    The samples are 64 pieces of 64 kB, evenly spread from the first byte to the last, so that gigabytes are
+    not read.
+    """
+    if not os.path.isdir(path):
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    with open(os.path.join(path, "config.json"), "rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+    piece = 2**16
+    for weights in sorted(glob.glob(os.path.join(glob.escape(path), "*.safetensors"))):
+        size = os.path.getsize(weights)
+        n_pieces = min(math.ceil(size / piece), 64)
+        digest.update(size.to_bytes(8))
+        with open(weights, "rb") as file:
+            for offset in np.linspace(0, max(size - piece, 0), n_pieces, dtype=np.int64):
+                file.seek(offset)
+                digest.update(file.read(piece))
+    return digest.hexdigest()
+
+
+def git_commit():
+    """The commit of this checkout, or None."""
+    command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"]
+    with contextlib.suppress(FileNotFoundError):
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
 
 
 def complete_steps(out):
@@ -731,99 +823,25 @@ def complete_steps(out):
     return dict(sorted(steps.items()))
 
 
-def find_run(args, script, contents):
-    """Looks at args.out before anything slow: → (steps done, folder of that checkpoint or None).
-
-    contents: {flag: what its paths hold (`content_of`)}. A new run wants a new or empty folder. --resume
-    goes on from the newest complete checkpoint, or from 0 where there is none. (None, None): the run is
-    finished. Rank 0 looks, and every rank gets its answer, or its InputError.
-    """
-    answer = [None]
-    if rank_and_world()[0] == 0:
-        try:
-            answer = [look_at_out(args, script, contents)]
-        except InputError as error:
-            answer = [error]
-    if dist.is_initialized():
-        dist.broadcast_object_list(answer)
-    if isinstance(answer[0], InputError):
-        raise answer[0]
-    return answer[0]
-
-
-def look_at_out(args, script, contents):
-    """`find_run` on rank 0."""
-    out = args.out
-    if not os.path.exists(out):
-        return 0, None
-    names = os.listdir(out) if os.path.isdir(out) else [out]
-    if not names or names == ["config.json.new"]:  # killed before its first file was complete
-        return 0, None
-    if not args.resume:
-        raise InputError(f"--out {out} is not empty: choose a new folder, or go on with its run by --resume")
-    config_path = os.path.join(out, "config.json")
-    config = read_json(config_path) if os.path.exists(config_path) else {}
-    if config.get("script") != script:
-        raise InputError(f"--out {out} holds no run of {script} (config.json); choose another folder")
-    for name, old in config["args"].items():
-        flag = "--" + name.replace("_", "-")
-        new = getattr(args, name, None)
-        if name in contents and config["contents"][name] != contents[name]:
-            raise InputError(f"--resume: {flag} {new}: the run began with other content; keep it")
-        if name not in contents and name not in MAY_CHANGE and new != old:
-            raise InputError(f"--resume: {flag} was {old}, now {new}; keep it")
-    steps = complete_steps(out)
-    step = max(steps, default=0)
-    if os.path.exists(os.path.join(out, "summary.json")):
-        print(f"{out}: finished at step {step}; nothing to do", flush=True)
-        return None, None
-    print(f"{out}: goes on from step {step}", flush=True)
-    return step, steps.get(step)
-
-
-def check_out(out):
-    """Raises InputError where a folder for results is not empty, or a file is in its place."""
-    if os.path.isdir(out) and os.listdir(out):
-        raise InputError(f"--out {out} is not empty: choose a new folder")
-    place = os.path.abspath(out)
-    while not os.path.exists(place):
-        place = os.path.dirname(place)
-    if not os.path.isdir(place):
-        raise InputError(f"--out {out}: {place} is a file; give the name of a new folder")
-
-
-def begin_run(args, script, contents, first_step):
+def begin_run(out, config, first_step):
     """Writes config.json, and cuts metrics.jsonl and its kin back to `first_step`: no step is there twice."""
     barrier()  # every rank has got this far, so that a refused run leaves no folder behind
     if rank_and_world()[0] > 0:
         return
-    os.makedirs(args.out, exist_ok=True)
-    config = {
-        "script": script,
-        "args": vars(args),
-        "contents": contents,
-        "git": git_commit(),
-        "python": sys.version.split()[0],
-        "torch": torch.__version__,
-        "transformers": importlib.metadata.version("transformers"),
-        "world_size": rank_and_world()[1],
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-    }
-    write_json(os.path.join(args.out, "config.json"), config)
+    os.makedirs(out, exist_ok=True)
+    write_json(os.path.join(out, "config.json"), config)
     for name in ("metrics.jsonl", "samples.jsonl", "bad.jsonl"):
-        path = os.path.join(args.out, name)
+        path = os.path.join(out, name)
         if os.path.exists(path):
             lines = [line for line in read_lines(path) if line["step"] <= first_step]
             add_lines(path + ".new", lines, mode="w")
             os.replace(path + ".new", path)
 
 
-def git_commit():
-    """The commit of this checkout, or None."""
-    command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"]
-    with contextlib.suppress(FileNotFoundError):
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+def check_out(out):
+    """Raises InputError where a folder for results is not empty, or a file is in its place."""
+    if os.path.isfile(out) or os.path.isdir(out) and os.listdir(out):
+        raise InputError(f"--out {out} is not empty: choose a new folder")
 
 
 def report_bad(out, step, bad):
@@ -868,12 +886,6 @@ def read_lines(path):
 def add_lines(path, lines, mode="a"):
     with open(path, mode, encoding="utf-8") as file:
         file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-
-
-def check_tensorboard(args):
-    """Raises InputError where --tensorboard is wanted and its package is not installed."""
-    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise InputError("--tensorboard needs the package tensorboard: pip install tensorboard")
 
 
 def tensorboard_writer(args, first_step):
@@ -942,15 +954,19 @@ def at_least(low, kind=float):
 def run_script(main, args):
     """Runs main(args). A user's mistake is one line and status 2 (a loss that is not finite: 3).
 
-    Mistakes that all ranks meet are printed once a node, a bad clip by the rank that met it.
+    So is a path that cannot be read or written. Mistakes that all ranks meet are printed once a node, others
+    by the rank that met them.
     """
     try:
         main(args)
         sys.stdout.flush()
     except BrokenPipeError:  # `… | head -1` has read enough: what is left goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except InputError as error:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0 or isinstance(error, AudioError):
+    except (InputError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is None:  # not the system's: a library uses the class
+            raise
+        is_shared = isinstance(error, InputError) and not isinstance(error, AudioError)
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0 or not is_shared:
             tqdm.write(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
         sys.exit(3 if isinstance(error, NonFiniteError) else 2)
     if dist.is_initialized():

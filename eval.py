@@ -157,6 +157,7 @@ def decode_and_score(args, rank, world, device):
     model = SpeechLM.from_pretrained(args.model).to(device).eval()
     check_languages(languages_of(sets), default_language, model)
     decoding = {
+        "batch_seconds": args.batch_seconds,
         "default_language": default_language,
         "with_context": not args.no_context,
         "max_new_tokens": args.max_new_tokens,
@@ -166,20 +167,19 @@ def decode_and_score(args, rank, world, device):
     # ---- warm-up ---------------------------------------------------------------------------------------
     # What happens once, such as loading kernels, does not count in the real-time factor.
     first_clip = next(iter(sets.values()))[0]
-    transcribe(model, [first_clip] * world, device, args.batch_seconds, "warm-up", **decoding)
+    transcribe(model, [first_clip] * world, device, label="warm-up", **decoding)
 
     # ---- decode and score ------------------------------------------------------------------------------
     summaries = evaluate(
         model,
         sets,
         device,
-        args.batch_seconds,
+        decoding,
         args.out,
         style=args.normalizer,
         simplify=args.simplify,
         cluster=args.cluster,
         strict=False,
-        **decoding,
     )
 
     # ---- report ----------------------------------------------------------------------------------------
@@ -283,13 +283,9 @@ def evaluate(
     model,
     sets,
     device,
-    batch_seconds,
+    decoding,
     out=None,
     *,
-    default_language=None,
-    with_context=True,
-    max_new_tokens=MAX_NEW_TOKENS,
-    tokens_per_second=TOKENS_PER_SECOND,
     style="default",
     simplify=False,
     cluster=None,
@@ -306,17 +302,7 @@ def evaluate(
     summaries = {}
     for stem, clips in sets.items():
         start = time.perf_counter()
-        answers = transcribe(
-            model,
-            clips,
-            device,
-            batch_seconds,
-            stem,
-            default_language=default_language,
-            with_context=with_context,
-            max_new_tokens=max_new_tokens,
-            tokens_per_second=tokens_per_second,
-        )
+        answers = transcribe(model, clips, device, label=stem, **decoding)
         seconds = time.perf_counter() - start
 
         results = [result_line(clip, answer, out) for clip, answer in zip(clips, answers)]
@@ -372,7 +358,7 @@ def transcribe(
         languages = [clips[indices[b]].language for b in usable]
         contexts = [clips[indices[b]].context for b in usable] if with_context else None
         batch = collate(waveforms, model.front_end, languages, default_language, contexts).to(device)
-        rollout = model.sample(batch, max_new_tokens, k=1, tokens_per_second=tokens_per_second)
+        rollout = model.sample(batch, max_new_tokens, tokens_per_second=tokens_per_second)
         hyps = model.front_end.texts(rollout)
         for b, hyp, stopped in zip(usable, hyps, rollout.stopped.tolist()):
             answers[indices[b]] = {"hyp": hyp, "stopped": stopped}

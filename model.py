@@ -164,20 +164,6 @@ def init_weights(modules, spread):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Prompts and token ids
-# ----------------------------------------------------------------------------------------------------------
-
-STOP_TOKEN = "<|im_end|>"
-PAD_TOKEN = "<|endoftext|>"
-AUDIO_TOKEN = "<|audio|>"
-PROMPT_TEXT = "Please transcribe this audio."
-TOKENS_PER_SECOND = 25.0  # of a transcript, at most: fast Greek and Hindi need 22
-PROMPT_TOKENS = ["<|user|>", "<|begin_of_audio|>", AUDIO_TOKEN, "<|end_of_audio|>", "<|assistant|>"]
-PROMPT = f"<|user|><|begin_of_audio|>{AUDIO_TOKEN}<|end_of_audio|>{PROMPT_TEXT}<|assistant|>"
-CONTEXT = "{context}"  # where a prompt gives the words of a clip's context
-CONTEXT_PROMPT = PROMPT.replace(PROMPT_TEXT, f"{PROMPT_TEXT} Context: {CONTEXT}")
-# The same prompt for stock transformers' processor: user turns, each content item in its place, no newlines.
-# ----------------------------------------------------------------------------------------------------------
 # The Qwen LM
 # ----------------------------------------------------------------------------------------------------------
 # Qwen2 and Qwen3, with the parameter names and the operations of stock transformers: in float32 on a CPU its
@@ -296,9 +282,8 @@ class QwenLM(nn.Module):
 
     def rotary(self, positions, dtype):
         """cos and sin (B, 1, n, d) of positions (B, n), the same for all heads."""
-        return rotary_table(
-            positions[:, None], head_size(self.config), self.config.rope_parameters["rope_theta"], dtype
-        )
+        theta = self.config.rope_parameters["rope_theta"]
+        return rotary_table(positions[:, None], head_size(self.config), theta, dtype)
 
     def new_cache(self, n_clips, n_columns):
         """Keys and values for n_columns positions: a tensor (2, B, key heads, L, d) for each layer."""
@@ -315,21 +300,18 @@ def head_size(config):
 
 def check_text_config(config):
     """Raises InputError where the LM of a config is none of ours, with the key and its value."""
-    built = {
-        "model_type": (config.model_type, ("qwen2", "qwen3")),
-        "hidden_act": (config.hidden_act, ("silu",)),
-        "attention_dropout": (config.attention_dropout, (0,)),
-        "attention_bias": (getattr(config, "attention_bias", False), (False,)),
-        "use_sliding_window": (getattr(config, "use_sliding_window", False), (False,)),
-        "rope_type": (config.rope_parameters.get("rope_type", "default"), ("default",)),
+    if config.model_type not in ("qwen2", "qwen3"):  # which need not have the other keys
+        raise data.InputError(f"text_config: model_type is {config.model_type!r}; the LM is Qwen2 or Qwen3")
+    settings = {  # key → value, and the values that the LM here is built for
+        "layer_types": (set(config.layer_types), [{"full_attention"}]),
+        "rope_type": (config.rope_parameters.get("rope_type", "default"), ["default"]),
+        "hidden_act": (config.hidden_act, ["silu"]),
+        "attention_dropout": (config.attention_dropout, [0]),
+        "attention_bias": (getattr(config, "attention_bias", False), [False]),
     }
-    for kind in config.layer_types or []:
-        built["layer_types"] = (kind, ("full_attention",))
-        if kind != "full_attention":
-            break
-    for key, (value, known) in built.items():
-        if value not in known:
-            raise data.InputError(f"text_config: {key} is {value!r}; the LM is built for {known[0]!r} alone")
+    for key, (value, built) in settings.items():
+        if value not in built:
+            raise data.InputError(f"text_config: {key} is {value!r}; the LM here is built for {built}")
 
 
 def causal_mask(mask):
@@ -343,6 +325,20 @@ def positions_of(mask):
     return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
 
 
+# ----------------------------------------------------------------------------------------------------------
+# Prompts and token ids
+# ----------------------------------------------------------------------------------------------------------
+
+STOP_TOKEN = "<|im_end|>"
+PAD_TOKEN = "<|endoftext|>"
+AUDIO_TOKEN = "<|audio|>"
+PROMPT_TEXT = "Please transcribe this audio."
+TOKENS_PER_SECOND = 25.0  # of a transcript, at most: fast Greek and Hindi need 22
+PROMPT_TOKENS = ["<|user|>", "<|begin_of_audio|>", AUDIO_TOKEN, "<|end_of_audio|>", "<|assistant|>"]
+PROMPT = f"<|user|><|begin_of_audio|>{AUDIO_TOKEN}<|end_of_audio|>{PROMPT_TEXT}<|assistant|>"
+CONTEXT = "{context}"  # where a prompt gives the words of a clip's context
+CONTEXT_PROMPT = PROMPT.replace(PROMPT_TEXT, f"{PROMPT_TEXT} Context: {CONTEXT}")
+# The same prompt for stock transformers' processor: user turns, each content item in its place, no newlines.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'user' %}<|user|>"
     "{% for part in message['content'] %}{% if part['type'] == 'audio' %}"
@@ -388,9 +384,7 @@ class FrontEnd:
         vocabulary = tokenizer.get_vocab()
         missing = [token for token in (*self.prompt_tokens, STOP_TOKEN, PAD_TOKEN) if token not in vocabulary]
         if missing:
-            raise data.InputError(
-                f"tokenizer {tokenizer.name_or_path} lacks the token(s) {' '.join(missing)}"
-            )
+            raise data.InputError(f"tokenizer {tokenizer.name_or_path}: no token(s) {' '.join(missing)}")
         self.tokenizer = tokenizer
         self.pad_id = vocabulary[PAD_TOKEN]
         self.stop_id = vocabulary[STOP_TOKEN]
@@ -423,11 +417,8 @@ class FrontEnd:
         # context must not be tokenised apart from it.
         control_tokens = list(self.added_tokens.finditer(before))
         begin = control_tokens[-1].end()
-        return (
-            self.token_ids(before[:begin])
-            + self.encode_text(before[begin:] + context)
-            + self.token_ids(after)
-        )
+        ids = self.token_ids(before[:begin]) + self.encode_text(before[begin:] + context)
+        return ids + self.token_ids(after)
 
     def token_ids(self, text):
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -532,7 +523,7 @@ class SpeechLM(nn.Module):
             raise data.InputError(f"the encoder wants {data.N_MELS} mel bins and as many key as query heads")
         if audio.intermediate_size != 4 * audio.hidden_size:
             raise data.InputError(
-                "the encoder's intermediate_size is not 4 × hidden_size, as four merged frames"
+                "the encoder's intermediate_size is not 4 × hidden_size, four merged frames"
             )
         encoder = Encoder(audio)
         adapter = Adapter(config)
@@ -541,9 +532,8 @@ class SpeechLM(nn.Module):
         init_weights(adapter.modules(), text.initializer_range)
         init_weights(lm.modules(), text.initializer_range)
         # A ModuleDict, because stock's names begin with "model."; its parts are read by the properties below.
-        self.model = nn.ModuleDict(
-            {"audio_tower": encoder, "multi_modal_projector": adapter, "language_model": lm}
-        )
+        parts = {"audio_tower": encoder, "multi_modal_projector": adapter, "language_model": lm}
+        self.model = nn.ModuleDict(parts)
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.lm.embed_tokens.weight
@@ -554,6 +544,7 @@ class SpeechLM(nn.Module):
     def set_up(self, config, front_end):
         """What every speech-LM has beside its modules."""
         self.config = config
+        self.config.tie_word_embeddings = self.lm_head.weight is self.lm.embed_tokens.weight
         self.front_end = front_end
         self.bf16 = False  # compute in bf16 by autocast; the weights stay as they are
         self.peft_models = []  # peft's wrapper after `add_lora`, in a list: it is no part of this module
@@ -561,9 +552,7 @@ class SpeechLM(nn.Module):
         n_tokens = len(front_end.tokenizer)
         if config.audio_token_id != front_end.audio_id or vocab_size < n_tokens:
             ours = f"audio token {config.audio_token_id} and {vocab_size} rows"
-            raise data.InputError(
-                f"model and tokenizer do not match: {ours}, {front_end.audio_id} and {n_tokens} tokens"
-            )
+            raise data.InputError(f"model and tokenizer differ: {ours}, {front_end.audio_id} and {n_tokens}")
         forbidden = forbidden_ids(front_end.tokenizer, vocab_size, front_end.stop_id)
         self.register_buffer("forbidden", forbidden, persistent=False)  # (V,)
 
@@ -603,11 +592,20 @@ class SpeechLM(nn.Module):
         """
         folder = local_folder(name)
         kind = model_kind(name, folder)
-        model = {"glmasr": SpeechLM, "qwen3_asr": Qwen3ASR}[kind].load(folder, dtype)
-        for key, parameter in model.named_parameters():
+        try:
+            speech_lm = {"glmasr": SpeechLM, "qwen3_asr": Qwen3ASR}[kind].load(folder, dtype)
+        except data.InputError as error:
+            raise data.InputError(f"{name}: {error}") from None
+        except (OSError, ValueError, AttributeError) as error:
+            absent = [file for file in BESIDE_WEIGHTS[kind] if not os.path.exists(os.path.join(folder, file))]
+            if not absent:
+                raise
+            source = "the folder or hub repository that this model came from"
+            raise data.InputError(f"{name} has no {absent[0]}; copy it from {source}") from error
+        for key, parameter in speech_lm.named_parameters():
             if not parameter.isfinite().all():
                 raise data.InputError(f"{name}: {key} holds NaN or infinite weights")
-        return model
+        return speech_lm
 
     @classmethod
     def load(cls, folder, dtype):
@@ -870,9 +868,7 @@ class Qwen3ASR(SpeechLM):
         # Transformers fills what is missing with random numbers.
         mismatched = [*info["missing_keys"], *info["unexpected_keys"], *map(str, info["mismatched_keys"])]
         if mismatched:
-            raise data.InputError(
-                f"{folder}: weights and config.json do not match: {sorted(mismatched)[:3]} …"
-            )
+            raise data.InputError(f"weights do not match config.json: {sorted(mismatched)[:3]} …")
         return cls(stock, processor)
 
     def generation_config(self):
@@ -912,32 +908,27 @@ class Qwen3ASR(SpeechLM):
             else:
                 prompts.append(batch.prompt_ids[b][batch.prompt_mask[b]].tolist())
         prompt_ids, prompt_mask = data.pad_left(prompts, self.front_end.pad_id)
-        device = batch.prompt_ids.device
-        return dataclasses.replace(
-            batch, prompt_ids=prompt_ids.to(device), prompt_mask=prompt_mask.to(device)
-        )
+        batch = dataclasses.replace(batch, prompt_ids=prompt_ids, prompt_mask=prompt_mask)
+        return batch.to(self.device)
 
 
 def local_folder(name):
-    """`name` if it is a folder, else the cached, or now downloaded, folder of that hub repository."""
+    """`name` if it is a folder, else the cached, or now downloaded, folder of that hub repository.
+
+    The folder of a run, or of a checkpoint, means the `model` in it.
+    """
     name = os.fspath(name)
+    own_model = os.path.join(name, "model")
+    if os.path.isfile(os.path.join(own_model, "config.json")):
+        return own_model
     if os.path.isdir(name):
         return name
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise data.InputError(
-            f"{name} is no model folder: not a directory, nor a name like Qwen/Qwen3-ASR-0.6B-hf"
-        )
+        raise data.InputError(f"{name} is neither a folder nor a name like Qwen/Qwen3-ASR-0.6B-hf")
     if re.fullmatch(r"Qwen/Qwen3-ASR-[\d.]+B", name):
         raise data.InputError(f"{name} has its original form (thinker.* keys); take {name}-hf")
     patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt"]
-    try:
-        return huggingface_hub.snapshot_download(name, allow_patterns=patterns)
-    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
-        reason = " ".join(str(error).split())[:80]
-        where = "no such folder, and no such hub repository in the cache or within reach"
-        raise data.InputError(
-            f"{name}: {where} ({reason}); `hf download {name}` where there is a network"
-        ) from error
+    return huggingface_hub.snapshot_download(name, allow_patterns=patterns)
 
 
 def weight_files(folder):
@@ -951,16 +942,21 @@ def weight_files(folder):
     if not os.path.exists(os.path.join(folder, names[0])):
         if not os.path.exists(index):
             remedy = "load other formats by transformers, and save them by save_pretrained"
-            raise data.InputError(f"{folder}: no model.safetensors and no index of its parts; {remedy}")
+            raise data.InputError(f"no model.safetensors and no index of its parts; {remedy}")
         names = sorted(set(data.read_json(index)["weight_map"].values()))
     paths = [os.path.join(folder, name) for name in names]
     for path in paths:
         with open(path, "rb") as file:
             if file.read(20).startswith(b"version https://git"):
-                raise data.InputError(
-                    f"{path} is a pointer of git lfs, not the weights; run git lfs pull there"
-                )
+                raise data.InputError(f"{path} is a pointer of git lfs, no weights; run git lfs pull")
     return paths
+
+
+# What loading reads of a folder beside weights and config.json.
+BESIDE_WEIGHTS = {
+    "glmasr": ["tokenizer.json", "tokenizer_config.json"],
+    "qwen3_asr": ["tokenizer.json", "tokenizer_config.json", "processor_config.json", "chat_template.jinja"],
+}
 
 
 def read_config(name, folder):
@@ -973,21 +969,21 @@ def read_config(name, folder):
 
 def model_kind(name, folder):
     """The kind in config.json, glmasr or qwen3_asr. InputError for others, with the command that converts."""
+    if os.path.exists(os.path.join(folder, "adapter_config.json")):
+        raise data.InputError(f"{name} holds LoRA's matrices alone; give the folder `model` beside it")
     config = read_config(name, folder)
-    if "whisper_config" in config:
-        raise data.InputError(
-            f"{name} is a released ARK-ASR; convert it: python -m prepare.ark {name} --out DIR"
-        )
-    if "thinker_config" in config:
-        size = "0.6B" if "0.6b" in os.path.basename(os.path.realpath(folder)).lower() else "1.7B"
-        raise data.InputError(
-            f"{name} has Qwen3-ASR's original form (thinker.* keys); take Qwen/Qwen3-ASR-{size}-hf"
-        )
     kind = config.get("model_type")
-    if kind not in ("glmasr", "qwen3_asr"):
+    if "script" in config:
         raise data.InputError(
-            f"{name}: model_type is {kind!r}, not glmasr or qwen3_asr; python -m prepare.student makes one"
+            f"{name} is a run without a finished model; give one of its checkpoints, step-N"
         )
+    if "whisper_config" in config:
+        raise data.InputError(f"{name} is a released ARK-ASR; run python -m prepare.ark {name} --out DIR")
+    if "thinker_config" in config:
+        remedy = "take the repository whose name ends in -hf, such as Qwen/Qwen3-ASR-1.7B-hf"
+        raise data.InputError(f"{name} has Qwen3-ASR's original form (thinker.* keys); {remedy}")
+    if kind not in ("glmasr", "qwen3_asr"):
+        raise data.InputError(f"{name}: model_type is {kind!r}; python -m prepare.student makes a student")
     return kind
 
 
@@ -1030,24 +1026,16 @@ def union_support(student_ids, teacher_ids):
 
 
 def narrow_support(kind, support_ids, support_mask, student_topk, teacher_topk):
-    """The mask (N, 2K) of a support whose ids are all in the union.
+    """The mask (N, 2K) of the ids of the union that a support has: S_t, T_t, S_t ∩ T_t, or all of them.
 
-    kind: "union" (the paper's), "teacher" (T_t), "student" (S_t) or "intersection" (S_t ∩ T_t).
-    support_ids, support_mask (N, 2K) are the union's; student_topk, teacher_topk (N, K).
+    kind: "student", "teacher", "intersection", or any other. support_ids, support_mask (N, 2K) are the
+    union's; student_topk, teacher_topk (N, K).
     """
     if kind in ("student", "intersection"):
-        support_mask = support_mask & is_in(support_ids, student_topk)
+        support_mask = support_mask & (support_ids[:, :, None] == student_topk[:, None]).any(dim=2)
     if kind in ("teacher", "intersection"):
-        support_mask = support_mask & is_in(support_ids, teacher_topk)
+        support_mask = support_mask & (support_ids[:, :, None] == teacher_topk[:, None]).any(dim=2)
     return support_mask
-
-
-def is_in(ids, topk_ids, chunk=1024):
-    """(N, U) bool: is ids[n, u] one of the row's topk_ids (N, K)? `chunk` rows at a time."""
-    parts = []
-    for rows, row_topk in zip(ids.split(chunk), topk_ids.split(chunk)):
-        parts.append((rows[:, :, None] == row_topk[:, None]).any(dim=2))
-    return torch.cat(parts)
 
 
 def support_kl(student_logits, teacher_logits, support_mask, temperature=1.0, divergence="forward", beta=0.5):
@@ -1068,28 +1056,18 @@ def support_kl(student_logits, teacher_logits, support_mask, temperature=1.0, di
     log_q = scaled_student.log_softmax(dim=1)
     log_p = scaled_teacher.log_softmax(dim=1)
     if divergence == "forward":
-        kl = forward_kl(log_p, log_q)
+        kl = kl_rows(log_p, log_q)
     elif divergence == "reverse":
-        kl = reverse_kl(log_p, log_q)
-    else:
-        kl = generalized_jsd(log_p, log_q, beta)
+        kl = kl_rows(log_q, log_p)
+    else:  # to the mixture m = β p + (1 − β) q
+        log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+        kl = beta * kl_rows(log_p, log_m) + (1 - beta) * kl_rows(log_q, log_m)
     return torch.where(counted, temperature**2 * kl, 0.0), counted
 
 
-def forward_kl(log_p, log_q):
-    """KL(p ‖ q) = Σ p (log p − log q), nats: (N, U), (N, U) → (N,). q has to cover all of p."""
+def kl_rows(log_p, log_q):
+    """KL(p ‖ q) = Σ p (log p − log q), nats: (N, U), (N, U) → (N,)."""
     return (log_p.exp() * (log_p - log_q)).sum(dim=1)
-
-
-def reverse_kl(log_p, log_q):
-    """KL(q ‖ p) = Σ q (log q − log p), nats: (N, U), (N, U) → (N,). q may choose one mode of p."""
-    return (log_q.exp() * (log_q - log_p)).sum(dim=1)
-
-
-def generalized_jsd(log_p, log_q, beta):
-    """β KL(p ‖ m) + (1 − β) KL(q ‖ m), m = β p + (1 − β) q, 0 < β < 1, nats: (N, U), (N, U) → (N,)."""
-    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
-    return beta * forward_kl(log_p, log_m) + (1 - beta) * forward_kl(log_q, log_m)
 
 
 @torch.no_grad()
@@ -1156,54 +1134,37 @@ class SupportScores(torch.autograd.Function):
         return grad_weight.to(weight.dtype) if is_trained else None, grad_hidden, None
 
 
-def full_kl(
-    student,
-    student_hidden,
-    teacher,
-    teacher_hidden,
-    alignment,
-    temperature=1.0,
-    divergence="forward",
-    beta=0.5,
-    chunk=256,
-):
+def full_kl(student, student_hidden, teacher, teacher_hidden, alignment, *divergence):
     """`support_kl` on all ids that both models may write: (N, H), (N, H') rows → kl (N,), counted (N,).
 
-    Exact. The logits of `chunk` rows at a time exist, and are computed again in backward.
+    divergence: temperature, divergence and beta of `support_kl`. Exact.
     """
-    columns = alignment.to_teacher.clamp(min=0)  # (V,)
-    allowed = ~alignment.student_forbidden
     # In float32 as on the union: a teacher in bf16 would round its logits.
-    teacher_weight = teacher.head.weight.detach()[columns].float()  # (V, H')
+    teacher_weight = teacher.head.weight.detach()[alignment.to_teacher.clamp(min=0)].float()  # (V, H')
 
-    def kl_of_chunk(student_rows, teacher_rows):
+    def kl_of_rows(student_rows, teacher_rows):
         teacher_logits = F.linear(teacher_rows.float(), teacher_weight)
         student_logits = student.head(student_rows).float()
-        mask = allowed.expand(len(teacher_rows), -1)
-        return support_kl(student_logits, teacher_logits, mask, temperature, divergence, beta)
+        mask = ~alignment.student_forbidden.expand_as(student_logits)
+        return support_kl(student_logits, teacher_logits, mask, *divergence)
 
-    kls = []
-    counted_parts = []
-    for student_rows, teacher_rows in zip(student_hidden.split(chunk), teacher_hidden.split(chunk)):
-        kl, counted = checkpoint(kl_of_chunk, student_rows, teacher_rows, use_reentrant=False)
-        kls.append(kl)
-        counted_parts.append(counted)
-    return torch.cat(kls), torch.cat(counted_parts)
+    chunks = list(recomputed_chunks(kl_of_rows, student_hidden, teacher_hidden))
+    return torch.cat([kl for kl, _ in chunks]), torch.cat([counted for _, counted in chunks])
 
 
-def token_ce(model, hidden, ids, chunk=256):
-    """Cross-entropy −log q(token), over the whole vocabulary, nats: rows (N, H), tokens (N,) → (N,).
+def token_ce(speech_lm, hidden, ids):
+    """Cross-entropy −log q(token), over the whole vocabulary, nats: rows (N, H), tokens (N,) → (N,)."""
 
-    The logits of `chunk` rows at a time exist, and are computed again in backward.
-    """
+    def ce_of_rows(rows, row_ids):
+        return F.cross_entropy(speech_lm.head(rows).float(), row_ids, reduction="none")
 
-    def ce_of_chunk(rows, row_ids):
-        return F.cross_entropy(model.head(rows).float(), row_ids, reduction="none")
+    return torch.cat(list(recomputed_chunks(ce_of_rows, hidden, ids)))
 
-    parts = []
-    for rows, row_ids in zip(hidden.split(chunk), ids.split(chunk)):
-        parts.append(checkpoint(ce_of_chunk, rows, row_ids, use_reentrant=False))
-    return torch.cat(parts)
+
+def recomputed_chunks(function, *tensors, chunk=256):
+    """Yields function(rows, …) chunk by chunk; its (chunk, V) logits are computed again in backward."""
+    for rows in zip(*[tensor.split(chunk) for tensor in tensors]):
+        yield checkpoint(function, *rows, use_reentrant=False)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1234,31 +1195,26 @@ def align_vocabularies(student, teacher):
     student_forbidden = student.forbidden.tolist()
     teacher_forbidden = teacher.forbidden.tolist()
     teacher_vocabulary = teacher.front_end.tokenizer.get_vocab()
-    pairs = {student.front_end.stop_id: teacher.front_end.stop_id}
-    for token, student_id in student.front_end.tokenizer.get_vocab().items():
-        teacher_id = teacher_vocabulary.get(token)
-        if teacher_id is None or student_forbidden[student_id] or teacher_forbidden[teacher_id]:
-            continue
-        pairs[student_id] = teacher_id
-
-    n_text = student_forbidden.count(False)
-    if len(pairs) < 0.99 * n_text:
-        shared = f"only {len(pairs)} of the student's {n_text} text tokens are in the teacher's vocabulary"
-        raise data.InputError(
-            f"--student, --teacher: {shared}; distillation compares token by token: one tokenizer"
-        )
     to_teacher = torch.full((len(student_forbidden),), -1)
     to_student = torch.full((len(teacher_forbidden),), -1)
-    student_ids = torch.tensor(list(pairs.keys()))
-    teacher_ids = torch.tensor(list(pairs.values()))
+    pairs = [(student.front_end.stop_id, teacher.front_end.stop_id)]
+    for token, student_id in student.front_end.tokenizer.get_vocab().items():
+        teacher_id = teacher_vocabulary.get(token)
+        if teacher_id is not None and not student_forbidden[student_id] and not teacher_forbidden[teacher_id]:
+            pairs.append((student_id, teacher_id))
+    student_ids, teacher_ids = torch.tensor(pairs).T
     to_teacher[student_ids] = teacher_ids
     to_student[teacher_ids] = student_ids
-    device = student.device
+
+    n_shared = int((to_teacher >= 0).sum())
+    n_text = student_forbidden.count(False)
+    if n_shared < 0.99 * n_text:
+        shared = f"only {n_shared} of the student's {n_text} text tokens are in the teacher's vocabulary"
+        raise data.InputError(f"--student, --teacher: {shared}; they need one tokenizer, token by token")
+    to_teacher = to_teacher.to(student.device)
+    to_student = to_student.to(student.device)
     return Alignment(
-        to_teacher=to_teacher.to(device),
-        to_student=to_student.to(device),
-        student_forbidden=(to_teacher < 0).to(device),
-        teacher_forbidden=(to_student < 0).to(device),
+        to_teacher, to_student, student_forbidden=to_teacher < 0, teacher_forbidden=to_student < 0
     )
 
 
@@ -1284,7 +1240,7 @@ def missing_token(text, front_end, to_teacher):
 
 
 @torch.no_grad()
-def self_check(model, waveforms, languages, default_language=None):
+def self_check(speech_lm, waveforms, languages, default_language=None):
     """Does the model agree with itself? Its greedy transcripts of a few clips, scored by teacher forcing.
 
     → {nll: nats a token; agreement: share of tokens that are the likeliest of their row; batch_difference:
@@ -1294,44 +1250,42 @@ def self_check(model, waveforms, languages, default_language=None):
     refused: a greedy token's likelihood is at least 1 / V, and two logits count as equal when they differ by
     less than 0.1 % of the largest one, or 10 % in bf16.
     """
-    was_training = model.training
-    model.eval()
-    batch = data.collate(waveforms, model.front_end, languages, default_language).to(model.device)
-    rollout = model.sample(batch, 32)
-    batch_logits = model.head(model(batch, rollout)).float()  # (N, V)
+    was_training = speech_lm.training
+    speech_lm.eval()
+    front_end = speech_lm.front_end
+    batch = data.collate(waveforms, front_end, languages, default_language).to(speech_lm.device)
+    rollout = speech_lm.sample(batch, 32)
+    batch_logits = speech_lm.head(speech_lm(batch, rollout)).float()  # (N, V)
     single_logits = []
     for b, waveform in enumerate(waveforms):
-        one = data.collate([waveform], model.front_end, languages[b : b + 1], default_language).to(
-            model.device
-        )
+        alone = data.collate([waveform], front_end, [languages[b]], default_language).to(speech_lm.device)
         part = Rollout(rollout.ids[b : b + 1], rollout.lens[b : b + 1], rollout.stopped[b : b + 1])
-        single_logits.append(model.head(model(one, part)).float())
+        single_logits.append(speech_lm.head(speech_lm(alone, part)).float())
     single_logits = torch.cat(single_logits)
-    model.train(was_training)
+    speech_lm.train(was_training)
 
+    allowed = ~speech_lm.forbidden
     tokens = rollout.ids[rollout.row_mask()][:, None]  # (N, 1)
-    is_stop = tokens[:, 0] == model.front_end.stop_id
-    endoftext = batch_logits.softmax(dim=1)[is_stop, model.front_end.pad_id]
-    batch_logits = batch_logits.masked_fill(model.forbidden, -math.inf)
-    largest = single_logits[:, ~model.forbidden].abs().max()
-    is_low_precision = model.bf16 or model.head.weight.dtype != torch.float32
-    tolerance = 0.1 if is_low_precision else 1e-3
-    difference = (batch_logits - single_logits)[:, ~model.forbidden].abs().max() / largest
+    endoftext = batch_logits.softmax(dim=1)[tokens[:, 0] == front_end.stop_id, front_end.pad_id]
+    batch_logits = batch_logits.masked_fill(speech_lm.forbidden, -math.inf)
+    largest = single_logits[:, allowed].abs().max()
+    is_float32 = not speech_lm.bf16 and speech_lm.head.weight.dtype == torch.float32
+    tolerance = 1e-3 if is_float32 else 0.1
     best_logits = batch_logits.amax(dim=1, keepdim=True)
     is_likeliest = batch_logits.gather(1, tokens) >= best_logits - tolerance * largest
-    check = {
+    figures = {
         "nll": -batch_logits.log_softmax(dim=1).gather(1, tokens).mean().item(),
         "agreement": is_likeliest.float().mean().item(),
-        "batch_difference": difference.item(),
+        "batch_difference": ((batch_logits - single_logits)[:, allowed].abs().max() / largest).item(),
         "endoftext": endoftext.mean().item() if len(endoftext) else 0.0,
     }
-    limit = math.log(int((~model.forbidden).sum())) + tolerance
-    if not (check["nll"] <= limit and check["agreement"] >= 0.95 and check["batch_difference"] <= tolerance):
+    limit = math.log(int(allowed.sum())) + tolerance
+    is_sound = figures["nll"] <= limit and figures["agreement"] >= 0.95
+    if not is_sound or not figures["batch_difference"] <= tolerance:
         sound = f"sound: nll ≤ {limit:.1f}, agreement ≥ 0.95, batch_difference ≤ {tolerance:g}"
-        raise data.InputError(
-            f"self-check: {model.architecture}: prompt, rows or masks are misaligned: {check}; {sound}"
-        )
-    return check
+        misaligned = f"{speech_lm.architecture}: prompt, rows or masks are misaligned"
+        raise data.InputError(f"self-check: {misaligned}: {figures}; {sound}")
+    return figures
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1506,28 +1460,22 @@ def model_to_train(name, checkpoint, lora_rank, seed):
     return model
 
 
-def load_state(folder, model, trained, optimizer):
-    """Restores what `save_checkpoint` wrote beside the model folder. InputError where it does not fit."""
-    state = load_file(os.path.join(folder, "state.safetensors"))
-    updates = float(state["updates"])
-    # With LoRA, what trained beside it is in the stock folder.
-    has_lora = bool(model.peft_models)
-    weights = load_file(os.path.join(folder, "model", "model.safetensors")) if has_lora else {}
+def load_state(folder, speech_lm, trained, optimizer):
+    """Restores what `save_checkpoint` wrote beside the model folder."""
+    weights = load_file(os.path.join(folder, "state.safetensors"))
+    if speech_lm.peft_models:  # what trained beside LoRA is in the stock folder
+        weights = {**load_file(os.path.join(folder, "model", "model.safetensors")), **weights}
+    updates = float(weights["updates"])
     for name, parameter in trained.items():
-        weight = state.get(f"weight.{name}", weights.get(name))
+        weight = weights.get(f"weight.{name}", weights.get(name))
         if weight is not None:
             parameter.data.copy_(weight)
-        elif has_lora:
-            raise data.InputError(f"--resume: {folder} has no weights of {name}; it is another model's")
-        if updates == 0:
-            continue
-        if f"exp_avg.{name}" not in state:
-            raise data.InputError(f"--resume: {folder} has no moments of {name}; it is another model's")
-        optimizer.state[parameter] = {
-            "step": torch.tensor(updates, device=parameter.device),
-            "exp_avg": state[f"exp_avg.{name}"].to(parameter.device),
-            "exp_avg_sq": state[f"exp_avg_sq.{name}"].to(parameter.device),
-        }
+        if updates > 0:
+            optimizer.state[parameter] = {
+                "step": torch.tensor(updates, device=parameter.device),
+                "exp_avg": weights[f"exp_avg.{name}"].to(parameter.device),
+                "exp_avg_sq": weights[f"exp_avg_sq.{name}"].to(parameter.device),
+            }
 
 
 def save_model(out, model):

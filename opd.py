@@ -190,9 +190,8 @@ def main(args):
     if rank == 0:
         hours = clips.seconds.sum(dtype=float) / 3600
         epochs = args.steps * args.batch_size / len(clips)
-        peak_lr = model.cosine_lr(
-            min(args.warmup_steps, args.steps - 1), args.steps, args.warmup_steps, args.lr
-        )
+        last_warmup = min(args.warmup_steps, args.steps - 1)
+        peak_lr = model.cosine_lr(last_warmup, args.steps, args.warmup_steps, args.lr)
         print(f"train: {len(clips)} clips, {hours:.2f} h, left out: {clips.n_long} longer than", end=" ")
         print(f"{args.max_seconds:g} s, {clips.n_failed} not decoded")
         print(f"{args.steps} steps = {epochs:.1f} epochs, lr up to {peak_lr:.3g}")
@@ -234,12 +233,9 @@ def main(args):
         before = data.read_json(before_path) if os.path.exists(before_path) else {}
 
     # ---- training loop -----------------------------------------------------------------------------------
-    writing = {
-        "max_new_tokens": args.max_new_tokens,
-        "temperature": args.temperature,
-        "tokens_per_second": args.tokens_per_second,
-        "forbidden": alignment.student_forbidden,
-    }
+    caps = {"max_new_tokens": args.max_new_tokens, "tokens_per_second": args.tokens_per_second}
+    student_writing = {**caps, "temperature": args.temperature, "forbidden": alignment.student_forbidden}
+    teacher_writing = {**caps, "forbidden": alignment.teacher_forbidden}  # greedy
     arm = functools.partial(arm_loss, args, student, teacher, alignment)
     is_arm = (args.objective, args.support, args.divergence, args.tau) != ("kl", "union", "forward", 1.0)
     bar = tqdm(initial=first_step, total=args.steps, disable=rank > 0, desc="opd", mininterval=1)
@@ -268,10 +264,10 @@ def main(args):
             # Rollout: the student transcribes by itself, without gradient. From here on a row is a token of
             # it, the stop token included. (The controlled arms take another transcript in its place.)
             if states == "student":
-                rollout = student.sample(batch, **writing, uniforms=uniforms, encoded=encoded)
+                rollout = student.sample(batch, **student_writing, uniforms=uniforms, encoded=encoded)
             else:
                 rollout = arm_rollout(
-                    args, states, references, teacher, teacher_batch, teacher_encoded, alignment
+                    states, references, teacher, teacher_batch, teacher_writing, teacher_encoded, alignment
                 )
 
             # Both models read the same tokens, id by id, the teacher behind its own prompt. (Where no line
@@ -322,7 +318,7 @@ def main(args):
             step_clips += batch_clips
             step_texts += texts
             if is_sampled and not samples:
-                written = teacher_rollout(args, teacher, teacher_batch, teacher_encoded, alignment)
+                written = teacher.sample(teacher_batch, **teacher_writing, encoded=teacher_encoded)
                 teacher_texts = teacher.front_end.texts(written)
                 samples = sample_lines(done, student.front_end, batch_clips, rollout, teacher_texts, kl)
 
@@ -427,23 +423,12 @@ def states_of(args, step):
     return "student" if draw < args.student_share else args.states
 
 
-def arm_rollout(args, states, references, teacher, teacher_batch, teacher_encoded, alignment):
+def arm_rollout(states, references, teacher, teacher_batch, teacher_writing, teacher_encoded, alignment):
     """Transcripts that the student has not written: the manifest's, or the teacher's greedy ones."""
     if states == "reference":
         return references.to(teacher.device)
-    written = teacher_rollout(args, teacher, teacher_batch, teacher_encoded, alignment)
+    written = teacher.sample(teacher_batch, **teacher_writing, encoded=teacher_encoded)
     return model.mapped_rollout(written, alignment.to_student)
-
-
-def teacher_rollout(args, teacher, teacher_batch, teacher_encoded, alignment):
-    """What the teacher writes greedily, without ids that the student lacks, in its own ids."""
-    return teacher.sample(
-        teacher_batch,
-        args.max_new_tokens,
-        tokens_per_second=args.tokens_per_second,
-        forbidden=alignment.teacher_forbidden,
-        encoded=teacher_encoded,
-    )
 
 
 def arm_loss(

@@ -8,15 +8,14 @@ reordered. A clip alone scores the same in both if both give it as many audio to
 up, the release down. In a batch the release's scores also depend on the padding, which it does not mask.
 """
 
-import glob
-import os
 import re
 
+import torch
 import transformers
 from safetensors.torch import load_file
 
-from data import InputError, argument_parser, run_script
-from model import SpeechLM, local_folder, read_config
+import data
+import model
 from prepare.student import glm_asr_config, refuse_existing, save
 
 RENAMED = {  # regular expressions, applied in this order
@@ -44,7 +43,7 @@ TEXT_FIELDS = (
 
 
 def parse_args(argv=None):
-    parser = argument_parser("python -m prepare.ark", __doc__)
+    parser = data.argument_parser("python -m prepare.ark", __doc__)
     parser.usage = "python -m prepare.ark MODEL --out DIR"
     parser.add_argument("model", metavar="MODEL", help="folder or hub name of the released ARK-ASR")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
@@ -57,27 +56,25 @@ def main(args):
 
 
 def convert(name):
-    """The released ARK-ASR as a `SpeechLM`, in the data type of its weights. Raises InputError."""
-    folder = local_folder(name)
-    released = read_config(name, folder)
+    """The released ARK-ASR as a `SpeechLM`, in the data type of its weights."""
+    folder = model.local_folder(name)
+    released = model.read_config(name, folder)
     if "whisper_config" not in released:
-        raise InputError(f"{name} is no released ARK-ASR: its config.json has no whisper_config")
+        raise data.InputError(f"{name} is no released ARK-ASR: its config.json has no whisper_config")
     if released.get("merge_factor", 4) != 4:
-        raise InputError(f"{name}: merge_factor {released['merge_factor']}; our adapter merges 4 frames")
+        raise data.InputError(f"{name}: merge_factor {released['merge_factor']}; our adapter merges 4 frames")
 
     tokenizer = transformers.Qwen2TokenizerFast.from_pretrained(folder)
     tokenizer.init_kwargs.pop("auto_map", None)  # what we save refers to no remote code
-    config = converted_config(released, tokenizer)
-    weights = converted_weights(folder, config.audio_config.num_attention_heads)
-    model = SpeechLM(config, tokenizer)
-    try:
-        model.load_weights(weights)
-    except InputError as error:
-        raise InputError(f"{name}: {error}") from None
-    return model.to(weights["model.language_model.embed_tokens.weight"].dtype)
+    weights = converted_weights(folder, released["whisper_config"]["encoder_attention_heads"])
+    embeddings = weights["model.language_model.embed_tokens.weight"]
+    tied = torch.equal(weights.get("lm_head.weight", embeddings), embeddings)
+    speech_lm = model.SpeechLM(converted_config(released, tokenizer, tied), tokenizer)
+    speech_lm.load_weights(weights)
+    return speech_lm.to(embeddings.dtype)
 
 
-def converted_config(released, tokenizer):
+def converted_config(released, tokenizer, tied):
     """The GlmAsrConfig of the release's flat Qwen2 config with its whisper_config."""
     whisper = released["whisper_config"]
     audio = {
@@ -89,7 +86,6 @@ def converted_config(released, tokenizer):
     }
     sizes = {field: released[field] for field in TEXT_FIELDS if field in released}
     rope = {"rope_type": "default", "rope_theta": released["rope_theta"]}
-    tied = released.get("tie_word_embeddings", True)
     text = transformers.Qwen2Config(**sizes, rope_parameters=rope, tie_word_embeddings=tied)
     return glm_asr_config(audio, text, tokenizer, tied)
 
@@ -97,7 +93,7 @@ def converted_config(released, tokenizer):
 def converted_weights(folder, n_heads):
     """{our name: tensor} of all weights in a folder."""
     weights = {}
-    for path in sorted(glob.glob(os.path.join(glob.escape(folder), "*.safetensors"))):
+    for path in model.weight_files(folder):
         for name, tensor in load_file(path).items():
             if name.endswith("embed_positions.weight"):
                 continue  # Whisper's absolute positions, not used
@@ -121,4 +117,4 @@ def halves_from_pairs(tensor, n_heads):
 
 
 if __name__ == "__main__":
-    run_script(main, parse_args())
+    data.run_script(main, parse_args())

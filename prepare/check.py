@@ -20,48 +20,27 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import (
-    N_FFT,
-    AudioError,
-    InputError,
-    argument_parser,
-    at_least,
-    collate,
-    language_code,
-    load_audio,
-    manifest_lines,
-    parse_line,
-    read_manifest,
-    run_script,
-)
-from eval import languages_of
-from model import (
-    SpeechLM,
-    align_vocabularies,
-    check_languages,
-    self_check,
-    support_kl,
-    support_scores,
-    teacher_rollout,
-    teacher_support,
-)
+import data
+import eval
+import model
 
+K = 32  # top-k ids of each model, with --models
 MAX_NEW_TOKENS = 256  # of a transcript that --models shows
 
 
 def parse_args(argv=None):
     script = "python -m prepare.check"
-    parser = argument_parser(script, __doc__)
-    parser.usage = (
-        f"{script} m.jsonl … [--max-seconds s] [--models STUDENT TEACHER [--language code] [--clips n]]"
-    )
-    parser.add_argument("manifests", nargs="+", metavar="m.jsonl", help="manifests to read")
-    parser.add_argument("--max-seconds", type=at_least(0.01), default=30.0, help="a longer clip is a defect")
-    parser.add_argument(
-        "--models", nargs=2, metavar=("STUDENT", "TEACHER"), help="look at two models on a few of the clips"
-    )
-    parser.add_argument("--language", help="of clips whose line names none, with --models")
-    parser.add_argument("--clips", type=at_least(1, int), help="clips that --models looks at; 8 if absent")
+    parser = data.argument_parser(script, __doc__)
+    options = "[--max-seconds s] [--models STUDENT TEACHER [--language code] [--clips n]]"
+    parser.usage = f"{script} m.jsonl … {options}"
+    add = parser.add_argument
+    seconds = data.at_least(0.01)
+    count = data.at_least(1, int)
+    add("manifests", nargs="+", metavar="m.jsonl", help="manifests to read")
+    add("--max-seconds", type=seconds, default=30.0, help="a longer clip is a defect")
+    add("--models", nargs=2, metavar=("STUDENT", "TEACHER"), help="look at two models on a few of the clips")
+    add("--language", help="of clips whose line names none, with --models")
+    add("--clips", type=count, help="clips that --models looks at; 8 if absent")
     args = parser.parse_args(argv)
     if (args.language or args.clips) and not args.models:
         parser.error("--language and --clips have no meaning without --models")
@@ -78,16 +57,16 @@ def check(path, max_seconds):
     languages = collections.Counter()
     first_lines = {}  # clip key: the line with it
 
-    for _, number, raw in tqdm(manifest_lines(path), desc=path, unit=" clips", disable=None):
+    for _, number, raw in tqdm(data.manifest_lines(path), desc=path, unit=" clips", disable=None):
         try:
-            clip = parse_line(raw, f"{path}:{number}", folder)
+            clip = data.parse_line(raw, f"{path}:{number}", folder)
             defects = clip_defects(clip, max_seconds, first_lines)
             first_lines.setdefault(clip.key, clip.where)
             n_clips += 1
             n_texts += clip.text is not None
             seconds += clip.duration
             languages[clip.language or "(none)"] += 1
-        except InputError as error:
+        except data.InputError as error:
             defects = [str(error)]
         for defect in defects:
             tqdm.write(defect)
@@ -111,11 +90,11 @@ def clip_defects(clip, max_seconds, first_lines):
     if clip.duration > max_seconds:
         defects.append(f"{where}: {clip.duration:.1f} s is over --max-seconds {max_seconds:g}")
     try:
-        waveform = load_audio(clip)
-    except AudioError as error:
+        waveform = data.load_audio(clip)
+    except data.AudioError as error:
         defects.append(str(error))
         return defects
-    if len(waveform) < N_FFT:
+    if len(waveform) < data.N_FFT:
         defects.append(f"{where}: {len(waveform)} samples, less than a window of 25 ms")
     if clip.text != "" and not waveform.any():  # silence with an empty text is a fair clip
         defects.append(f"{where}: every sample is zero")
@@ -127,28 +106,29 @@ def check_models(args):
     """--models: prints figures of both models on a few clips. Raises InputError where they are unsound."""
     clips = []
     for path in args.manifests:
-        clips += [clip for clip in read_manifest(path) if clip.duration <= args.max_seconds]
+        clips += [clip for clip in data.read_manifest(path) if clip.duration <= args.max_seconds]
     if not clips:
-        raise InputError(f"no clip of at most {args.max_seconds:g} s in {' '.join(args.manifests)}")
+        raise data.InputError(f"no clip of at most {args.max_seconds:g} s in {' '.join(args.manifests)}")
     clips.sort(key=lambda clip: clip.duration)
     places = np.linspace(0, len(clips) - 1, min(args.clips or 8, len(clips))).round().astype(int)
     clips = [clips[i] for i in places]
-    waveforms = [load_audio(clip) for clip in clips]
+    waveforms = [data.load_audio(clip) for clip in clips]
     languages = [clip.language for clip in clips]
     contexts = [clip.context for clip in clips]
-    language = language_code(args.language) if args.language else None
+    language = data.language_code(args.language) if args.language else None
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    student, teacher = [SpeechLM.from_pretrained(name).to(device).eval() for name in args.models]
-    check_languages(languages_of({"": clips}), language, student, teacher)
-    alignment = align_vocabularies(student, teacher)
+    student = model.SpeechLM.from_pretrained(args.models[0]).to(device).eval()
+    teacher = model.SpeechLM.from_pretrained(args.models[1]).to(device).eval()
+    model.check_languages(eval.languages_of({"": clips}), language, student, teacher)
+    alignment = model.align_vocabularies(student, teacher)
     n_text = int((~student.forbidden).sum())
     n_shared = int((~alignment.student_forbidden).sum())
     print(f"vocabulary: {n_shared} of the student's {n_text} text tokens are the teacher's too (sound: all)")
 
     # Each model against itself: its own transcript, scored by teacher forcing.
-    for name, model in (("student", student), ("teacher", teacher)):
-        figures = self_check(model, waveforms, languages, language)
+    for name, speech_lm in (("student", student), ("teacher", teacher)):
+        figures = model.self_check(speech_lm, waveforms, languages, language)
         print(f"{name} on its own transcripts of {len(clips)} clips:")
         print(f"  nll {figures['nll']:.3f} nats a token (sound: below 0.5; shifted rows: about 10)")
         print(f"  agreement {figures['agreement']:.3f} (sound: above 0.99)")
@@ -156,24 +136,29 @@ def check_models(args):
         print(f"  endoftext {figures['endoftext']:.3f} where it stops (sound: below 0.1)")
 
     # The teacher on the student's transcripts: what the first step of OPD will see.
-    batch = collate(waveforms, student.front_end, languages, language, contexts).to(device)
+    batch = data.collate(waveforms, student.front_end, languages, language, contexts).to(device)
     rollout = student.sample(batch, MAX_NEW_TOKENS, forbidden=alignment.student_forbidden)
     texts = student.front_end.texts(rollout)
-    teacher_batch = collate(waveforms, teacher.front_end, languages, language, contexts).to(device)
+    teacher_batch = data.collate(waveforms, teacher.front_end, languages, language, contexts).to(device)
     teacher_batch = teacher.with_script_languages(teacher_batch, texts)
-    teacher_hidden = teacher(teacher_batch, teacher_rollout(rollout, alignment))  # (N, H')
-    support_ids, support_mask, teacher_logits, _ = teacher_support(
-        teacher, teacher_hidden, rollout.topk_ids[rollout.row_mask()], alignment, k=32
-    )
-    student_logits = support_scores(student.head.weight, student(batch, rollout), support_ids)  # (N, 2K)
-    kl, _ = support_kl(student_logits, teacher_logits, support_mask)  # (N,)
+    student_hidden = student(batch, rollout)  # (N, H)
+    teacher_hidden = teacher(teacher_batch, model.mapped_rollout(rollout, alignment.to_teacher))  # (N, H')
+    student_topk = model.topk_ids(student, student_hidden, alignment.student_forbidden, K)  # (N, K)
+    teacher_topk = model.topk_ids(teacher, teacher_hidden, alignment.teacher_forbidden, K)
+    teacher_topk = alignment.in_student(teacher_topk)
+    support_ids, support_mask = model.union_support(student_topk, teacher_topk)  # (N, 2K)
+    teacher_ids = alignment.in_teacher(support_ids)
+    student_logits = model.support_scores(student.head.weight, student_hidden, support_ids)
+    teacher_logits = model.support_scores(teacher.head.weight, teacher_hidden, teacher_ids)
+    kl, _ = model.support_kl(student_logits, teacher_logits, support_mask)  # (N,)
     vuss = support_mask.sum(dim=1).double().mean()
     print("the teacher on the student's transcripts:")
     print(f"  KL {kl.mean():.3f} nats a token (sound: below 2; misaligned ids or prompts: above 5)")
-    print(f"  VUSS {vuss:.2f} (k = 32, the paper: 51 to 54)")
+    print(f"  VUSS {vuss:.2f} (k = {K}, the paper: 51 to 54)")
 
-    written = teacher.sample(teacher_batch, MAX_NEW_TOKENS, k=1, forbidden=alignment.teacher_forbidden)
-    for clip, ours, theirs in zip(clips, texts, teacher.front_end.texts(written)):
+    teacher_rollout = teacher.sample(teacher_batch, MAX_NEW_TOKENS, forbidden=alignment.teacher_forbidden)
+    teacher_texts = teacher.front_end.texts(teacher_rollout)
+    for clip, ours, theirs in zip(clips, texts, teacher_texts):
         print(f"{clip.where}, {clip.duration:.2f} s")
         print(f"  student   {ours}")
         print(f"  teacher   {theirs}")
@@ -191,4 +176,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run_script(main, parse_args())
+    data.run_script(main, parse_args())

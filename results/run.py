@@ -1,18 +1,21 @@
 """Runs the experiments of RESULTS.md: a plain list of commands.
 
-    python results/run.py --list               # what is finished, and what is left
-    python results/run.py --jobs 2             # everything that is left, two runs side by side
-    python results/run.py --only table-1       # some questions
+    python -m results.run --list               # what is finished, and what is left
+    python -m results.run --jobs 2             # everything that is left, two runs side by side
+    python -m results.run --only table-1       # some questions
+    python -m results.run --only table-1 --since COMMIT    # and anew what an older commit made
 
 A run is finished when results/runs.jsonl has its line. So this can be stopped at any moment, and started
-again: what was being run begins anew. Each run is one process of one thread, in runs/results/NAME, on a GPU
-where there is one: so give `--only scale-tune scale` to a machine with a GPU, and the others to one without.
-Models and data that an unfinished run needs are made first, and made anew where they are missing. They take
-espeak-ng and flite (example/make.py), and the recordings of ASR_OPD_DATA for the digit strings.
+again, with --since too: what was being run begins anew. Each run is one process of one thread, in
+runs/results/NAME, on a GPU where there is one: so give `--only scale-tune scale` to a machine with a GPU, and
+the others to one without. Models and data that an unfinished run needs are made first, and made anew where
+they are missing. They take espeak-ng and flite (example/make.py), and the recordings of ASR_OPD_DATA for the
+digit strings. --since makes no model anew: remove runs/results first where these should change too.
 
-A line holds the question, the arm, the settings, the command, the seconds, and what results/tables.py
-computes the tables from: the errors of each speaker in each set (speakers in the order of results/units.json,
-which has their reference units), VUSS during the run, or the measures of overlap.py.
+A line holds the question, the arm, the settings, the command, the commit that was checked out when the run
+began (12 digits), the seconds, and what results/tables.py computes the tables from: the errors of each
+speaker in each set (speakers in the order of results/units.json, which has their reference units), VUSS
+during the run, or the measures of overlap.py.
 """
 
 import argparse
@@ -30,18 +33,18 @@ import time
 
 import numpy as np
 
+import data
+import eval
+from results import validate
+
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent
-sys.path.insert(0, str(ROOT))
-
-from data import read_lines  # noqa: E402
-from eval import score  # noqa: E402
-from results import validate  # noqa: E402
-
 RUNS = HERE / "runs.jsonl"
 UNITS = HERE / "units.json"
 FOLDER = "runs/results"  # of all runs and models, from ROOT
 WORK = ROOT / FOLDER
+# What a line depends on, as git's path patterns. It must be committed before a run begins.
+CODE = ["*.py", "example", "results/scale-*.json", ":!*.md", ":!tests"]
 
 TEST_SETS = ["en-clean", "en-other", "zh-read", "zh-net", "zh-meeting"]
 TESTS = " ".join(f"example/{name}.jsonl" for name in TEST_SETS)
@@ -80,7 +83,7 @@ MODELS = {
         f" --ctc-weight 0.5 --save-every 200 {SPEC_AUGMENT}"
     ),
     # A teacher of another style: the shipped one, tuned on punctuation.
-    "sets": "results/sets.py {out}",
+    "sets": "-m results.sets {out}",
     "teacher-style": (
         f"{SFT} --train {SETS}/style.jsonl --model {TEACHER}"
         f" --steps 300 --batch-size 32 --warmup-steps 20 --lr 1e-3"
@@ -100,12 +103,12 @@ for name in ("base", "teacher"):
         f"-m prepare.student --config results/scale-{name}.json --tokenizer example/base --out {{out}}"
     )
 SCALE_TRAIN = f"example/train.jsonl {FOLDER}/extra/extra.jsonl"
-for name, lr, data in (
+for name, lr, manifests in (
     ("base", 1e-3, f"{FOLDER}/extra/labelled.jsonl"),
     ("teacher", 5e-4, SCALE_TRAIN),
 ):
     MODELS[f"scale-{name}"] = (
-        f"sft.py --bf16 --keep 99 --out {{out}} --train {data} --model {FOLDER}/scale-start-{name}"
+        f"sft.py --bf16 --keep 99 --out {{out}} --train {manifests} --model {FOLDER}/scale-start-{name}"
         f" --steps 1500 --batch-size 32 --warmup-steps 200 --lr {lr:g} --ctc-weight 0.5"
         f" --save-every 200 --eval {DEV} --eval-every 200 {SPEC_AUGMENT}"
     )
@@ -135,9 +138,9 @@ for n, held_out in enumerate(SPEAKERS):
             f"-m prepare.fsdd {shlex.quote(FSDD)} --split {split} --speakers {' '.join(speakers)}"
             f" --count {count} --seed {seed} --out {{out}}/{stem}"
         )
-    for name, steps, data in (("teacher", 500, "labelled"), ("base", 300, "base")):
+    for name, steps, clips in (("teacher", 500, "labelled"), ("base", 300, "base")):
         MODELS[f"digits-{held_out}-{name}-model"] = (
-            f"{SFT} --train {folder}-{data}/{stem} --model example/{name}"
+            f"{SFT} --train {folder}-{clips}/{stem} --model example/{name}"
             f" --steps {steps} --batch-size 16 --warmup-steps 20 --lr 2e-3 --ctc-weight 0.5"
         )
 
@@ -453,6 +456,28 @@ def next_job(runs, makers, busy):
     return None
 
 
+def git(*arguments):
+    """What git prints, without the last line's end."""
+    command = ["git", "-C", str(ROOT), *arguments]
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+
+
+def checked_out():
+    """The commit that is checked out, 12 digits."""
+    edited = git("diff", "--name-only", "HEAD", "--", *CODE)
+    if edited:
+        raise SystemExit(f"commit your changes first, a line names the commit that made it: {edited}")
+    return git("rev-parse", "HEAD")[:12]
+
+
+def names_before(commit, questions):
+    """The names of the finished runs of some questions which commits before the given one have made."""
+    later = git("rev-list", "HEAD", "--not", f"{commit}^@").split()  # the commit itself is one of them
+    later = {name[:12] for name in later}
+    lines = [line for line in finished_lines() if line["question"] in questions]
+    return {line["name"] for line in lines if line["commit"] not in later}
+
+
 def start(job):
     """Starts a job in one process of one thread. What an earlier start left is removed."""
     shutil.rmtree(WORK / job["name"], ignore_errors=True)
@@ -481,7 +506,7 @@ def line_of(run, seconds):
     if script == "overlap.py":
         overlap = json.loads((out / "overlap.json").read_text(encoding="utf-8"))
         line["measures"] = rounded(overlap["measures"]["all"])
-        line["baselines"] = rounded(validate.baselines(read_lines(out / "clips.jsonl")))
+        line["baselines"] = rounded(validate.baselines(data.read_lines(out / "clips.jsonl")))
         return line
     folder = out if script == "eval.py" else out / f"eval-{run['steps']}"
     # Whisper's normaliser makes "one two" 12, a single word: digit strings are scored without it.
@@ -501,7 +526,7 @@ def rounded(figures):
 
 def vuss_of(path, at_every_k):
     """{vuss, or also vuss_1, …: means over the first ten steps, the last ten, and all} of a metrics.jsonl."""
-    steps = read_lines(path)
+    steps = data.read_lines(path)
     table = {}
     for key in steps[0]:
         if key == "vuss" or (at_every_k and key.startswith("vuss_")):
@@ -529,7 +554,7 @@ def errors_by_speaker(folder, normalizer):
     errors = {}
     for path in sorted(folder.glob("*.jsonl")):
         speakers = collections.defaultdict(lambda: [0, 0])
-        for result in score(read_lines(path), normalizer):
+        for result in eval.score(data.read_lines(path), normalizer):
             speakers[result["speaker"]][0] += result["errors"]
             speakers[result["speaker"]][1] += result["units"]
         names = sorted(speakers)
@@ -544,24 +569,26 @@ def errors_by_speaker(folder, normalizer):
 def finished_lines():
     if not RUNS.exists():
         return []
-    return read_lines(RUNS)
+    return data.read_lines(RUNS)
 
 
 def add_line(line):
-    """Adds a line to runs.jsonl, whole or not at all: written beside and renamed."""
+    """Adds a line to runs.jsonl, or puts it in the place of the line of its name.
+
+    The file changes at once or not at all: it is written beside and renamed.
+    """
     beside = RUNS.with_suffix(".new")
-    lines = [*finished_lines(), line]
+    lines = {one["name"]: one for one in [*finished_lines(), line]}
     with open(beside, "w", encoding="utf-8") as file:
-        for one in lines:
+        for one in lines.values():
             file.write(json.dumps(one, ensure_ascii=False, separators=(",", ":")) + "\n")
     os.replace(beside, RUNS)
 
 
-def finish(job, seconds):
+def finish(job, seconds, has_line):
     """Marks the folder of a job as complete, and adds the line of a run that has none yet."""
     (WORK / job["name"] / "finished").touch()
-    names = {line["name"] for line in finished_lines()}
-    if "question" in job and job["name"] not in names:
+    if "question" in job and not has_line:
         add_line(line_of(job, seconds))
     print(f"{job['name']}: {seconds:.0f} s", flush=True)
 
@@ -575,7 +602,8 @@ def parse_args(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--list", action="store_true", help="print what is finished and what is left")
-    parser.add_argument("--only", nargs="+", choices=QUESTIONS, help="some questions")
+    parser.add_argument("--only", nargs="+", choices=QUESTIONS, default=QUESTIONS, help="some questions")
+    parser.add_argument("--since", metavar="COMMIT", help="redo the runs that commits before this one made")
     parser.add_argument(
         "--jobs",
         type=int,
@@ -598,11 +626,12 @@ def main(args):
 
 
 def work(args, running):
+    outdated = names_before(args.since, args.only) if args.since else set()
     while True:
         lines = finished_lines()
-        finished_names = {line["name"] for line in lines}
+        finished_names = {line["name"] for line in lines} - outdated
         all_runs = experiments(lines)
-        runs = [run for run in all_runs if args.only is None or run["question"] in args.only]
+        runs = [run for run in all_runs if run["question"] in args.only]
         left = [run for run in runs if run["name"] not in finished_names]
         if args.list:
             print(f"{len(runs) - len(left)} of {len(runs)} runs are finished; next:")
@@ -617,6 +646,7 @@ def work(args, running):
         if job is None and not running:
             return
         if job is not None and len(running) < args.jobs:
+            job = {**job, "commit": checked_out()}
             running[start(job)] = (job, time.time())
             continue
 
@@ -627,7 +657,8 @@ def work(args, running):
             job, began = running.pop(process)
             if process.returncode:
                 raise SystemExit(f"{job['name']} failed: see {WORK / job['name']}.log")
-            finish(job, time.time() - began)
+            finish(job, time.time() - began, job["name"] in finished_names)
+            outdated.discard(job["name"])
             # A run's folder goes, unless an unfinished run reads it. Models stay.
             needed = set()
             for run in all_runs:

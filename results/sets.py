@@ -1,6 +1,6 @@
 """Makes the sets that only the experiments need, from those of the example.
 
-    python results/sets.py OUT
+    python -m results.sets OUT
 
 style.jsonl      train, its transcripts in another style, which scoring removes: commas, full stops, a capital
 half.jsonl       the first half of train
@@ -18,11 +18,9 @@ import sys
 import numpy as np
 import soundfile
 
+import data
+
 EXAMPLE = pathlib.Path(__file__).resolve().parent.parent / "example"
-sys.path.insert(0, str(EXAMPLE.parent))
-
-from data import SAMPLE_RATE, add_lines, load_audio, read_lines, read_manifest  # noqa: E402
-
 N_EMPTY = 60  # clips of silence, and of noise
 N_SENTENCES = 4  # of a long clip
 PAUSE_S = 0.2  # between them
@@ -40,7 +38,7 @@ def styled(text, language):
 
 def train_lines(out):
     """The lines of train.jsonl, with paths from the folder `out`."""
-    lines = read_lines(EXAMPLE / "train.jsonl")
+    lines = data.read_lines(EXAMPLE / "train.jsonl")
     for line in lines:
         line["audio"] = os.path.relpath(EXAMPLE / line["audio"], out)
     return lines
@@ -49,8 +47,8 @@ def train_lines(out):
 def add_clip(out, lines, waveform, **fields):
     """Writes a waveform (samples,) into the folder, and adds its line."""
     audio = f"{fields['speaker']}-{len(lines):03d}.flac"
-    soundfile.write(out / audio, waveform, SAMPLE_RATE, subtype="PCM_16")
-    lines.append({"audio": audio, "duration": len(waveform) / SAMPLE_RATE, **fields})
+    soundfile.write(out / audio, waveform, data.SAMPLE_RATE, subtype="PCM_16")
+    lines.append({"audio": audio, "duration": len(waveform) / data.SAMPLE_RATE, **fields})
 
 
 def empty_clips(out, kind):
@@ -58,7 +56,7 @@ def empty_clips(out, kind):
     rng = np.random.default_rng(0)
     lines = []
     for n in range(N_EMPTY):
-        waveform = rng.standard_normal(int(rng.uniform(1, 4) * SAMPLE_RATE))
+        waveform = rng.standard_normal(int(rng.uniform(1, 4) * data.SAMPLE_RATE))
         level = 1e-4
         if kind == "noise":
             level = 0.1
@@ -73,17 +71,17 @@ def empty_clips(out, kind):
 def long_clips(out):
     """Sentences of one voice joined with pauses, about 7 to 11 s."""
     lines = []
-    pause = np.zeros(int(PAUSE_S * SAMPLE_RATE))
+    pause = np.zeros(int(PAUSE_S * data.SAMPLE_RATE))
     for name, separator in (("en-clean", " "), ("zh-read", "")):
         by_speaker = collections.defaultdict(list)
-        for clip in read_manifest(EXAMPLE / f"{name}.jsonl"):
+        for clip in data.read_manifest(EXAMPLE / f"{name}.jsonl"):
             by_speaker[clip.fields["speaker"]].append(clip)
         for speaker, clips in by_speaker.items():
             for first in (0, len(clips) - N_SENTENCES):
                 chosen = clips[first : first + N_SENTENCES]
                 pieces = []
                 for clip in chosen:
-                    pieces += [load_audio(clip).numpy(), pause]
+                    pieces += [data.load_audio(clip).numpy(), pause]
                 text = separator.join(clip.text for clip in chosen)
                 language = chosen[0].language
                 waveform = np.concatenate(pieces)
@@ -104,7 +102,7 @@ def main(out):
         "long": long_clips(out),
     }
     for name, set_lines in sets.items():
-        add_lines(out / f"{name}.jsonl", set_lines, mode="w")
+        data.add_lines(out / f"{name}.jsonl", set_lines, mode="w")
 
 
 if __name__ == "__main__":

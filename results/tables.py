@@ -33,7 +33,6 @@ from run import (  # noqa: E402
     LEARNING_RATES,
     N_TD_SEEDS,
     SCALE_BASE,
-    SCALE_RATES,
     SCALE_TEACHER,
     STUDENTS,
     TEACHERS,
@@ -136,8 +135,8 @@ def spread(low, high):
     return "–" if low is None else f"{signed(low)} to {signed(high)}"
 
 
-CONTRAST_HEADER = ["macro change, %", "mean", "each seed", "sd over seeds: a rerun on these sets"]
-CONTRAST_HEADER += ["95 %: these models, other speakers", "95 %: other seeds and other speakers", "p"]
+CONTRAST_HEADER = ["macro change, %", "mean", "each seed", "sd over seeds"]
+CONTRAST_HEADER += ["95 %: other speakers", "95 %: other seeds and speakers", "p"]
 
 
 def contrast_row(name, runs_a, runs_b):
@@ -226,21 +225,21 @@ def draw_opd_against_offline(path, conditions):
 # ---- question 1 --------------------------------------------------------------------------------------------
 
 
-def tuning(lines, question="tune", rates=LEARNING_RATES):
+def tuning(lines):
     """The grid of learning rates: error on dev after 100 steps, a row an arm."""
     grid = collections.defaultdict(dict)  # arm → {learning rate: error}
     for line in lines:
-        if line["question"] == question:
+        if line["question"] == "tune":
             grid[line["arm"]][line["lr"]] = rate(line, "dev")
     rows = []
     for arm, errors in grid.items():
         best = min(errors, key=errors.get)
         row = [arm]
-        for lr in rates:
+        for lr in LEARNING_RATES:
             cell = f"{errors[lr]:.2f}"
             row.append(f"**{cell}**" if lr == best else cell)
         rows.append(row)
-    header = ["error on dev, %"] + [f"lr {lr:g}" for lr in rates]
+    header = ["error on dev, %"] + [f"lr {lr:g}" for lr in LEARNING_RATES]
     return markdown(header, rows)
 
 
@@ -329,32 +328,11 @@ def recipe(lines):
     return markdown(["%", *RATES_HEADER, "macro change"], rows)
 
 
-def recipe_short(lines):
-    """Table 2 for the README."""
-    runs = recipe_runs(lines)
-    base = evaluation_of(lines, "table-1", "example/base")
-    rows = []
-    for name, arm in (("OPD", "opd"), ("TD", "td"), ("TD + more SFT", "td+sft"), ("TD + OPD", "td+opd")):
-        rows.append([*rates_row(name, runs[arm])[:-1], change_cell(runs[arm], base)])
-    return markdown(["%", *TEST_SETS, "mean", "macro change"], rows)
-
-
 def recipe_contrasts(lines):
     runs = recipe_runs(lines)
     rows = []
     for arm, other in (("td+opd", "opd"), ("td+opd", "td+sft"), ("td+sft", "opd"), ("td+sft", "td")):
         rows.append(contrast_row(f"{arm} against {other}", runs[other], runs[arm]))
-    return markdown(CONTRAST_HEADER, rows)
-
-
-def td_rate_contrasts(lines):
-    """OPD against more SFT, both after TD and with the same learning rate, and what that rate does to SFT."""
-    runs = recipe_runs(lines)
-    same_rate = [line for line in lines if line["question"] == "td-rate"]
-    rows = [
-        contrast_row("td+opd against td+sft, both with the rate of opd", same_rate, runs["td+opd"]),
-        contrast_row("td+sft: the rate of opd against its own", runs["td+sft"], same_rate),
-    ]
     return markdown(CONTRAST_HEADER, rows)
 
 
@@ -482,19 +460,6 @@ def pairs(lines):
         row += [each_rate(after[student, teacher]) or "–" for teacher in TEACHERS]
         rows.append(row)
     return markdown(["mean error, %: student", "before", *(f"teacher {name}" for name in TEACHERS)], rows)
-
-
-def overlaps(lines):
-    """Students × teachers: VUSS at k = 32 before OPD."""
-    values = {}
-    for line in lines:
-        if line["question"] == "table-3" and "measures" in line:
-            pair = name_of(line["student"], STUDENTS), name_of(line["teacher"], TEACHERS)
-            values[pair] = f"{line['measures']['vuss']:.2f}"
-    rows = []
-    for student in STUDENTS:
-        rows.append([student, *(values.get((student, teacher), "–") for teacher in TEACHERS)])
-    return markdown(["VUSS at k = 32 before", *TEACHERS], rows)
 
 
 TOO_FEW = "Fewer than three students have met every teacher yet."
@@ -748,8 +713,8 @@ def ablations(lines):
     for arm, own in runs.items():
         _, mean, each_seed, _, _, interval, _ = contrast_row("", runs["default"], own)
         comparison = ["", "", ""] if arm == "default" else [mean, each_seed, interval]
-        rows.append([*rates_row(arm, own), change_cell(own, base), *comparison])
-    header = ["%", *RATES_HEADER, "macro change", "against default, macro %", "each seed"]
+        rows.append([arm, *rates_row(arm, own)[-2:], change_cell(own, base), *comparison])
+    header = ["%", *RATES_HEADER[-2:], "macro change", "against default, macro %", "each seed"]
     return markdown([*header, CONTRAST_HEADER[-2]], rows)
 
 
@@ -812,12 +777,9 @@ TABLES = {
     "arms-contrasts": (arms_contrasts, "table-1"),
     "rate-contrasts": (rate_contrasts, "rate"),
     "recipe": (recipe, "table-2"),
-    "recipe-short": (recipe_short, "table-2"),
     "recipe-contrasts": (recipe_contrasts, "table-2"),
     "recipe-vuss": (recipe_vuss, "table-2"),
-    "td-rate-contrasts": (td_rate_contrasts, "td-rate"),
     "pairs": (pairs, "table-3"),
-    "overlaps": (overlaps, "table-3"),
     "prediction": (prediction, "table-3"),
     "odd-teachers": (odd_teachers, "table-3"),
     "supports": (supports, "support"),
@@ -827,7 +789,6 @@ TABLES = {
     "robustness": (robustness, "robustness"),
     "ablations": (ablations, "ablation"),
     "base-2": (other_base, "base-2"),
-    "scale-tune": (functools.partial(tuning, question="scale-tune", rates=SCALE_RATES), "scale-tune"),
     "scale": (scale, "scale"),
 }
 
@@ -849,7 +810,6 @@ PICTURES = {
 BESIDE = {
     "rate": {"table-1"},
     "table-2": {"table-1"},
-    "td-rate": {"table-1", "table-2"},
     "support": {"table-1"},
     "strength": {"table-1", "rate"},
     "amount": {"table-1", "rate"},

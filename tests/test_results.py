@@ -1,6 +1,7 @@
 """The experiments: every command is one that its script takes, and the tables are computed from the lines."""
 
 import json
+import re
 import shlex
 import sys
 
@@ -191,7 +192,7 @@ def test_documents_show_what_the_runs_say():
         text = (ROOT / name).read_text(encoding="utf-8")
         assert tables.with_tables(text, computed) == text, f"{name}: python results/tables.py --write"
     shown = [name for name in computed if f"<!-- table {name} -->" in (ROOT / "RESULTS.md").read_text()]
-    assert set(computed) - set(shown) <= {"arms-short", "recipe-short"}
+    assert set(computed) - set(shown) <= {"arms-short"}
 
 
 def test_lines_are_of_the_listed_runs_and_stay_small():
@@ -201,6 +202,7 @@ def test_lines_are_of_the_listed_runs_and_stay_small():
     commands = {run["name"]: driver.command_of(run) for run in driver.experiments(lines)}
     for line in lines:
         assert line["command"] == commands[line["name"]]
+        assert re.fullmatch("[0-9a-f]{12}", line["commit"])
     assert len({line["name"] for line in lines}) == len(lines)
 
 
@@ -219,3 +221,36 @@ def test_digit_strings_are_scored_by_word(tmp_path, monkeypatch):
     assert line["table-1"]["errors"] == {"table-1": [1]}
     units = json.loads((tmp_path / "units.json").read_text(encoding="utf-8"))
     assert units == {"digits": {"theo": 3}, "table-1": {"theo": 1}}
+
+
+def test_a_question_is_run_anew_since_a_commit(tmp_path, monkeypatch):
+    """Only what an older commit made, each line in its old place."""
+    paths = {"ROOT": tmp_path, "WORK": tmp_path / driver.FOLDER, "RUNS": tmp_path / "runs.jsonl"}
+    for name, path in paths.items():
+        monkeypatch.setattr(driver, name, path)
+    driver.git("init", "--quiet")
+    who = ["-c", "user.name=Anna", "-c", "user.email=anna@example.org"]
+    commits = []
+    for text in ("1", "2", "3"):
+        script = f"import os, sys  # {text}\nos.mkdir(sys.argv[1])\n"
+        (tmp_path / "opd.py").write_text(script)
+        driver.git("add", "opd.py")
+        driver.git(*who, "commit", "--quiet", "--message", text)
+        commits.append(driver.checked_out())
+    names = ["old", "new", "rate"]
+    for name, commit in zip(names, [commits[0], commits[1], commits[0]], strict=True):
+        question = "rate" if name == "rate" else "table-1"
+        driver.add_line({"name": name, "question": question, "command": "opd.py {out}", "commit": commit})
+    monkeypatch.setattr(driver, "experiments", lambda lines: [dict(line) for line in lines])
+    monkeypatch.setattr(driver, "line_of", lambda run, seconds: run)
+    args = driver.parse_args(["--only", "table-1", "--since", commits[1]])
+
+    driver.work(args, {})
+    lines = driver.finished_lines()
+    assert [line["name"] for line in lines] == names
+    assert [line["commit"] for line in lines] == [commits[2], commits[1], commits[0]]
+
+    (tmp_path / "opd.py").write_text("import os\n")
+    driver.work(args, {})  # nothing is left
+    with pytest.raises(SystemExit, match="commit your changes first, .*: opd.py"):
+        driver.work(driver.parse_args(["--only", "rate", "--since", commits[1]]), {})

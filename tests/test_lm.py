@@ -1,0 +1,212 @@
+"""The Qwen LM: stock transformers' hidden rows and gradients bit for bit, and its greedy text."""
+
+import peft
+import pytest
+import torch
+import transformers
+from conftest import noise, qwen3_asr_folder, tiny_model
+from torch import nn
+
+import data
+import model as m
+
+SIZES = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4}
+
+
+def text_config(model_type, n_key_heads, tied=True, **more):
+    config_class = transformers.CONFIG_MAPPING[model_type]
+    return config_class(
+        **SIZES,
+        num_key_value_heads=n_key_heads,
+        head_dim=12 if model_type == "qwen2" else 20,  # Qwen3's need not be hidden_size / heads
+        vocab_size=160,
+        initializer_range=0.2,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        tie_word_embeddings=tied,
+        **more,
+    )
+
+
+def stock_and_ours(model_type, n_key_heads, tied):
+    """Stock's causal LM with random weights, norms and biases too, and ours with the same."""
+    torch.manual_seed(n_key_heads)
+    config = text_config(model_type, n_key_heads, tied)
+    stock = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for name, parameter in stock.named_parameters():
+        if parameter.ndim == 1:
+            nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, 0.3)
+    ours = m.QwenLM(config).eval()
+    ours.load_state_dict(stock.model.state_dict())
+    return stock, ours
+
+
+def padded_batch():
+    """Embeddings (B, L, H) and their mask: one row without padding, two with padding on the left."""
+    mask = torch.ones(3, 29, dtype=torch.bool)
+    mask[0, :9] = False
+    mask[2, :3] = False
+    return torch.randn(3, 29, SIZES["hidden_size"], generator=torch.Generator().manual_seed(0)), mask
+
+
+def hidden_rows(lm, embeds, mask):
+    return lm(embeds, lm.rotary(m.positions_of(mask), embeds.dtype), m.causal_mask(mask))[mask]
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("n_key_heads", [1, 2, 4])
+@pytest.mark.parametrize("tied", [True, False])
+def test_hidden_rows_and_gradients_are_stocks(model_type, n_key_heads, tied):
+    """Bit for bit, with recomputing too; of the gradients those of Qwen3's head norms to 1e-6."""
+    stock, ours = stock_and_ours(model_type, n_key_heads, tied)
+    embeds, mask = padded_batch()
+    rows = stock.model(inputs_embeds=embeds, attention_mask=mask, position_ids=m.positions_of(mask))
+    rows = rows.last_hidden_state[mask]
+    assert stock.model.state_dict().keys() == ours.state_dict().keys()
+    assert torch.equal(hidden_rows(ours, embeds, mask), rows)
+
+    rows.square().sum().backward()
+    for ours.recompute in (False, True):
+        ours.train()
+        ours.zero_grad()
+        own_rows = hidden_rows(ours, embeds, mask)
+        own_rows.square().sum().backward()
+        assert torch.equal(own_rows, rows)
+        for name, parameter in stock.model.named_parameters():
+            if name == "embed_tokens.weight":
+                continue  # its rows were given
+            gradient = ours.get_parameter(name).grad
+            if "q_norm" in name or "k_norm" in name:
+                assert torch.allclose(gradient, parameter.grad, rtol=1e-6, atol=1e-6 * gradient.abs().max())
+            else:
+                assert torch.equal(gradient, parameter.grad), name
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("tied", [True, False])
+@torch.no_grad()
+def test_greedy_ids_are_those_of_stock_generate_and_of_teacher_forcing(tmp_path, model_type, tied):
+    """A batch with padding: our sampling loop, stock's `generate`, and the likeliest ids of one forward."""
+    speech_lm = tiny_model(5, model_type=model_type, tied=tied)
+    speech_lm.save_pretrained(tmp_path)
+    stock = transformers.GlmAsrForConditionalGeneration.from_pretrained(tmp_path)
+    waveforms = [noise(seconds, seed=i) for i, seconds in enumerate((0.4, 2.1, 1.0))]
+    batch = data.collate(waveforms, speech_lm.front_end, [None] * 3)
+    embeds = speech_lm.embed_prompt(batch, speech_lm.encode(batch))
+    mask = batch.prompt_mask
+    ids = stock.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=14)
+    rollout = speech_lm.sample(batch, 14, tokens_per_second=0)
+    assert len(rollout.ids.unique()) > 5
+    for own, stocks, n in zip(rollout.ids.tolist(), ids.tolist(), rollout.row_mask().sum(dim=1).tolist()):
+        assert own[:n] == stocks[:n]
+    logits = speech_lm.head(speech_lm(batch, rollout)).masked_fill(speech_lm.forbidden, -torch.inf)
+    assert logits.argmax(dim=1).tolist() == rollout.ids[rollout.row_mask()].tolist()
+
+
+def put_hook(speech_lm):
+    speech_lm.lm.layers[0].mlp.register_forward_hook(lambda module, inputs, output: -2 * output)
+
+
+def put_lora(speech_lm):
+    m.add_lora(speech_lm, rank=2, seed=0)
+    for name, parameter in speech_lm.named_parameters():
+        if ".lora_B." in name:
+            nn.init.normal_(parameter, std=1.0)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return -2 * super().forward(x)
+
+
+def put_class(projection):
+    def put(speech_lm):
+        layer = speech_lm.lm.layers[0]
+        module = getattr(layer.self_attn, projection, None) or getattr(layer.mlp, projection)
+        module.__class__ = Doubled
+
+    return put
+
+
+PUTS = {"hook": put_hook, "LoRA": put_lora, **{f"class of {name}": put_class(name) for name in m.PROJECTIONS}}
+
+
+@pytest.mark.parametrize("how", PUTS)
+@torch.no_grad()
+def test_what_sits_on_the_lm_changes_what_is_written_and_what_is_scored(how):
+    speech_lm = tiny_model(3, tied=False)
+    waveforms = [noise(seconds, seed=i) for i, seconds in enumerate((0.3, 1.7, 1.0, 2.2))]
+    batch = data.collate(waveforms, speech_lm.front_end, [None] * 4)
+    bare = speech_lm.sample(batch, 16)
+    bare_rows = speech_lm(batch, bare)
+    PUTS[how](speech_lm)
+    rollout = speech_lm.sample(batch, 16)
+    assert rollout.ids.tolist() != bare.ids.tolist()
+    assert not torch.allclose(speech_lm(batch, bare), bare_rows, atol=1e-3)
+    logits = speech_lm.head(speech_lm(batch, rollout)).masked_fill(speech_lm.forbidden, -torch.inf)
+    assert logits.argmax(dim=1).tolist() == rollout.ids[rollout.row_mask()].tolist()
+
+
+@torch.no_grad()
+def test_in_bf16_single_tokens_are_the_rows_of_the_scoring_pass():
+    """Computed in bf16 by autocast; the residual stream stays float32."""
+    speech_lm = tiny_model()
+    speech_lm.bf16 = True
+    batch = data.collate([noise(0.4), noise(1.3, seed=1)], speech_lm.front_end, [None] * 2)
+    rollout = speech_lm.front_end.transcripts(["abcdef", "xyzabc"])
+    rows = speech_lm(batch, rollout).view(2, 7, -1)
+    with speech_lm.autocast():
+        lm = speech_lm.lm
+        mask = batch.prompt_mask
+        S = mask.shape[1]
+        embeds = speech_lm.embed_prompt(batch, speech_lm.encode(batch))
+        cache = lm.new_cache(2, S + 6)
+        assert cache[0].dtype == torch.bfloat16
+        rotary = lm.rotary(m.positions_of(mask), embeds.dtype)
+        hidden = lm(embeds, rotary, m.causal_mask(mask), cache, torch.arange(S))[:, -1]
+        for t in range(6):
+            assert hidden.dtype == torch.float32
+            assert (hidden - rows[:, t]).abs().max() < 0.02 * rows.abs().max()
+            mask = nn.functional.pad(mask, (0, 1), value=True)
+            rotary = lm.rotary(m.positions_of(mask)[:, -1:], embeds.dtype)
+            token = lm.embed_tokens(rollout.ids[:, t])[:, None]
+            hidden = lm(token, rotary, mask[:, None, None], cache, torch.tensor([S + t]))[:, 0]
+
+
+REFUSED = {
+    "rope_type": {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e6}},
+    "layer_types": {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+    "hidden_act": {"hidden_act": "gelu"},
+    "attention_bias": {"attention_bias": True},
+}
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_an_lm_that_is_not_built_is_refused_by_its_key(key):
+    config = text_config("qwen3", 2)
+    config.__dict__.update(REFUSED[key])
+    with pytest.raises(data.InputError, match=f"text_config: {key} is"):
+        m.QwenLM(config)
+
+
+def test_qwen3_asr_has_our_lm_with_the_weights_moved(tmp_path):
+    """The parameters are stock's own tensors, and the head stays tied."""
+    stock = transformers.Qwen3ASRForConditionalGeneration.from_pretrained(qwen3_asr_folder(tmp_path / "q"))
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "q")
+    stock_parameters = dict(stock.named_parameters())
+    speech_lm = m.Qwen3ASR(stock, processor)
+    assert type(speech_lm.lm) is m.QwenLM and stock.model.language_model is speech_lm.lm
+    own = dict(speech_lm.named_parameters())
+    assert own.keys() == stock_parameters.keys()
+    assert all(own[name] is stock_parameters[name] for name in own)
+    assert speech_lm.head.weight is speech_lm.lm.embed_tokens.weight
+
+
+def test_peft_reads_nothing_of_ours():
+    """LoRA sits on the LM's seven projections alone, although the encoder has some of the same names."""
+    speech_lm = tiny_model()
+    m.add_lora(speech_lm, rank=2, seed=0)
+    with_lora = [
+        name for name, module in speech_lm.named_modules() if isinstance(module, peft.tuners.lora.Linear)
+    ]
+    assert len(with_lora) == 7 * len(speech_lm.lm.layers)
+    assert all(name.startswith("model.language_model.") for name in with_lora)
