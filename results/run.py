@@ -35,6 +35,7 @@ import numpy as np
 
 import data
 import eval
+from results import validate
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -505,7 +506,7 @@ def line_of(run, seconds):
     if script == "overlap.py":
         overlap = json.loads((out / "overlap.json").read_text(encoding="utf-8"))
         line["measures"] = rounded(overlap["measures"]["all"])
-        line["baselines"] = rounded(overlap["baselines"]["all"])
+        line["baselines"] = rounded(validate.baselines(data.read_lines(out / "clips.jsonl")))
         return line
     folder = out if script == "eval.py" else out / f"eval-{run['steps']}"
     # Whisper's normaliser makes "one two" 12, a single word: digit strings are scored without it.

@@ -15,7 +15,6 @@ import json
 import os
 import pathlib
 import sys
-import tempfile
 import textwrap
 
 import numpy as np
@@ -44,7 +43,7 @@ from run import (  # noqa: E402
 )
 
 from eval import CountedSet, joint_table, p_text, percent, relative_figures, sign_flip_figures  # noqa: E402
-from overlap import analyse, double_centre, read_table  # noqa: E402
+from results import validate  # noqa: E402
 
 KS = [1, 2, 4, 8, 16, 32]
 
@@ -411,7 +410,7 @@ def draw_recipe(lines):
 
 
 def overlap_table(lines):
-    """Question 3 as a table of `overlap.py --validate`; None while no student is through."""
+    """Question 3 as a table of results/validate.py; None while fewer than three students are through."""
     pairs = {}  # (student, teacher) models → overlap before
     for line in lines:
         if line["question"] == "table-3" and "measures" in line:
@@ -436,13 +435,9 @@ def overlap_table(lines):
     # A student counts once it has met every teacher.
     met = collections.Counter(cell["student"] for cell in cells if cell["seed"] == 0)
     cells = [cell for cell in cells if met[cell["student"]] == len(TEACHERS)]
-    if not cells:
+    if len({cell["student"] for cell in cells}) < 3:
         return None
-    content = {"primary": "vuss", "expected_sign": {"vuss": 1}, "cells": cells}
-    with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file:
-        json.dump(content, file)
-        file.flush()
-        return read_table(file.name)
+    return validate.table_of({"primary": "vuss", "cells": cells})
 
 
 def name_of(model, models):
@@ -467,48 +462,35 @@ def pairs(lines):
     return markdown(["mean error, %: student", "before", *(f"teacher {name}" for name in TEACHERS)], rows)
 
 
+TOO_FEW = "Fewer than three students have met every teacher yet."
+
+
 def prediction(lines):
     """Each measure: does it predict the error after, beyond the models' own errors?"""
     table = overlap_table(lines)
     if table is None:
-        return "No student has met every teacher yet."
-    result = analyse(table)
-    if "measures" not in result:
-        return f"Verdict: *{result['verdict']}*."
-    rows = []
-    for name, figures in result["measures"].items():
-        p = figures["r_p"] if name == "vuss" else figures["r_p_holm"]
-        new = figures["new_teacher"]
-        row = [f"**{name}** (primary)" if name == "vuss" else name]
-        row += ["+" if figures["expected_sign"] > 0 else "−", f"{figures['r']:+.2f}", p_text(p)]
-        for key in ("partial", "tau_teachers", "tau_students"):
-            row.append(f"{figures[key]:+.2f} ({p_text(figures[f'{key}_p_holm'])})")
-        row.append(f"{new['improvement']:+.3f} ({new['low']:+.3f} to {new['high']:+.3f})")
-        row.append(f"{percent(figures['regret']):.1f}")
-        rows.append([cell.replace("-", "−") for cell in row])
-    rows.append(["errors only", *[""] * 7, f"{percent(result['regret_lowest_error']):.1f}"])
-    header = ["measure", "sign", "r", "p", "partial (p)", "τ teachers (p)", "τ students (p)"]
-    header += ["new teacher: better by, ln (95 %)", "regret, %"]
-    ceiling = result["noise_ceiling"]
-    ceiling = "not known" if ceiling is None else f"{ceiling:.2f}"
-    pooled = f"pooled Spearman of VUSS, which validates nothing: {result['pooled_spearman']:.2f}"
-    text = f"Noise ceiling of r: {ceiling}; {pooled}. Verdict: *{result['verdict']}*."
-    return markdown(header, rows) + "\n\n" + text
+        return TOO_FEW
+    result = validate.analyse(table)
+    header, rows = validate.association_rows(result)
+    for row in rows:
+        if row[0] == result["primary"]:
+            row[0] = f"**{row[0]}** (primary)"
+    return markdown(header, rows) + "\n\n" + validate.conclusion(result)
 
 
 def odd_teachers(lines):
     """r of some measures without the teachers that were made to be odd. Not declared beforehand."""
     table = overlap_table(lines)
     if table is None:
-        return "No student has met every teacher yet."
+        return TOO_FEW
     names = ["vuss", "vuss_4", "top1", "kl_full", "token_agreement"]
     rows = []
     for left_out in ([], ["style"], ["clone"], ["style", "clone"]):
         kept = [j for j, teacher in enumerate(table["teachers"]) if teacher not in left_out]
-        y = double_centre(table["y"][:, kept])
+        y = validate.double_centre(table["y"][:, kept])
         row = ["without " + " and ".join(left_out) if left_out else "all teachers"]
         for name in names:
-            m = double_centre(table["measures"][name][:, kept])
+            m = validate.double_centre(table["measures"][name][:, kept])
             r = np.corrcoef(m.flatten(), y.flatten())[0, 1]
             row.append(f"{r:+.2f}".replace("-", "−"))
         rows.append(row)
@@ -525,7 +507,7 @@ def draw_prediction(lines):
     vuss = table["measures"]["vuss"]
     for axis, m, y in (
         (axes[0], vuss, table["y"]),
-        (axes[1], double_centre(vuss), double_centre(table["y"])),
+        (axes[1], validate.double_centre(vuss), validate.double_centre(table["y"])),
     ):
         for j, teacher in enumerate(table["teachers"]):
             axis.plot(m[:, j], y[:, j], "o", label=teacher)

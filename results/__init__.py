@@ -1,0 +1,1 @@
+"""What the experiments of RESULTS.md are run and analysed with: `python -m results.validate --help`."""
