@@ -790,6 +790,8 @@ def fingerprint(path):
     The samples are 64 pieces of 64 kB, evenly spread from the first byte to the last, so that gigabytes are
     not read.
     """
+    if not os.path.exists(path):
+        raise InputError(f"{path}: no such file or folder")
     if not os.path.isdir(path):
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
