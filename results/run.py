@@ -1,8 +1,8 @@
 """Runs the experiments of RESULTS.md: a plain list of commands.
 
-    python results/run.py --list               # what is finished, and what is left
-    python results/run.py --jobs 2             # everything that is left, two runs side by side
-    python results/run.py --only table-1       # some questions
+    python -m results.run --list               # what is finished, and what is left
+    python -m results.run --jobs 2             # everything that is left, two runs side by side
+    python -m results.run --only table-1       # some questions
 
 A run is finished when results/runs.jsonl has its line. So this can be stopped at any moment, and started
 again: what was being run begins anew. Each run is one process of one thread, in runs/results/NAME, on a GPU
@@ -30,13 +30,11 @@ import time
 
 import numpy as np
 
+from data import read_lines
+from eval import score
+
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent
-sys.path.insert(0, str(ROOT))
-
-from data import read_lines  # noqa: E402
-from eval import score  # noqa: E402
-
 RUNS = HERE / "runs.jsonl"
 UNITS = HERE / "units.json"
 FOLDER = "runs/results"  # of all runs and models, from ROOT
@@ -79,7 +77,7 @@ MODELS = {
         f" --ctc-weight 0.5 --save-every 200 {SPEC_AUGMENT}"
     ),
     # A teacher of another style: the shipped one, tuned on punctuation.
-    "sets": "results/sets.py {out}",
+    "sets": "-m results.sets {out}",
     "teacher-style": (
         f"{SFT} --train {SETS}/style.jsonl --model {TEACHER}"
         f" --steps 300 --batch-size 32 --warmup-steps 20 --lr 1e-3"

@@ -1,6 +1,6 @@
 """Makes the sets that only the experiments need, from those of the example.
 
-    python results/sets.py OUT
+    python -m results.sets OUT
 
 style.jsonl      train, its transcripts in another style, which scoring removes: commas, full stops, a capital
 half.jsonl       the first half of train
@@ -18,11 +18,9 @@ import sys
 import numpy as np
 import soundfile
 
+from data import SAMPLE_RATE, add_lines, load_audio, read_lines, read_manifest
+
 EXAMPLE = pathlib.Path(__file__).resolve().parent.parent / "example"
-sys.path.insert(0, str(EXAMPLE.parent))
-
-from data import SAMPLE_RATE, add_lines, load_audio, read_lines, read_manifest  # noqa: E402
-
 N_EMPTY = 60  # clips of silence, and of noise
 N_SENTENCES = 4  # of a long clip
 PAUSE_S = 0.2  # between them

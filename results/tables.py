@@ -1,7 +1,7 @@
 """Computes the tables and pictures of RESULTS.md from results/runs.jsonl, by the statistics of eval.py.
 
-    python results/tables.py            # prints the tables, writes the pictures
-    python results/tables.py --write    # and puts the tables where RESULTS.md and README.md have their marks
+    python -m results.tables            # prints the tables, writes the pictures
+    python -m results.tables --write    # and puts the tables where RESULTS.md and README.md have their marks
 
 A table stands between the lines <!-- table NAME --> and <!-- end -->. A question whose runs are not all
 finished has no table yet, but for question 3, where a student counts once it has met every teacher.
@@ -14,7 +14,6 @@ import io
 import json
 import os
 import pathlib
-import sys
 import tempfile
 import textwrap
 
@@ -22,12 +21,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-HERE = pathlib.Path(__file__).resolve().parent
-ROOT = HERE.parent
-sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(HERE))
-
-from run import (  # noqa: E402
+import eval
+from overlap import analyse, double_centre, read_table
+from results import seeds
+from results.run import (
     ABLATIONS,
     ARMS,
     BASE_2,
@@ -44,8 +41,8 @@ from run import (  # noqa: E402
     finished_lines,
 )
 
-from eval import CountedSet, joint_table, p_text, percent, relative_figures, sign_flip_figures  # noqa: E402
-from overlap import analyse, double_centre, read_table  # noqa: E402
+HERE = pathlib.Path(__file__).resolve().parent
+ROOT = HERE.parent
 
 KS = [1, 2, 4, 8, 16, 32]
 
@@ -77,7 +74,7 @@ def macro_change(lines, before):
     logs = []
     for line in lines:
         logs += [np.log(rate(line, stem) / rate(before, stem)) for stem in TEST_SETS]
-    return percent(float(np.mean(logs)))
+    return eval.percent(float(np.mean(logs)))
 
 
 def evaluation_of(lines, question, model):
@@ -103,13 +100,14 @@ def runs_of(lines, question):
 
 def joint_counts(lines, stems=TEST_SETS):
     """The table (G, S, runs + 1) of eval.py: errors by speaker and set in each run, then units."""
-    sets = []
+    clusters = []
+    counts = []
     for stem in stems:
         units = units_of(stem)
         columns = [line["errors"][stem] for line in lines] + [list(units.values())]
-        clusters = [("speaker", speaker) for speaker in units]
-        sets.append(CountedSet("", clusters, np.array(columns, dtype=float).T))
-    return joint_table(sets)
+        clusters.append(list(units))
+        counts.append(np.array(columns, dtype=float).T)
+    return eval.cluster_table(clusters, counts)
 
 
 def paired(runs_a, runs_b):
@@ -134,7 +132,7 @@ def signed(value):
 
 
 def spread(low, high):
-    return "–" if low is None else f"{signed(low)} to {signed(high)}"
+    return "–" if np.isnan(low) else f"{signed(low)} to {signed(high)}"
 
 
 CONTRAST_HEADER = ["macro change, %", "mean", "each seed", "sd over seeds: a rerun on these sets"]
@@ -144,16 +142,18 @@ CONTRAST_HEADER += ["95 %: these models, other speakers", "95 %: other seeds and
 def contrast_row(name, runs_a, runs_b):
     """B against A, paired by seed: the macro change with its three spreads."""
     runs_a, runs_b = paired(runs_a, runs_b)
-    figures = relative_figures(joint_counts(runs_a + runs_b), len(runs_a), is_paired=True)
+    figures = seeds.change_over_seeds(joint_counts(runs_a + runs_b), len(runs_a), is_paired=True)
     return figures_row(name, figures)
 
 
 def figures_row(name, figures):
     per_seed = " ".join(signed(value) for value in figures["per_seed"])
     row = [name, signed(figures["value"]), per_seed]
-    seed_sd = "–" if figures["seed_sd"] is None else f"{figures['seed_sd']:.1f}"
-    row += [seed_sd, spread(figures["cluster_low"], figures["cluster_high"])]
-    return [*row, spread(figures["low"], figures["high"]), p_text(figures["p"]) or "–"]
+    row += [
+        eval.number_text(figures["seed_sd"], ".1f"),
+        spread(figures["cluster_low"], figures["cluster_high"]),
+    ]
+    return [*row, spread(figures["low"], figures["high"]), eval.p_text(figures["p"])]
 
 
 def rates_row(name, lines):
@@ -515,13 +515,13 @@ def prediction(lines):
         p = figures["r_p"] if name == "vuss" else figures["r_p_holm"]
         new = figures["new_teacher"]
         row = [f"**{name}** (primary)" if name == "vuss" else name]
-        row += ["+" if figures["expected_sign"] > 0 else "−", f"{figures['r']:+.2f}", p_text(p)]
+        row += ["+" if figures["expected_sign"] > 0 else "−", f"{figures['r']:+.2f}", eval.p_text(p)]
         for key in ("partial", "tau_teachers", "tau_students"):
-            row.append(f"{figures[key]:+.2f} ({p_text(figures[f'{key}_p_holm'])})")
+            row.append(f"{figures[key]:+.2f} ({eval.p_text(figures[f'{key}_p_holm'])})")
         row.append(f"{new['improvement']:+.3f} ({new['low']:+.3f} to {new['high']:+.3f})")
-        row.append(f"{percent(figures['regret']):.1f}")
+        row.append(f"{eval.percent(figures['regret']):.1f}")
         rows.append([cell.replace("-", "−") for cell in row])
-    rows.append(["errors only", *[""] * 7, f"{percent(result['regret_lowest_error']):.1f}"])
+    rows.append(["errors only", *[""] * 7, f"{eval.percent(result['regret_lowest_error']):.1f}"])
     header = ["measure", "sign", "r", "p", "partial (p)", "τ teachers (p)", "τ students (p)"]
     header += ["new teacher: better by, ln (95 %)", "regret, %"]
     ceiling = result["noise_ceiling"]
@@ -635,13 +635,12 @@ def digits(lines):
     comparisons += [("opd", "ce-reference"), ("offline-kl", "ce-reference")]
     for arm, other in comparisons:
         counts, n_seeds = digit_counts(runs[other], runs[arm], stems)
-        figures = relative_figures(counts, n_seeds, is_paired=True)
+        figures = seeds.change_over_seeds(counts, n_seeds, is_paired=True)
         # The speakers are few, so the exact p over them is shown too, from the means over seeds.
-        mean_a = counts[..., :n_seeds].mean(axis=2)
-        mean_b = counts[..., n_seeds:-1].mean(axis=2)
-        exact = sign_flip_figures(np.stack([mean_a, mean_b, counts[..., -1]], axis=2))
-        exact_p = f"{p_text(exact['sign_flip'])} ({p_text(exact['sign_flip_floor'])})"
-        contrasts.append([*figures_row(f"{arm} against {other}", figures), exact_p])
+        changes = seeds.contrast(counts[:, 0, :-1], n_seeds)  # (speakers,), of errors
+        exact_p = seeds.exact_sign_flip(changes)
+        exact = f"{eval.p_text(exact_p)} ({eval.p_text(2 / 2 ** len(stems))})"
+        contrasts.append([*figures_row(f"{arm} against {other}", figures), exact])
     header = [stem.removeprefix("digits-") for stem in stems]
     rates = markdown(["WER, %, held-out speaker", *header], rows)
     header = ["change, %", *CONTRAST_HEADER[1:], "exact p over speakers (its floor)"]
