@@ -361,10 +361,12 @@ def main(args):
             student,
             eval_sets,
             device,
-            args.micro_seconds,
+            {
+                "batch_seconds": args.micro_seconds,
+                "default_language": language,
+                "with_context": args.context == "both",
+            },
             folder,
-            default_language=language,
-            with_context=args.context == "both",
             strict=is_strict,
         )
 

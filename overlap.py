@@ -47,12 +47,11 @@ from data import (
 )
 from eval import (
     CHARACTER_LANGUAGES,
-    MAX_NEW_TOKENS,
+    DECODING,
     cell_text,
     cluster_table,
     count_errors,
     estimate,
-    holm,
     language_of,
     languages_of,
     normalize,
@@ -78,6 +77,18 @@ from model import (
 QUARTERS = 4  # parts of a transcript in the table
 TENTHS = 10  # and in the picture
 CONFIDENCE_BINS = 40  # of the picture of probabilities, in each direction
+
+
+def holm(p_values):
+    """Holm's adjusted p of several tests; a None stays None and is no test."""
+    order = [i for i, p in enumerate(p_values) if p is not None]
+    order.sort(key=lambda i: p_values[i])
+    adjusted = [None] * len(p_values)
+    largest = 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, (len(order) - rank) * p_values[i])
+        adjusted[i] = min(1.0, largest)
+    return adjusted
 
 
 def parse_args(argv=None):
@@ -114,7 +125,12 @@ def parse_args(argv=None):
         default="student",
         help="whose transcripts are scored: what the student writes, the manifest's text, the teacher's",
     )
-    add("--max-new-tokens", type=at_least(1, int), default=MAX_NEW_TOKENS, help="cap on a written transcript")
+    add(
+        "--max-new-tokens",
+        type=at_least(1, int),
+        default=DECODING["max_new_tokens"],
+        help="cap on a written transcript",
+    )
     add(
         "--tokens-per-second",
         type=at_least(0),

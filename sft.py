@@ -260,10 +260,12 @@ def main(args):
             model,
             eval_sets,
             device,
-            args.micro_seconds,
+            {
+                "batch_seconds": args.micro_seconds,
+                "default_language": language,
+                "with_context": not args.no_context,
+            },
             folder,
-            default_language=language,
-            with_context=not args.no_context,
             strict=is_strict,
         )
         if rank == 0:
