@@ -6,14 +6,12 @@
     python eval.py --score runs/x/*.jsonl --normalizer paper                          # rescores, no model
     python eval.py --compare runs/x runs/y                                            # paired, file by file
 
---model writes OUT/<stem>.jsonl (the manifest's fields plus hyp, stopped, errors, units, substitutions,
-deletions, insertions) and OUT/summary.json, and prints a table with a row for each set. A hypothesis that the
-length cap cut has "stopped": false. A result file is a manifest: `sft.py --text-field hyp` learns from it.
+--model writes OUT/<stem>.jsonl, which has the manifest's fields with hyp, stopped and error counts, and
+OUT/summary.json. A hypothesis that the length cap cut has "stopped": false. A clip that cannot be decoded has
+"error" in place of hyp, is counted as failed, and makes the exit status 1. A result file is a manifest, so
+`sft.py --text-field hyp` learns from it. Intervals come from leaving out one cluster of clips at a time: one
+speaker, or one recording (--cluster). docs/scores.md defines every figure.
 
-Intervals come from leaving out one cluster of clips at a time: one speaker, or one recording (--cluster).
---json stores the figures; docs/scores.md defines every figure.
-
-A clip that cannot be decoded has "error" in place of hyp, is counted as failed, and makes the exit status 1.
 Decoding takes about its real-time factor (RTF in the table) times the audio; scoring takes seconds.
 """
 
@@ -35,7 +33,6 @@ from whisper_normalizer.english import EnglishTextNormalizer
 
 import data
 import model
-from data import InputError
 
 # What `evaluate` and `transcribe` can be told about decoding; a caller gives some of the keys.
 DECODING = {
@@ -55,39 +52,34 @@ RESULT_KEYS = ("hyp", "stopped", "error", *COUNTS)  # what a result line adds to
 def parse_args(argv=None):
     parser = data.argument_parser("eval.py", __doc__)
     add = parser.add_argument
-    above_0 = data.at_least(0.01)
-    cap = DECODING["max_new_tokens"]
-    rate_cap = DECODING["tokens_per_second"]
 
     # task
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--model", help="student or teacher, folder or hub name: decode and score --data")
-    task.add_argument(
-        "--score", nargs="+", metavar="FILE", help="result files to score again, without a model"
-    )
-    task.add_argument(
-        "--compare", nargs=2, metavar=("A", "B"), help="two result files, or two folders of them"
-    )
+    task.add_argument("--score", nargs="+", metavar="FILE", help="score result files again, without a model")
+    task.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two result files, or folders of them")
     add("--data", nargs="+", default=[], help="manifests (.jsonl) or audio files, with --model")
     add("--out", help="new folder for result files and summary.json; without it results are only printed")
     add("--json", metavar="FILE", help="store the figures that are printed")
 
     # decoding
+    seconds = data.at_least(0.01)
     add("--language", help="language in the prompt of clips whose line names none (scores are by the line)")
     add("--no-context", action="store_true", help="prompts do not give a line's context")
-    add("--batch-seconds", type=above_0, default=DECODING["batch_seconds"], help="seconds decoded at once")
-    add("--max-seconds", type=above_0, default=30.0, help="longest clip accepted; longer is an error")
-    add("--max-new-tokens", type=data.at_least(1, int), default=cap, help="cap on a transcript")
+    add("--batch-seconds", type=seconds, default=DECODING["batch_seconds"], help="audio decoded at once")
+    add("--max-seconds", type=seconds, default=30.0, help="longest clip accepted; longer is an error")
     add(
-        "--tokens-per-second", type=data.at_least(0), default=rate_cap, help="× seconds + 16 = a cap; 0 = off"
+        "--max-new-tokens",
+        type=data.at_least(1, int),
+        default=DECODING["max_new_tokens"],
+        help="cap on a text",
     )
+    add("--tokens-per-second", type=data.at_least(0), default=DECODING["tokens_per_second"], help="0 = off")
 
     # scoring
     add("--normalizer", choices=["default", "paper"], default="default", help="by language, or the paper's")
     add("--simplify", action="store_true", help="score traditional Chinese as simplified, both sides")
-    add(
-        "--cluster", metavar="KEY", help="key of clips that belong together; default: speaker, else recording"
-    )
+    add("--cluster", metavar="KEY", help="key of clips that belong together, if not speaker or recording")
 
     args = parser.parse_args(argv)
     if bool(args.model) != bool(args.data):
@@ -104,7 +96,7 @@ def main(args):
     if args.out:
         data.check_out(args.out)
     if args.json and not os.path.isdir(os.path.dirname(os.path.abspath(args.json))):
-        raise InputError(f"--json {args.json}: no such folder; make it first")
+        raise data.InputError(f"--json {args.json}: no such folder; make it first")
     scoring = {"style": args.normalizer, "simplify": args.simplify, "cluster": args.cluster}
 
     if args.model:
@@ -160,7 +152,7 @@ def score_files(args, scoring):
     for path in args.score:
         stem = stem_of(path)
         if stem in summaries:
-            raise InputError(f"--score: two files have the stem {stem!r}; score them one by one")
+            raise data.InputError(f"--score: two files have the stem {stem!r}; score them one by one")
         results = score(read_results(path, args.cluster), args.normalizer, args.simplify)
         clusters = [result["cluster"] for result in results]
         summaries[stem] = summarize(results, clusters, args.normalizer, args.simplify)
@@ -174,9 +166,7 @@ def compare_results(args, scoring):
     """--compare: prints the comparison of two result files, or of the files of two folders."""
     path_a, path_b = args.compare
     if os.path.isdir(path_a) != os.path.isdir(path_b):
-        raise InputError(
-            f"--compare {path_a} {path_b}: one is a folder, the other is not; give two of a kind"
-        )
+        raise data.InputError(f"--compare: of {path_a} and {path_b} one is a folder; give two of a kind")
     if os.path.isdir(path_a):
         figures = compare_folders(path_a, path_b, **scoring)
         print_comparison(figures)
@@ -201,14 +191,16 @@ def read_sets(paths, max_seconds):
     for path in paths:
         stem = stem_of(path)
         if stem in sets:
-            raise InputError(f"two data sets have the stem {stem!r}, and so would their results; rename one")
+            raise data.InputError(
+                f"two data sets have the stem {stem!r}, and so would their results; rename one"
+            )
         is_manifest = path.endswith((".jsonl", ".json"))
         sets[stem] = data.read_manifest(path) if is_manifest else [data.clip_from_file(path)]
         for clip in sets[stem]:
             if clip.duration > max_seconds:
                 too_long = f"{clip.duration:.1f} s, over --max-seconds {max_seconds:g}"
                 remedy = "split the clip (docs/data.md, Long recordings), or raise it"
-                raise InputError(f"{clip.where}: {too_long}; {remedy}")
+                raise data.InputError(f"{clip.where}: {too_long}; {remedy}")
     return sets
 
 
@@ -246,7 +238,7 @@ def evaluate(speech_lm, sets, device, decoding, out=None, *, scoring=None, stric
         results = [result_line(clip, answer, out) for clip, answer in zip(clips, answers)]
         failed = [result for result in results if "error" in result]
         if failed and strict:
-            raise InputError(failed[0]["error"])
+            raise data.InputError(failed[0]["error"])
         results = score(results, **scoring)
         summaries[stem] = summarize(results, clusters[stem], **scoring, seconds=seconds)
 
@@ -437,15 +429,11 @@ def count_errors(reference, hypothesis, language, style="default", simplify=Fals
     """
     reference_units = normalize(reference, language, style, simplify)
     hypothesis_units = normalize(hypothesis, language, style, simplify)
-    counts = {"units": len(reference_units), "substitutions": 0, "deletions": 0, "insertions": 0}
-    if reference_units:
-        measures = jiwer.process_words(" ".join(reference_units), " ".join(hypothesis_units))
-        counts["substitutions"] = measures.substitutions
-        counts["deletions"] = measures.deletions
-        counts["insertions"] = measures.insertions
-    else:
-        counts["insertions"] = len(hypothesis_units)  # jiwer refuses an empty reference
-    return {"errors": counts["substitutions"] + counts["deletions"] + counts["insertions"], **counts}
+    counts = {"substitutions": 0, "deletions": 0, "insertions": len(hypothesis_units)}
+    if reference_units:  # jiwer refuses an empty reference
+        alignment = jiwer.process_words(" ".join(reference_units), " ".join(hypothesis_units))
+        counts = {name: getattr(alignment, name) for name in counts}
+    return {"errors": sum(counts.values()), "units": len(reference_units), **counts}
 
 
 def looping(text):
@@ -476,13 +464,11 @@ def metric_name(languages):
 
 
 def summarize(results, clusters, style="default", simplify=False, seconds=None):
-    """Figures of one set from its scored result lines and their clusters (`clusters_of`), one for each line.
+    """Figures of one set from its scored result lines and the cluster of each line (`clusters_of`).
 
-    metric: WER, CER or MER. value: 100 × Σ errors / Σ units; low, high: its 95 % interval. Lines without
-    text are decoded only. n, scored, failed, empty, looping, capped are clips; no_language are those scored
-    by word because neither a language nor the script says more. clusters, cluster_key: how many clusters the
-    scored lines have, and what they were made of. seconds: of decoding; rtf is seconds / seconds of audio.
-    What is not defined is None.
+    value is 100 × Σ errors / Σ units; low, high are its 95 % interval. Lines without text are decoded only.
+    seconds: of decoding; rtf is seconds / seconds of audio. docs/scores.md has all keys. What is not defined
+    is None.
     """
     decoded = [result for result in results if "error" not in result]
     languages = []
@@ -527,7 +513,6 @@ def summarize(results, clusters, style="default", simplify=False, seconds=None):
 # to a number (...), so it can be computed with all clusters and without each. docs/scores.md has the sources.
 # ----------------------------------------------------------------------------------------------------------
 
-LEVEL = 0.975  # both tails together leave out 5 %
 FEW_CLUSTERS = 12  # with fewer, intervals are rough
 ROUNDING = 1e-9  # in % or in ln: a spread below it is the rounding of equal numbers
 
@@ -551,7 +536,7 @@ def clusters_of(clips, key=None):
             clusters.append(("audio+offset", (os.path.realpath(clip.audio), clip.offset)))
         else:
             remedy = "give it to every line, or choose another key (eval.py --cluster)"
-            raise InputError(f'{clip.where}: no "{key}", which intervals are clustered by; {remedy}')
+            raise data.InputError(f'{clip.where}: no "{key}", which intervals are clustered by; {remedy}')
     return clusters
 
 
@@ -651,7 +636,7 @@ def t_estimate(value, se, df):
 
     p = 2 (1 − T_df(|value| / se)). With se = 0 it is 1 for the value 0, else NaN.
     """
-    half = scipy.special.stdtrit(df, LEVEL) * se
+    half = scipy.special.stdtrit(df, 0.975) * se  # both tails together leave out 5 %
     with np.errstate(divide="ignore", invalid="ignore"):
         p = 2 * scipy.special.stdtr(df, -np.abs(value) / se)
     p_without_spread = np.where(np.abs(value) < ROUNDING, 1.0, np.nan)
@@ -690,7 +675,7 @@ def read_results(path, cluster=None):
     for clip, name in zip(clips, clusters_of(clips, cluster)):
         fields = clip.fields
         if not isinstance(fields.get("hyp"), str) and "error" not in fields:
-            raise InputError(f'{clip.where}: neither "hyp" nor "error"; give a result file of eval.py')
+            raise data.InputError(f'{clip.where}: neither "hyp" nor "error"; give a result file of eval.py')
         key = (os.path.realpath(clip.audio), *clip.key[1:])
         results.append({"stopped": True, **fields, "where": clip.where, "key": key, "cluster": name})
     return results
@@ -707,7 +692,7 @@ def count_set(paths, style="default", simplify=False, cluster=None, strict=True)
         by_key = {}
         for result in score(read_results(path, cluster), style, simplify):
             if result["key"] in by_key:
-                raise InputError(f"{result['where']}: {result['audio']} is there twice")
+                raise data.InputError(f"{result['where']}: {result['audio']} is there twice")
             by_key[result["key"]] = result
         files.append(by_key)
     first = files[0]
@@ -723,7 +708,7 @@ def count_set(paths, style="default", simplify=False, cluster=None, strict=True)
         unscored = [other for other in same_clip if "errors" not in other]
         if unscored and strict:
             defect = "was not decoded, or has no text"
-            raise InputError(f"{unscored[0]['where']}: {unscored[0]['audio']} {defect}")
+            raise data.InputError(f"{unscored[0]['where']}: {unscored[0]['audio']} {defect}")
         if unscored:
             continue
         clusters.append(result["cluster"])
@@ -731,7 +716,7 @@ def count_set(paths, style="default", simplify=False, cluster=None, strict=True)
         rows.append([*(other["errors"] for other in same_clip), result["units"]])
     counts = np.array(rows, dtype=float).reshape(-1, len(paths) + 1)
     if not counts[:, -1].any():
-        raise InputError(f"{paths[0]}: no reference has a unit to compare")
+        raise data.InputError(f"{paths[0]}: no reference has a unit to compare")
     return CountedSet(metric_name(languages), clusters, counts, len(first) - len(rows))
 
 
@@ -749,14 +734,16 @@ def check_same_clips(results, others, others_path):
         elif partner["cluster"] != result["cluster"]:
             defect = f"has another {result['cluster'][0]} in {others_path}"
         if defect:
-            raise InputError(f"{result['where']}: {result['audio']} {defect}")
+            raise data.InputError(f"{result['where']}: {result['audio']} {defect}")
 
 
 def result_stems(folder):
     """The stems of the result files in a folder. Raises InputError where there is none."""
     stems = sorted(stem_of(name) for name in os.listdir(folder) if name.endswith(".jsonl"))
     if not stems:
-        raise InputError(f"{folder}: holds no result file (.jsonl); give a folder that eval.py --out wrote")
+        raise data.InputError(
+            f"{folder}: holds no result file (.jsonl); give a folder that eval.py --out wrote"
+        )
     return stems
 
 
@@ -765,8 +752,8 @@ def compare_folders(folder_a, folder_b, style="default", simplify=False, cluster
 
     → {"sets": {stem: `pair_figures`}, "macro"}. The macro is the primary figure of several sets: the mean of
     relative changes over `stems`, the sets with two clusters or more, as `change_figures`. Raises InputError
-    where a file is in one folder only, or a pair cannot be compared (`count_set`). With strict=False such a set
-    is left out instead, as are clips that one side could not score; "left_out" has {stem: reason} then.
+    where a file is in one folder only, or a pair cannot be compared (`count_set`). With strict=False such a
+    set is left out instead, as are clips that one side could not score; "left_out" has {stem: reason} then.
     """
     counted = {}
     left_out = {}
@@ -774,7 +761,7 @@ def compare_folders(folder_a, folder_b, style="default", simplify=False, cluster
         paths = [os.path.join(folder, f"{stem}.jsonl") for folder in (folder_a, folder_b)]
         try:
             counted[stem] = count_set(paths, style, simplify, cluster, strict)
-        except InputError as error:
+        except data.InputError as error:
             if strict:
                 raise
             left_out[stem] = str(error)
@@ -823,9 +810,6 @@ def change_figures(sets):
 # Tables
 # ----------------------------------------------------------------------------------------------------------
 
-SUMMARY_HEADER = ["set", "metric", "%", "95 %", "S", "D", "I", "clips", "hours"]
-SUMMARY_HEADER += ["empty", "loops", "capped", "failed", "RTF"]
-
 
 def print_summaries(summaries):
     """Prints the summaries {stem: summary} as a table, their normalisers, and their clusters."""
@@ -834,7 +818,8 @@ def print_summaries(summaries):
         counts = [s["substitutions"], s["deletions"], s["insertions"], s["n"], number_text(s["hours"], ".3f")]
         shares = [s["empty"], s["looping"], s["capped"], s["failed"], number_text(s["rtf"], ".4f")]
         rows.append([stem, s["metric"], s["value"], interval_text(s["low"], s["high"]), *counts, *shares])
-    print_table(rows, SUMMARY_HEADER)
+    header = ["set", "metric", "%", "95 %", "S", "D", "I", "clips", "hours"]
+    print_table(rows, [*header, "empty", "loops", "capped", "failed", "RTF"])
 
     names = {summary["normalizer"] or "none" for summary in summaries.values()}
     tqdm.write("normalizer: " + "; ".join(sorted(names)))

@@ -2,9 +2,9 @@
 
     python -m results.seeds runs/a0 runs/a1 runs/a2 --against runs/b0 runs/b1 runs/b2 --json seeds.json
 
-The first runs are those of recipe A, the others those of recipe B. A run is the folder of opd.py or sft.py,
-which means its newest evaluation, or a folder of result files. Prints the rates of every run, and the relative
-change from A to B, the mean over runs, with three spreads (docs/scores.md has the formulas):
+The first runs are those of recipe A, the others those of recipe B. A run is a folder of opd.py or sft.py, of
+which the newest evaluation is read, or a folder of result files. Prints the rates of every run, and the
+relative change from A to B, the mean over runs, with three spreads (docs/scores.md has the formulas):
 
 seed sd    how far would a rerun with another seed differ on this set?
 cluster    how far would these checkpoints differ on other speakers?
@@ -18,7 +18,6 @@ import numpy as np
 
 import data
 import eval
-from data import InputError
 
 
 def parse_args(argv=None):
@@ -62,7 +61,7 @@ def evaluation_of(folder):
         steps = [re.fullmatch(r"eval-(\d+)", name) for name in os.listdir(run)]
         newest = max((int(match[1]) for match in steps if match), default=None)
         if newest is None:
-            raise InputError(f"{run}: this run has no evaluation (eval-N); train with --eval")
+            raise data.InputError(f"{run}: this run has no evaluation (eval-N); train with --eval")
         folder = os.path.join(run, f"eval-{newest}")
     config_path = os.path.join(run, "config.json")
     config = data.read_json(config_path) if os.path.exists(config_path) else {}
@@ -125,20 +124,22 @@ def check_folders(runs, folders):
     run_names = {os.path.abspath(run) for run in runs}
     newest = {os.path.basename(folder) for folder in folders if folder not in run_names}
     if len(newest) > 1:
-        raise InputError(f"the runs stand at {', '.join(sorted(newest))}; finish them, or name RUN/eval-N")
+        raise data.InputError(
+            f"the runs stand at {', '.join(sorted(newest))}; finish them, or name RUN/eval-N"
+        )
     stems = eval.result_stems(folders[0])
     for folder in folders:
         if folders.count(folder) > 1:
-            raise InputError(f"{folder} is given twice; each run counts once")
+            raise data.InputError(f"{folder} is given twice; each run counts once")
         if eval.result_stems(folder) != stems:
-            raise InputError(f"{folders[0]} and {folder} hold other sets; compare the same sets")
+            raise data.InputError(f"{folders[0]} and {folder} hold other sets; compare the same sets")
 
 
 # ---- statistics --------------------------------------------------------------------------------------------
 
 
 def figures_of(sets, n_a, is_paired):
-    """`change_over_seeds` and the clusters of one or several `eval.CountedSet`, whose first n_a files are of A."""
+    """`change_over_seeds` and clusters of one or several `eval.CountedSet`; the first n_a files are of A."""
     clusters = [counted.clusters for counted in sets]
     table = eval.cluster_table(clusters, [counted.counts for counted in sets])
     return {**change_over_seeds(table, n_a, is_paired), **eval.cluster_figures(sum(clusters, []))}
@@ -147,9 +148,10 @@ def figures_of(sets, n_a, is_paired):
 def change_over_seeds(table, n_a, is_paired):
     """The relative change from recipe A to B with three spreads, from a table (G, S, runs + 1).
 
-    The statistic is L = ln(E_B / E_A), as a mean over runs and sets. value, per_seed (of paired runs) and ends
-    of intervals are 100 (e^L − 1) in %; spreads are 100 × those of L, close to %. seed_sd; cluster_se,
-    cluster_low, cluster_high: the jackknife; total_se, df, low, high, p: both together. NaN: not defined.
+    The statistic is L = ln(E_B / E_A), as a mean over runs and sets. Changes and the ends of intervals are
+    100 (e^L − 1), in %. Spreads are 100 times those of L, which is close to %. → value; per_seed, of paired
+    runs; seed_sd; cluster_se, cluster_low and cluster_high, by the jackknife; total_se, df, low, high and p,
+    of seeds and clusters together. What is not defined is NaN.
     """
     across = eval.estimate(table, lambda sums: contrast(eval.log_errors(sums), n_a))
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -220,7 +222,7 @@ def exact_sign_flip(differences):
 
 
 def print_seeds(comparison):
-    """Prints the comparison of two recipes (`compare_seeds`): the rates of each run, then the three spreads."""
+    """Prints the comparison of two recipes (`compare_seeds`): rates of each run, then the three spreads."""
     c = comparison
     print("paired by seed" if c["paired"] else "unpaired: the two sides do not have the same known seeds")
     for side in "ab":
@@ -233,11 +235,8 @@ def print_seeds(comparison):
         figures["macro"] = c["macro"]
     rows = []
     for stem, own in figures.items():
-        for name, values in (
-            ("A %", own.get("a", [])),
-            ("B %", own.get("b", [])),
-            ("change %", own["per_seed"]),
-        ):
+        shown = {"A %": own.get("a"), "B %": own.get("b"), "change %": own["per_seed"]}
+        for name, values in shown.items():
             if values:
                 rows.append([stem, name, *values, *[None] * (n_columns - len(values))])
     eval.print_table(rows, ["set", "figure", *(f"run {i + 1}" for i in range(n_columns))])

@@ -114,8 +114,8 @@ def paired(runs_a, runs_b):
     """The lines of two recipes that share their seeds, in the order of the seeds."""
     seeds_a = {line["seed"]: line for line in runs_a}
     seeds_b = {line["seed"]: line for line in runs_b}
-    seeds = sorted(seeds_a.keys() & seeds_b.keys())
-    return [seeds_a[seed] for seed in seeds], [seeds_b[seed] for seed in seeds]
+    shared = sorted(seeds_a.keys() & seeds_b.keys())
+    return [seeds_a[seed] for seed in shared], [seeds_b[seed] for seed in shared]
 
 
 # ---- Markdown ----------------------------------------------------------------------------------------------
@@ -661,16 +661,16 @@ def draw_digits(lines):
 
 def digit_counts(runs_a, runs_b, stems):
     """The table (speakers, 1, runs + 1) of both recipes, and the number of runs of A."""
-    seeds = sorted({line["seed"] for line in runs_a} & {line["seed"] for line in runs_b})
-    counts = np.zeros((len(stems), 1, 2 * len(seeds) + 1))
-    for runs, first in ((runs_a, 0), (runs_b, len(seeds))):
+    shared = sorted({line["seed"] for line in runs_a} & {line["seed"] for line in runs_b})
+    counts = np.zeros((len(stems), 1, 2 * len(shared) + 1))
+    for runs, first in ((runs_a, 0), (runs_b, len(shared))):
         for line in runs:
-            if line["seed"] in seeds:
+            if line["seed"] in shared:
                 stem = next(iter(line["errors"]))
-                counts[stems.index(stem), 0, first + seeds.index(line["seed"])] = sum(line["errors"][stem])
+                counts[stems.index(stem), 0, first + shared.index(line["seed"])] = sum(line["errors"][stem])
     for g, stem in enumerate(stems):
         counts[g, 0, -1] = sum(units_of(stem).values())
-    return counts, len(seeds)
+    return counts, len(shared)
 
 
 # ---- questions 5 to 7 --------------------------------------------------------------------------------------
