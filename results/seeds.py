@@ -72,8 +72,8 @@ def compare_seeds(runs_a, runs_b, style="default", simplify=False, cluster=None)
     """Compares two recipes, as a dict.
 
     → paired; seeds_a, seeds_b, folders_a and folders_b of the runs; sets: {stem: metric, n clips, the rates a
-    and b of every run, and `figures_of` the set}; macro: the stems with two clusters or more, and `figures_of`
-    all of them.
+    and b of every run, and `figures_of` the set}; macro: the stems with two clusters or more, and
+    `figures_of` all of them.
 
     Runs are paired where both sides have the same seeds, each once. Raises InputError where a folder is given
     twice, runs stand at different steps, or the folders do not hold the same sets (`eval.count_set`).
