@@ -211,8 +211,8 @@ def evaluate(speech_lm, sets, device, decoding, out=None, *, scoring=None, stric
 
     decoding: some of the keys of DECODING. scoring: some of style, simplify (`normalize`) and cluster
     (`clusters_of`). Rank 0 writes out/<stem>.jsonl and out/summary.json. Without `out`, the transcripts of a
-    set that has no text to compare with are printed. Where a clip cannot be decoded, strict raises InputError.
-    Otherwise its result line has "error", and it is counted and printed on stderr.
+    set that has no text to compare with are printed. Where a clip cannot be decoded, strict raises
+    InputError. Otherwise its result line has "error", and it is counted and printed on stderr.
     """
     rank, _ = data.rank_and_world()
     scoring = dict(scoring or {})
