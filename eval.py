@@ -19,6 +19,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import os
+import pathlib
 import re
 import sys
 import time
@@ -42,8 +43,6 @@ DECODING = {
     "max_new_tokens": 800,  # cap on a transcript
     "tokens_per_second": 25.0,  # cap by the audio: this × seconds + 16 tokens; 0 = off
 }
-# What functions below can be told about scoring: the normaliser's style, --simplify, and --cluster.
-SCORING = {"style": "default", "simplify": False, "cluster": None}
 
 COUNTS = ("errors", "units", "substitutions", "deletions", "insertions")
 RESULT_KEYS = ("hyp", "stopped", "error", *COUNTS)  # what a result line adds to the manifest's fields
@@ -122,7 +121,6 @@ def main(args):
 
 def decode_and_score(args, scoring, world, device):
     """--model: decodes and scores --data on all ranks. → {stem: summary}."""
-    # ---- data and model --------------------------------------------------------------------------------
     sets = read_sets(args.data, args.max_seconds)
     for clips in sets.values():
         clusters_of(clips, args.cluster)  # a line without its key shows before the model is loaded
@@ -137,12 +135,9 @@ def decode_and_score(args, scoring, world, device):
         "tokens_per_second": args.tokens_per_second,
     }
 
-    # ---- warm-up ---------------------------------------------------------------------------------------
-    # What happens once, such as loading kernels, does not count in the real-time factor.
+    # A warm-up: what happens once, such as loading kernels, does not count in the real-time factor.
     first_clip = next(iter(sets.values()))[0]
     transcribe(speech_lm, [first_clip] * world, device, decoding, "warm-up")
-
-    # ---- decode and score ------------------------------------------------------------------------------
     return evaluate(speech_lm, sets, device, decoding, args.out, scoring=scoring, strict=False)
 
 
@@ -150,7 +145,7 @@ def score_files(args, scoring):
     """--score: scores result files again. → {stem: summary}."""
     summaries = {}
     for path in args.score:
-        stem = stem_of(path)
+        stem = pathlib.Path(path).stem
         if stem in summaries:
             raise data.InputError(f"--score: two files have the stem {stem!r}; score them one by one")
         results = score(read_results(path, args.cluster), args.normalizer, args.simplify)
@@ -172,7 +167,7 @@ def compare_results(args, scoring):
         print_comparison(figures)
     else:
         figures = pair_figures(count_set([path_a, path_b], **scoring))
-        print_comparison({"sets": {stem_of(path_a): figures}})
+        print_comparison({"sets": {pathlib.Path(path_a).stem: figures}})
     if args.json:
         data.write_json(args.json, figures)
 
@@ -189,11 +184,9 @@ def read_sets(paths, max_seconds):
     """
     sets = {}
     for path in paths:
-        stem = stem_of(path)
+        stem = pathlib.Path(path).stem
         if stem in sets:
-            raise data.InputError(
-                f"two data sets have the stem {stem!r}, and so would their results; rename one"
-            )
+            raise data.InputError(f"two data sets, and so their results, have the name {stem!r}; rename one")
         is_manifest = path.endswith((".jsonl", ".json"))
         sets[stem] = data.read_manifest(path) if is_manifest else [data.clip_from_file(path)]
         for clip in sets[stem]:
@@ -202,10 +195,6 @@ def read_sets(paths, max_seconds):
                 remedy = "split the clip (docs/data.md, Long recordings), or raise it"
                 raise data.InputError(f"{clip.where}: {too_long}; {remedy}")
     return sets
-
-
-def stem_of(path):
-    return os.path.splitext(os.path.basename(path))[0]
 
 
 def languages_of(sets):
@@ -220,14 +209,14 @@ def languages_of(sets):
 def evaluate(speech_lm, sets, device, decoding, out=None, *, scoring=None, strict=True):
     """Decodes and scores `sets` {stem: [Clip]} on all ranks. → {stem: summary}, see `summarize`.
 
-    decoding, scoring: some of the keys of DECODING and of SCORING. Rank 0 writes out/<stem>.jsonl and
-    out/summary.json. Without `out`, the transcripts of a set that has no text to compare with are printed.
-    Where a clip cannot be decoded, strict raises InputError. Otherwise its result line has "error", and it is
-    counted and printed on stderr.
+    decoding: some of the keys of DECODING. scoring: some of style, simplify (`normalize`) and cluster
+    (`clusters_of`). Rank 0 writes out/<stem>.jsonl and out/summary.json. Without `out`, the transcripts of a
+    set that has no text to compare with are printed. Where a clip cannot be decoded, strict raises
+    InputError. Otherwise its result line has "error", and it is counted and printed on stderr.
     """
     rank, _ = data.rank_and_world()
-    scoring = {**SCORING, **(scoring or {})}
-    cluster = scoring.pop("cluster")
+    scoring = dict(scoring or {})
+    cluster = scoring.pop("cluster", None)
     clusters = {stem: clusters_of(clips, cluster) for stem, clips in sets.items()}
     summaries = {}
     for stem, clips in sets.items():
@@ -277,16 +266,16 @@ def transcribe(speech_lm, clips, device, decoding, label):
         if not usable:
             continue
 
-        languages = [clips[indices[b]].language for b in usable]
-        contexts = [clips[indices[b]].context for b in usable] if decoding["with_context"] else None
-        batch = data.collate(
-            waveforms, speech_lm.front_end, languages, decoding["default_language"], contexts
-        ).to(device)
-        caps = {"tokens_per_second": decoding["tokens_per_second"]}
-        rollout = speech_lm.sample(batch, decoding["max_new_tokens"], **caps)
+        decoded = [indices[b] for b in usable]
+        languages = [clips[i].language for i in decoded]
+        contexts = [clips[i].context for i in decoded] if decoding["with_context"] else None
+        language = decoding["default_language"]
+        batch = data.collate(waveforms, speech_lm.front_end, languages, language, contexts).to(device)
+        caps = {key: decoding[key] for key in ("max_new_tokens", "tokens_per_second")}
+        rollout = speech_lm.sample(batch, **caps)
         hyps = speech_lm.front_end.texts(rollout)
-        for b, hyp, stopped in zip(usable, hyps, rollout.stopped.tolist()):
-            answers[indices[b]] = {"hyp": hyp, "stopped": stopped}
+        for i, hyp, stopped in zip(decoded, hyps, rollout.stopped.tolist()):
+            answers[i] = {"hyp": hyp, "stopped": stopped}
 
     everywhere = {}
     for share in data.gather(answers):
@@ -433,7 +422,8 @@ def count_errors(reference, hypothesis, language, style="default", simplify=Fals
     if reference_units:  # jiwer refuses an empty reference
         alignment = jiwer.process_words(" ".join(reference_units), " ".join(hypothesis_units))
         counts = {name: getattr(alignment, name) for name in counts}
-    return {"errors": sum(counts.values()), "units": len(reference_units), **counts}
+    n_errors = sum(counts.values())
+    return {"errors": n_errors, "units": len(reference_units), **counts}
 
 
 def looping(text):
@@ -601,23 +591,16 @@ class Estimate:
 
 
 def estimate(table, statistic):
-    """The `Estimate` of a statistic from a table (G, S, C), by the jackknife with t of G − 1.
-
-    One cluster gives a value only. With more, all is NaN where the statistic is not defined without one of
-    them. Leading dimensions of the table are many tables.
-    """
+    """The `Estimate` of a statistic from a table (G, S, C), or of many tables, by t of G − 1."""
     value, se = jackknife(table, statistic)
-    n_clusters = table.shape[-3]
-    if n_clusters > 1:
-        value = np.where(np.isnan(se), np.nan, value)
-    return t_estimate(value, se, n_clusters - 1)
+    return t_estimate(value, se, table.shape[-3] - 1)
 
 
 def jackknife(table, statistic):
     """A statistic and its standard error by leaving out one cluster at a time: (..., G, S, C) → (...), (...).
 
-    SE² = (G − 1)/G Σ_g (θ_(g) − θ)². It is NaN where the statistic is not defined without some cluster, as it
-    is with one cluster only.
+    SE² = (G − 1)/G Σ_g (θ_(g) − θ)². Both are NaN where the statistic is not defined, with all clusters or
+    without one of them. One cluster gives a value only.
     """
     n_clusters = table.shape[-3]
     total = table.sum(axis=-3)
@@ -626,9 +609,12 @@ def jackknife(table, statistic):
         value = statistic(total)
         deviations = statistic(left_out) - value[..., None]  # (..., G)
         se = np.sqrt((n_clusters - 1) / max(n_clusters, 1) * (deviations**2).sum(axis=-1))
-    is_defined = np.isfinite(se) & (n_clusters > 1)
     se = np.where(se < ROUNDING, 0.0, se)
-    return np.where(np.isfinite(value), value, np.nan), np.where(is_defined, se, np.nan)
+    if n_clusters < 2:
+        se = np.full_like(value, np.nan)
+        return np.where(np.isfinite(value), value, np.nan), se
+    is_defined = np.isfinite(se)
+    return np.where(is_defined, value, np.nan), np.where(is_defined, se, np.nan)
 
 
 def t_estimate(value, se, df):
@@ -666,9 +652,10 @@ class CountedSet:
 
 
 def read_results(path, cluster=None):
-    """Lines of a result file, each with `key`, which makes two lines the same clip, `where` and `cluster`.
+    """Lines of a result file, with `where`, `cluster`, and `key`, which makes two lines the same clip.
 
-    cluster: see `clusters_of`. Raises InputError for a line with neither hypothesis nor error.
+    cluster: see `clusters_of`. A line with a text has the `language` that it is scored in. Raises InputError
+    for a line with neither hypothesis nor error.
     """
     clips = data.read_manifest(path)
     results = []
@@ -676,8 +663,11 @@ def read_results(path, cluster=None):
         fields = clip.fields
         if not isinstance(fields.get("hyp"), str) and "error" not in fields:
             raise data.InputError(f'{clip.where}: neither "hyp" nor "error"; give a result file of eval.py')
-        key = (os.path.realpath(clip.audio), *clip.key[1:])
-        results.append({"stopped": True, **fields, "where": clip.where, "key": key, "cluster": name})
+        result = {"stopped": True, **fields, "where": clip.where, "cluster": name}
+        result["key"] = (os.path.realpath(clip.audio), *clip.key[1:])
+        if isinstance(fields.get("text"), str):
+            result["language"] = language_of(fields)
+        results.append(result)
     return results
 
 
@@ -723,27 +713,18 @@ def count_set(paths, style="default", simplify=False, cluster=None, strict=True)
 def check_same_clips(results, others, others_path):
     """Raises InputError for the first of `results` {key: result} that has no partner in another file."""
     for key, result in results.items():
-        partner = others.get(key)
-        defect = None
-        if partner is None:
-            defect = f"is in one of the files only, not in {others_path}"
-        elif partner.get("text") != result.get("text"):
-            defect = f"has another text in {others_path}"
-        elif "errors" in result and language_of(partner) != language_of(result):
-            defect = f"has another language in {others_path}"
-        elif partner["cluster"] != result["cluster"]:
-            defect = f"has another {result['cluster'][0]} in {others_path}"
-        if defect:
-            raise data.InputError(f"{result['where']}: {result['audio']} {defect}")
+        partner = others.get(key, {})
+        for name in ("key", "text", "language", "cluster"):
+            if partner.get(name) != result.get(name):
+                defect = "is not in" if name == "key" else f"has another {name} in"
+                raise data.InputError(f"{result['where']}: {result['audio']} {defect} {others_path}")
 
 
 def result_stems(folder):
     """The stems of the result files in a folder. Raises InputError where there is none."""
-    stems = sorted(stem_of(name) for name in os.listdir(folder) if name.endswith(".jsonl"))
+    stems = sorted(pathlib.Path(name).stem for name in os.listdir(folder) if name.endswith(".jsonl"))
     if not stems:
-        raise data.InputError(
-            f"{folder}: holds no result file (.jsonl); give a folder that eval.py --out wrote"
-        )
+        raise data.InputError(f"{folder}: holds no result file (.jsonl); give the --out of eval.py")
     return stems
 
 
@@ -815,9 +796,12 @@ def print_summaries(summaries):
     """Prints the summaries {stem: summary} as a table, their normalisers, and their clusters."""
     rows = []
     for stem, s in summaries.items():
-        counts = [s["substitutions"], s["deletions"], s["insertions"], s["n"], number_text(s["hours"], ".3f")]
-        shares = [s["empty"], s["looping"], s["capped"], s["failed"], number_text(s["rtf"], ".4f")]
-        rows.append([stem, s["metric"], s["value"], interval_text(s["low"], s["high"]), *counts, *shares])
+        row = [stem, s["metric"], s["value"], interval_text(s["low"], s["high"])]
+        row += [s[key] for key in ("substitutions", "deletions", "insertions", "n")]
+        row.append(number_text(s["hours"], ".3f"))
+        row += [s[key] for key in ("empty", "looping", "capped", "failed")]
+        row.append(number_text(s["rtf"], ".4f"))
+        rows.append(row)
     header = ["set", "metric", "%", "95 %", "S", "D", "I", "clips", "hours"]
     print_table(rows, [*header, "empty", "loops", "capped", "failed", "RTF"])
 
@@ -836,9 +820,10 @@ def print_comparison(comparison, name_a="A", name_b="B"):
     With several sets the last row is the macro, the primary figure. Lines below say what was clustered, where
     intervals are rough, and what was left out. name_a, name_b: what the two sides are called in the header.
     """
-    figures = dict(comparison["sets"])
-    macro = comparison.get("macro", {"stems": []})
-    if macro["stems"] and len(figures) > 1:
+    sets = comparison["sets"]
+    figures = dict(sets)
+    macro = comparison.get("macro", {"stems": list(sets)})
+    if macro["stems"] and len(sets) > 1:
         figures["macro"] = macro
     rows = []
     for name, own in figures.items():
@@ -848,19 +833,22 @@ def print_comparison(comparison, name_a="A", name_b="B"):
     if rows:
         print_table(rows, ["set", "metric", "clips", f"{name_a} %", f"{name_b} %", "change", "95 %", "p"])
         print_clusters(figures)
-    if "macro" in figures:
-        one_cluster = [stem for stem in comparison["sets"] if stem not in macro["stems"]]
-        if one_cluster:
-            tqdm.write(f"not in the macro, because they have one cluster: {', '.join(one_cluster)}")
+    one_cluster = [stem for stem in sets if stem not in macro["stems"]]
+    if one_cluster and len(sets) > 1:
+        tqdm.write(f"not in the macro, because they have one cluster: {', '.join(one_cluster)}")
     for stem, reason in comparison.get("left_out", {}).items():
         tqdm.write(f"{stem}: left out: {reason}")
 
 
 def print_clusters(figures):
     """Prints in a line how many clusters {name: figures} have, and warns where they are few."""
-    clustered = {name: own for name, own in figures.items() if own["clusters"]}
-    few = [name for name, own in clustered.items() if own["clusters"] < FEW_CLUSTERS]
-    texts = [f"{name} {own['clusters']} by {own['cluster_key']}" for name, own in clustered.items()]
+    texts = []
+    few = []
+    for name, own in figures.items():
+        if own["clusters"]:
+            texts.append(f"{name} {own['clusters']} by {own['cluster_key']}")
+        if 0 < own["clusters"] < FEW_CLUSTERS:
+            few.append(name)
     if texts:
         tqdm.write(f"clusters: {'; '.join(texts)}")
     if few:

@@ -4,7 +4,7 @@
 
 The first runs are those of recipe A, the others those of recipe B. A run is a folder of opd.py or sft.py, of
 which the newest evaluation is read, or a folder of result files. Prints the rates of every run, and the
-relative change from A to B, the mean over runs, with three spreads (docs/scores.md has the formulas):
+relative change from A to B, the mean over runs, with three spreads:
 
 seed sd    how far would a rerun with another seed differ on this set?
 cluster    how far would these checkpoints differ on other speakers?
@@ -69,7 +69,11 @@ def evaluation_of(folder):
 
 
 def compare_seeds(runs_a, runs_b, style="default", simplify=False, cluster=None):
-    """Compares two recipes, as a dict; docs/scores.md names its keys.
+    """Compares two recipes, as a dict.
+
+    → paired; seeds_a, seeds_b, folders_a and folders_b of the runs; sets: {stem: metric, n clips, the rates a
+    and b of every run, and `figures_of` the set}; macro: the stems with two clusters or more, and
+    `figures_of` all of them.
 
     Runs are paired where both sides have the same seeds, each once. Raises InputError where a folder is given
     twice, runs stand at different steps, or the folders do not hold the same sets (`eval.count_set`).
@@ -243,11 +247,14 @@ def print_seeds(comparison):
 
     rows = []
     for stem, own in figures.items():
-        cluster = eval.interval_text(own["cluster_low"], own["cluster_high"], "+.1f")
-        total = eval.interval_text(own["low"], own["high"], "+.1f")
-        cells = [eval.number_text(own[key], ".1f") for key in ("cluster_se", "seed_sd", "df")]
-        change = eval.number_text(own["value"], "+.1f")
-        rows.append([stem, change, cells[0], cluster, cells[1], total, cells[2], eval.p_text(own["p"])])
+        row = [stem, eval.number_text(own["value"], "+.1f")]
+        row.append(eval.number_text(own["cluster_se"], ".1f"))
+        row.append(eval.interval_text(own["cluster_low"], own["cluster_high"], "+.1f"))
+        row.append(eval.number_text(own["seed_sd"], ".1f"))
+        row.append(eval.interval_text(own["low"], own["high"], "+.1f"))
+        row.append(eval.number_text(own["df"], ".1f"))
+        row.append(eval.p_text(own["p"]))
+        rows.append(row)
     header = ["set", "change %", "cluster SE", "95 % cluster", "seed sd", "95 % total", "df", "p"]
     if min(len(c["folders_a"]), len(c["folders_b"])) == 1:  # one run says nothing about other seeds
         header = header[:4]

@@ -28,33 +28,19 @@ ENGLAND = "\U0001f3f4\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007
 EN = [
     ("Hello, World!", "hello world"),
     ("", ""),
-    (" \t\r\n", ""),
     ("—?!", ""),
     ("twenty five percent", "25%"),
-    ("25 per cent", "25%"),
     ("２５％", "25%"),
     ("two hundred and one", "201"),
-    ("three point one four", "3.14"),
-    ("two and a half", "2.5"),
-    ("one oh one", "101"),
     ("minus five degrees", "-5 degrees"),
-    ("the 1960s", "the 1960s"),
-    ("1 dog, one cat", "one dog one cat"),
     ("1,000 people", "1000 people"),
-    ("3.5 miles.", "3.5 miles"),
-    ("ten thousand dollars", "$10000"),
     ("It cost $20 million.", "it cost $20000000"),
-    ("$3.50", "$3.50"),
     ("＄20 or £5", "$20 or £5"),
-    ("$0.50", "¢50"),
     ("I can't, won't, don't", "i can not will not do not"),
     ("it's we'll they're I've I'm he'd", "it is we will they are i have i am he would"),
-    ("she'd been", "she had been"),
-    ("I don 't", "i do not"),
     ("I don’t, don‘t, donʼt, donʻt, don`t, don´t, don′t", "i " + "do not " * 6 + "do not"),
     ("it’s John`s", "it is john is"),
     ("“‘Yes,’ she said”", "yes she said"),
-    ("the dogs' house", "the dogs house"),
     ("Mr. and Mrs. Smith met Dr. Jones", "mister and missus smith met doctor jones"),
     ("colour organise centre grey", "color organize center gray"),
     ("well-known AT&T", "well known at t"),
@@ -63,8 +49,6 @@ EN = [
     ("café naïve Łódź straße", "cafe naive lodz strasse"),
     ("U.S. army", "u s army"),
     ("Wait…", "wait"),
-    ("Wait...", "wait"),
-    ("…", ""),
     ("3.5... or 3.", "3.5 or 3"),
     ("ＨＥＬＬＯ　ｗｏｒｌｄ", "hello world"),
     ("ﬁnd the oﬃce", "find the office"),
@@ -73,60 +57,36 @@ EN = [
 ]
 ZH = [
     ("今天 天气 很 好。", "今 天 天 气 很 好"),
-    ("你\u3000好\u00a0吗\n？", "你 好 吗"),
     ("，。！？、《》；：“”‘’（）【】——……·～", ""),
     (",.!?;:'\"()[]{}<>-_=+*/\\|@#$^&~`", ""),
-    ("《红楼梦》、《西游记》！", "红 楼 梦 西 游 记"),
-    ("「你好」『世界』", "你 好 世 界"),
     ("ＡＢｃ１２３", "a b c 1 2 3"),
-    ("我有50％的股份", "我 有 5 0 的 股 份"),
     ("百分之五十", "百 分 之 五 十"),  # numbers stay as they are written
     ("二〇二四年①", "二 〇 二 四 年 1"),
-    ("￥100", "1 0 0"),
-    ("25℃", "2 5 c"),
-    ("A股涨了3.5%", "a 股 涨 了 3 5"),
     ("Wi-Fi 密码是 abc", "w i f i 密 码 是 a b c"),
-    ("去哪儿玩儿一会儿", "去 哪 儿 玩 儿 一 会 儿"),
-    ("阿·Q", "阿 q"),
     ("你\u200b好\u200d吗\ufeff", "你 好 吗"),
-    ("\u202a你好\u202c\u2060", "你 好"),
-    ("爱❤\ufe0f你", "爱 你"),
     ("好" + FAMILY + "的" + THUMB, "好 的"),
-    ("按" + KEYCAP, "按 5"),
     (ENGLAND + "赢了🇨🇳", "赢 了"),
     ("𠮷野家", "𠮷 野 家"),  # beyond U+FFFF, one unit
     ("\uf90a\u2f00", "金 一"),  # compatibility ideograph, radical
     ("<unk>嗯", "u n k 嗯"),  # Whisper's brackets and fillers are en's only
     ("", ""),
-    (" 。 ", ""),
 ]
 OTHERS = [
     ("yue", "佢哋喺度，OK？", "佢 哋 喺 度 o k"),
     ("ja", "東京、日本。「はい」〜", "東 京 日 本 は い"),
-    ("ja", "ラーメン 人々", "ラ ー メ ン 人 々"),
     ("ja", "ｶﾞｲﾄﾞ・か\u3099", "ガ イ ド が"),  # half-width and decomposed voiced kana
-    ("ko", "안녕하세요, 세계!", "안 녕 하 세 요 세 계"),
     ("ko", "\u1112\u1161\u11ab\u1100\u1173\u11af", "한 글"),  # decomposed syllables
-    ("th", "ภาษา ไทย", "ภ า ษ า ไ ท ย"),
     ("fr", "L'eau d'ÉTÉ", "l eau d été"),
     ("fr", "aujourd’hui, ça va ?", "aujourd hui ça va"),
-    ("fr", "« Bonjour » – e\u0301te\u0301…", "bonjour été"),
     ("de", "Straße, Öl & Käse!", "straße öl käse"),
-    ("de", "GROẞ E-Mail 3,5 %", "groß e mail 3 5"),
     ("de", "ich ❤\ufe0f dich " + FAMILY + " " + KEYCAP, "ich dich 5"),
-    ("de", "Donau\u00addampf \ufeffok", "donaudampf ok"),
     ("de", "um zwanzig Uhr (laut) hmm", "um zwanzig uhr laut hmm"),
     ("ru", "Привет, Мир! Ёлка.", "привет мир ёлка"),
-    ("ru", "и\u0306 №5", "й no5"),
-    ("es", "¿Qué tal? ¡Bien!", "qué tal bien"),
     ("tr", "İzmir, ISPARTA", "izmir ısparta"),
     ("tr", "I\u0307zmir Iğdır’ın", "izmir ığdır ın"),
     ("az", "İŞIQ Bakı", "işıq bakı"),
-    ("de", "ISPARTA", "isparta"),
     (None, "Hello, don't! Café 3.5", "hello don t café 3 5"),  # no language: plain words, not English
     (None, "twenty five", "twenty five"),
-    ("lo", "ສະບາຍດີ, ໂລກ", "ສ ະ ບ າ ຍ ດ ີ ໂ ລ ກ"),
-    ("my", "မြန်မာ။", "မ ြ န ် မ ာ"),
     ("km", "ភាសា\u200bខ្មែរ។", "ភ ា ស ា ខ ្ ម ែ រ"),
     ("bo", "བོད་སྐད།", "བ ོ ད ས ྐ ད"),
     ("hi", "हिन्दी है। क\u094d\u200dष", "हिन्दी है क\u094dष"),  # vowel signs stay
@@ -136,34 +96,26 @@ PAPER = [
     ("en", "I don’t donʼt don´t", "i dont dont dont"),
     ("tr", "İzmir'in ISISI", "izmirin ısısı"),
     ("en", "twenty-five percent, 25%", "twentyfive percent 25"),
-    ("en", "$3.50 1,000", "350 1000"),
     ("en", "um, [noise] yes", "um noise yes"),
-    ("en", "A & B — C", "a b c"),
     ("en", "wait…what", "waitwhat"),
     ("en", "hel\u200blo " + THUMB + " " + KEYCAP, "hello 5"),
     ("en", "ＯＫ", "ｏｋ"),  # no NFKC
-    ("fr", "L'eau d'ÉTÉ", "leau dété"),
     ("fr", "e\u0301te\u0301", "e\u0301te\u0301"),
     ("zh", "你好，世界！ OK", "你 好 世 界 o k"),
     ("zh", "５０％", "５ ０"),
     ("zh", "臺灣《》" + FAMILY, "臺 灣"),
-    ("ko", "안녕, 세계", "안 녕 세 계"),
 ]
 SIMPLIFIED = [
     ("zh", "default", "臺灣大學", "台 湾 大 学"),
     ("zh", "default", "頭髮、發現，後來", "头 发 发 现 后 来"),
     ("zh", "default", "乾燥的乾坤", "干 燥 的 乾 坤"),  # by phrase: 乾 stays in 乾坤
     ("zh", "default", "軟體 ＯＫ", "软 体 o k"),  # characters, not the mainland's words
-    ("zh", "default", "这是简体，什么么？", "这 是 简 体 什 么 么"),
     ("zh", "default", "看著名著，看着名著", "看 着 名 着 看 着 名 着"),  # 著 and 着 are one
     ("zh", "default", "衞生，甚麼，麻痺", "卫 生 什 么 麻 痹"),
     ("zh", "default", "一幺三，一么三", "一 么 三 一 么 三"),
-    ("zh", "default", "\uf900有此理", "岂 有 此 理"),  # a compatibility ideograph is traditional too
     ("zh", "paper", "臺灣！", "台 湾"),
     ("yue", "default", "廣東話", "广 东 话"),
     ("ja", "default", "廣島", "廣 島"),  # zh and yue only
-    ("en", "default", "臺灣 colour", "臺灣 color"),
-    ("fr", "paper", "廣東 été", "廣東 été"),
 ]
 TABLE = [
     *(("en", "default", False, *row) for row in EN),
@@ -196,14 +148,14 @@ def test_language_of():
 def test_recorded_texts_in_other_forms_are_no_errors():
     """Blanks, full stops, zero-width characters, another case, and the forms of Taiwan and Hong Kong."""
     lines = (DATA / "aishell_sample" / "manifest.jsonl").read_text(encoding="utf-8").splitlines()
-    texts = [json.loads(line)["text"] for line in lines]
-    for text in texts:
-        units = evaluation.normalize(text, "zh")
-        assert evaluation.normalize("，" + " ".join(text.upper()) + "\u200b。", "zh") == units
-    for form in ("s2t", "s2tw", "s2hk"):
-        converter = opencc.OpenCC(form)
-        for text in texts:
-            assert evaluation.simplified(converter.convert(text)) == evaluation.simplified(text)
+    converters = [opencc.OpenCC(form) for form in ("s2t", "s2tw", "s2hk")]
+    for line in lines:
+        text = json.loads(line)["text"]
+        for converter in converters:
+            other = "，" + " ".join(converter.convert(text).upper()) + "\u200b。"
+            assert evaluation.normalize(other, "zh", simplify=True) == evaluation.normalize(
+                text, "zh", simplify=True
+            )
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -216,17 +168,11 @@ def test_recorded_texts_in_other_forms_are_no_errors():
     [
         ("en", "The cat, sat!", "the  CAT sat.", 0, 0, 0, 3),  # both sides are normalised
         ("en", "big cat sat on the mat today", "so big bat sat on mat today", 1, 1, 1, 7),
-        ("en", "the cat sat", "", 0, 3, 0, 3),
         ("en", "", "hello there you", 0, 0, 3, 0),
-        ("en", "um", "hello there", 0, 0, 2, 0),  # empty after normalisation
         ("en", "don't go", "don`t go", 0, 0, 0, 3),
-        ("tr", "İzmir ISPARTA", "izmir ısparta", 0, 0, 0, 2),
         ("zh", "今天，天气很好。", "今天 天汽 很好", 1, 0, 0, 6),
         ("zh", "。", "好的" + FAMILY, 0, 0, 2, 0),
-        ("zh", "❤\ufe0f", "", 0, 0, 0, 0),
-        ("ja", "カナ", "かな", 2, 0, 0, 2),
         ("ko", "한국어 문장", "한국 문장", 0, 1, 0, 5),
-        ("bo", "བོད་སྐད།", "བོད་སྐ", 0, 1, 0, 6),
         (None, "guten Tag", "Guten Tag!", 0, 0, 0, 2),
     ],
 )
@@ -241,17 +187,10 @@ def test_count_errors_by_hand(language, reference, hypothesis, substitutions, de
 
 
 def test_looping():
-    for text in (
-        "",
-        "a",
-        "好",
-        "the old man made a sign in the affirmative",
-        "今天天气很好我们去公园吧",
-        "no no no",
-    ):
-        assert evaluation.looping(text) is False
-    for text in ("the cat " * 30, "谢谢" * 30, "a" * 200):
-        assert evaluation.looping(text) is True
+    assert not any(
+        map(evaluation.looping, ("", "好", "the old man made a sign in the affirmative", "no no no"))
+    )
+    assert all(map(evaluation.looping, ("the cat " * 30, "谢谢" * 30, "a" * 200)))
     for n in range(1, 60):  # UTF-8 bytes are counted, not characters
         text = "好吧" * n
         assert evaluation.looping(text) == (6 * n / len(zlib.compress(text.encode())) > 2.4)
@@ -372,12 +311,9 @@ def test_score_recounts_and_sums_up(tmp_path, capsys):
     ]
 
 
-@pytest.mark.parametrize(
-    "languages, metric",
-    [("en de", "WER"), ("zh yue ja ko th lo my km bo", "CER"), ("en zh", "MER"), ("", "WER")],
-)
-def test_metric_name_follows_the_languages(languages, metric):
-    assert evaluation.metric_name(languages.split()) == metric
+def test_metric_name_follows_the_languages():
+    metrics = {"en de": "WER", "zh yue ja ko th lo my km bo": "CER", "en zh": "MER", "": "WER"}
+    assert {names: evaluation.metric_name(names.split()) for names in metrics} == metrics
 
 
 def test_clips_without_text_or_hypothesis_are_no_clusters(tmp_path, capsys):
@@ -505,14 +441,6 @@ def test_jackknife_by_hand():
     )
 
 
-def test_leading_dimensions_are_many_tables():
-    tables = np.random.default_rng(3).integers(1, 50, (2, 4, 6, 3, 3)).astype(float)
-    many = vars(evaluation.estimate(tables, evaluation.log_ratio))
-    for index in np.ndindex(2, 4):
-        one = vars(evaluation.estimate(tables[index], evaluation.log_ratio))
-        assert {key: values[index] for key, values in many.items()} == pytest.approx(one, rel=1e-12)
-
-
 def test_comparison_against_brute_force(tmp_path, capsys):
     """Every figure of three sets that share speakers, of their macro, and of the table that is printed."""
     rows = random_rows()
@@ -635,36 +563,18 @@ def test_compare_with_another_key_and_normalizer(tmp_path, capsys):
 
 
 UNPAIRED = {
-    "only in A": (
-        [0, 1, 77],
-        [0, 1],
-        r"a\.jsonl:3: .*77\.wav is in one of the files only, not in .*b\.jsonl",
-    ),
-    "only in B": (
-        [0, 1],
-        [0, 77, 1],
-        r"b\.jsonl:2: .*77\.wav is in one of the files only, not in .*a\.jsonl",
-    ),
-    "twice in A": ([0, 1, 77, 77], [0, 1, 77], r"a\.jsonl:4: 77\.wav is there twice"),
-    "twice in B": ([1, 77], [1, 77, 77], r"b\.jsonl:3: 77\.wav is there twice"),
-    "other text": ([0, 77], [0, result_line(77, text="anna bert")], r"77\.wav has another text"),
+    "only in A": ([0, 1, 77], [0, 1], r"a\.jsonl:3: .*77\.wav is not in .*b\.jsonl"),
+    "only in B": ([0, 1], [0, 77, 1], r"b\.jsonl:2: .*77\.wav is not in .*a\.jsonl"),
+    "twice": ([0, 1, 77, 77], [0, 1, 77], r"a\.jsonl:4: 77\.wav is there twice"),
+    "other text": ([77], [result_line(77, text="anna bert")], r"77\.wav has another text"),
     "other language": ([77], [result_line(77, language="en")], r"77\.wav has another language"),
-    "other speaker": ([result_line(77, speaker="x")], [result_line(77, speaker="y")], r"has another speaker"),
-    "failed in A": ([0, failed_line(77)], [0, result_line(77, text="anna")], r"a\.jsonl:2: 77\.wav was not"),
-    "failed in B": ([0, 77], [0, result_line(77, error="bad")], r"b\.jsonl:2: 77\.wav was not decoded"),
-    "no text": (
-        [result_line(77, text=None)],
-        [result_line(77, text=None)],
-        r"77\.wav was not decoded, or has",
-    ),
+    "other speaker": ([result_line(7, speaker="x")], [result_line(7, speaker="y")], "has another cluster"),
+    "failed": ([0, 77], [0, result_line(77, error="bad")], r"b\.jsonl:2: 77\.wav was not decoded"),
+    "no text": ([result_line(77, text=None)], [result_line(77, text=None)], "was not decoded, or has"),
     "no hyp": ([77], [{"audio": "77.wav", "duration": 36.0}], r"b\.jsonl:1: neither"),
-    "other bytes": (
-        [0, result_line(77, offset=0, nbytes=10)],
-        [0, result_line(77, offset=10, nbytes=10)],
-        r"77\.wav is in one",
-    ),
+    "other bytes": ([result_line(7, offset=0, nbytes=9)], [result_line(7, offset=9, nbytes=9)], "is not in"),
     "unknown language": ([77], [result_line(77, language="cn")], r"b\.jsonl:1: language 'cn' is not known"),
-    "nothing to say": ([result_line(77, text="")], [result_line(77, text="")], "no reference has a unit"),
+    "nothing to say": ([result_line(7, text="")], [result_line(7, text="")], "no reference has a unit"),
     "no speaker": ([result_line(0, speaker="a"), 77], [0, 77], r'a\.jsonl:2: no "speaker"'),
 }
 
@@ -766,29 +676,10 @@ def test_score_takes_normalizer_and_simplify(tmp_path, options, errors, units, n
     assert (summary["errors"], summary["units"], summary["normalizer"]) == (errors, units, names)
 
 
-@pytest.mark.parametrize(
-    "lines, message",
-    [
-        ([result_line(0), {"audio": "1.wav", "duration": 1.0}], r"r\.jsonl:2: neither"),
-        ([result_line(0), result_line(1, language="cn")], r"r\.jsonl:2: language 'cn' is not known"),
-        ([result_line(0, speaker="a"), result_line(1)], r'r\.jsonl:2: no "speaker"'),
-        ([], r"r\.jsonl"),
-    ],
-)
-def test_score_refuses_what_is_no_result_file(tmp_path, lines, message):
-    path = write_lines(tmp_path / "r.jsonl", lines)
-    with pytest.raises(InputError, match=message):
-        run("--score", path, "--out", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_score_refuses_equal_stems_and_a_folder_in_use(tmp_path):
+def test_score_refuses_equal_stems(tmp_path):
     paths = [write_lines(tmp_path / name / "r.jsonl", [result_line(0)]) for name in "ab"]
     with pytest.raises(InputError, match="'r'"):
         run("--score", *paths, "--out", tmp_path / "out")
-    with pytest.raises(InputError, match="--out .*/b is not empty: choose a new folder"):
-        run("--score", paths[0], "--out", tmp_path / "b")
-    assert os.listdir(tmp_path / "b") == ["r.jsonl"]
 
 
 FLAGS = """--data x.jsonl
