@@ -3,11 +3,9 @@
     manifest line → Clip → load_audio → waveform (samples,) → log_mel (128, F) → collate → Batch
 
 A manifest is JSON Lines, one clip a line (docs/data.md). `load_audio` is the only function that decodes
-audio. Features are computed on each clip alone, so a clip's features do not depend on its batch. Which
-clips a step sees is a pure function of (seed, step): `BatchOrder`.
-
-Behind it come the few lines that processes share (start, sums over ranks, output folders, flags and errors),
-and last what may be skipped: the table of languages, and sound files that libsndfile reads short.
+audio. Features are computed on each clip alone, so they do not depend on its batch. Which clips a step sees
+is a pure function of (seed, step): `BatchOrder`. Behind it come the few lines that processes share (start,
+sums over ranks, the folder of a run, flags and errors), and last the languages.
 """
 
 import argparse
@@ -26,6 +24,7 @@ import json
 import math
 import mmap
 import os
+import pathlib
 import re
 import resource
 import shlex
@@ -90,9 +89,19 @@ class Clip:
         return self.audio, self.offset, max(self.begin_time, 0), max(self.end_time, -1)
 
 
-STRINGS = ("audio", "text", "language", "context")
-SECONDS = ("duration", "begin_time", "end_time")
-BYTES = ("offset", "nbytes")
+KINDS = {
+    **dict.fromkeys(("audio", "text", "language", "context"), "a string"),
+    **dict.fromkeys(("duration", "begin_time", "end_time"), "a number of seconds"),
+    **dict.fromkeys(("offset", "nbytes"), "a whole number of bytes"),
+}
+
+
+def is_of_kind(value, kind):
+    if kind == "a string":
+        return isinstance(value, str)
+    if kind == "a number of seconds":
+        return type(value) in (int, float) and abs(value) < 2**62  # type: True is no number
+    return type(value) is int and 0 <= value < 2**62
 
 
 def parse_line(raw, where, folder, text_field="text"):
@@ -101,39 +110,26 @@ def parse_line(raw, where, folder, text_field="text"):
     `text_field` is the key of the transcript; None leaves transcripts unread.
     """
     try:
-        fields = json.loads(raw.decode("utf-8"))
+        fields = json.loads(raw.decode("utf-8-sig"))
         if b"\\u" in raw:  # half a surrogate pair could not be written again
             json.dumps(fields, ensure_ascii=False).encode()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{where}: not UTF-8 (byte {error.start}); save the manifest as UTF-8") from None
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not JSON ({error}); a manifest has one object a line") from None
+        raise InputError(f"{where}: not JSON in UTF-8 ({error}); give one object a line") from None
     if not isinstance(fields, dict):
         raise InputError(f"{where}: expected a JSON object, found {type(fields).__name__}")
 
     values = {}
-    for name in (*STRINGS, *SECONDS, *BYTES):
+    for name, kind in KINDS.items():
         key = text_field if name == "text" else name
         value = fields.get(key)
-        if value is None:
-            continue
-        if name in STRINGS:
-            kind = "a string"
-            is_valid = isinstance(value, str)
-        elif name in SECONDS:
-            kind = "a number of seconds"
-            is_valid = type(value) in (int, float) and abs(value) < 2**62  # type: True is no number
-        else:
-            kind = "a whole number of bytes"
-            is_valid = type(value) is int and 0 <= value < 2**62
-        if not is_valid:
-            raise InputError(f'{where}: "{key}" must be {kind}, found {json.dumps(value)[:60]}')
-        values[name] = value
-
-    for name in ("audio", "duration"):
-        if name not in values:
+        if value is None and name in ("audio", "duration"):
             raise InputError(f'{where}: key "{name}" is missing; every line needs it')
+        if value is not None and not is_of_kind(value, kind):
+            raise InputError(f'{where}: "{key}" must be {kind}, found {json.dumps(value)[:60]}')
+        if value is not None:
+            values[name] = value
     clip = Clip(where=where, fields=fields, **values)
+
     if not clip.audio or "\0" in clip.audio:
         raise InputError(f'{where}: "audio" is not a path: {clip.audio!r}')
     if clip.duration <= 0:
@@ -142,12 +138,12 @@ def parse_line(raw, where, folder, text_field="text"):
         raise InputError(f"{where}: end_time {clip.end_time:g} is not after begin_time {clip.begin_time:g}")
     if (clip.offset is None) != (clip.nbytes is None) or clip.nbytes == 0:
         raise InputError(f'{where}: "offset" and "nbytes" go together, and nbytes is above 0')
+    clip.audio = os.path.join(folder, clip.audio)
     if clip.language is not None:
         try:
             clip.language = language_code(clip.language)
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
-    clip.audio = os.path.join(folder, clip.audio)
     return clip
 
 
@@ -163,11 +159,8 @@ def manifest_lines(path):
     with file:
         offset = 0
         for number, raw in enumerate(file, 1):
-            if number == 1 and raw.startswith(b"\x1f\x8b"):
-                raise InputError(f"manifest {path}: gzip; decompress it first")
-            line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
-            if line.strip():
-                yield offset, number, line
+            if raw.strip(b"\xef\xbb\xbf \t\r\n"):
+                yield offset, number, raw
             offset += len(raw)
 
 
@@ -198,47 +191,37 @@ class Clips:
         self.n_long = 0
         self.n_failed = 0
         self.n_unwanted = 0
-        files = array.array("H")
-        offsets = array.array("q")
-        numbers = array.array("L")
-        seconds = array.array("f")
+        places = array.array("d")  # of each clip: number of its file, byte offset, line number, seconds
         for file, path in enumerate(paths):
             folder = os.path.dirname(os.path.abspath(path))
             for offset, number, raw in manifest_lines(path):
                 clip = parse_line(raw, f"{path}:{number}", folder, text_field)
-                if text_field and clip.text is None and "error" in clip.fields:
-                    self.n_failed += 1
-                    continue
                 if text_field and clip.text is None:
-                    raise InputError(f'{clip.where}: no "{text_field}", which every line needs here')
-                if clip.duration > max_seconds:
+                    if "error" not in clip.fields:
+                        raise InputError(f'{clip.where}: no "{text_field}", which every line needs here')
+                    self.n_failed += 1
+                elif clip.duration > max_seconds:
                     self.n_long += 1
-                    continue
-                if is_wanted is not None and not is_wanted(clip):
+                elif is_wanted is not None and not is_wanted(clip):
                     self.n_unwanted += 1
-                    continue
-                self.languages.setdefault(clip.language, clip)
-                files.append(file)
-                offsets.append(offset)
-                numbers.append(number)
-                seconds.append(clip.duration)
-        if not seconds:
+                else:
+                    places.extend((file, offset, number, clip.duration))
+                    self.languages.setdefault(clip.language, clip)
+        if not places:
             raise InputError(f"{', '.join(paths)}: no clip of at most --max-seconds {max_seconds:g}")
-        self.files = np.array(files)
-        self.offsets = np.array(offsets)
-        self.numbers = np.array(numbers)
-        self.seconds = np.array(seconds)
+        self.places = np.frombuffer(places).reshape(-1, 4)
+        self.seconds = self.places[:, 3].astype(np.float32)
 
     def __len__(self):
         return len(self.seconds)
 
     def __getitem__(self, i):
-        path = self.paths[self.files[i]]
-        with open(path, "rb") as file:
-            file.seek(self.offsets[i])
-            raw = file.readline().removeprefix(b"\xef\xbb\xbf")
-        folder = os.path.dirname(os.path.abspath(path))
-        return parse_line(raw, f"{path}:{self.numbers[i]}", folder, self.text_field)
+        file, offset, number = self.places[i, :3].astype(int)
+        path = self.paths[file]
+        with open(path, "rb") as lines:
+            lines.seek(offset)
+            raw = lines.readline()
+        return parse_line(raw, f"{path}:{number}", os.path.dirname(os.path.abspath(path)), self.text_field)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -246,7 +229,8 @@ class Clips:
 # ----------------------------------------------------------------------------------------------------------
 
 # libsndfile reads what it reads whole: wav, flac, aiff, au, caf, w64, sph, and Ogg of one stream. FFmpeg, by
-# PyAV, reads the rest. (FFmpeg would decode all of Opus at 48 kHz, libsndfile does at the file's own rate.)
+# PyAV, reads the rest. (FFmpeg would decode all Opus at 48 kHz, libsndfile does at the file's own rate.) A
+# playlist is not in the list of formats, because it opens other files.
 FFMPEG_FORMATS = (
     "aac,ac3,aiff,amr,ape,asf,au,avi,caf,flac,flv,matroska,mov,mp3,mpeg,mpegts,ogg,tta,w64,wav,wv"
 )
@@ -261,10 +245,11 @@ def load_audio(clip):
     with audio_errors(f"{clip.where}: {clip.audio}"):
         with open_audio(clip) as file:
             channels, rate = decode(clip, file)
-        if not np.isfinite(channels).all():
+        peak = np.abs(channels).max()
+        if not np.isfinite(peak):
             raise InputError("holds NaN or infinite samples; repair or remove it")
-        if np.abs(channels).max() > 10:
-            raise InputError(f"has samples up to {np.abs(channels).max():.0f}, not 1; divide by 32768")
+        if peak > 10:
+            raise InputError(f"has samples up to {peak:.0f}, as of int16, not up to 1; divide by 32768")
         waveform = channels.mean(axis=1)
         if channels.shape[1] > 1 and np.square(waveform).mean() < 1e-3 * np.square(channels).mean():
             raise InputError("its channels cancel when averaged (opposite phase); extract one channel")
@@ -286,11 +271,12 @@ def audio_errors(place):
     except (soundfile.LibsndfileError, av.FFmpegError) as error:
         reason = getattr(error, "error_string", None) or error.strerror
         raise AudioError(
-            f"{place}: cannot be decoded ({reason}); get it anew, or convert it to wav"
+            f"{place}: cannot be decoded ({reason}); get it anew, or convert it to wav or flac"
         ) from None
     except OSError as error:
-        reason = f"{error.strerror or error}; relative paths start at the manifest's folder"
-        raise AudioError(f"{place}: {reason}") from None
+        raise AudioError(
+            f"{place}: {error.strerror}; relative paths start at the manifest's folder"
+        ) from None
     except InputError as error:
         raise AudioError(f"{place}: {error}") from None
 
@@ -300,14 +286,14 @@ def open_audio(clip):
     if os.path.exists(clip.audio) and not os.path.isfile(clip.audio):  # a pipe would be waited for
         raise InputError("is a directory, or no plain file")
     with open(clip.audio, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
+        size = os.path.getsize(clip.audio)
         if clip.end_time >= 0 and clip.offset is None and size:  # of a long recording: sought, not read whole
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         offset = clip.offset or 0
-        nbytes = size if clip.nbytes is None else clip.nbytes
+        nbytes = clip.nbytes or size
         if offset + nbytes > size:
             raise InputError(
-                f"ends before byte {offset + nbytes}; the shard is shorter than the manifest says"
+                f"ends before byte {offset + nbytes}, where the manifest says that the clip ends"
             )
         file.seek(offset)
         return io.BytesIO(file.read(nbytes))
@@ -323,10 +309,19 @@ def decode(clip, file):
     audio = sound_file(file)
     if audio is not None and audio.format == "OGG" and clip.end_time > audio.frames / audio.samplerate:
         audio = None  # perhaps in a second stream, which FFmpeg alone reads
-    if audio is not None:
-        channels, rate = soundfile_samples(audio, begin_s, end_s)
-    else:
+    if audio is None:
         channels, rate = ffmpeg_samples(file, begin_s, end_s)
+    else:
+        rate = audio.samplerate
+        begin = min(round(begin_s * rate), audio.frames)
+        end = min(round(end_s * rate), audio.frames)
+        # Some codecs cannot seek (GSM 6.10), and in Vorbis the place is a fraction of a second off.
+        first = begin if audio.seekable() and audio.subtype != "VORBIS" else 0
+        if first > 0:
+            audio.seek(first)
+        channels = audio.read(end - first, dtype="float32", always_2d=True)[begin - first :]
+        if len(channels) < end - begin:
+            raise InputError(f"is damaged: {len(channels)} of {end - begin} samples decoded; get it anew")
 
     if len(channels) == 0 and begin_s == 0:
         raise InputError("holds no samples; re-encode it or remove the line")
@@ -339,75 +334,57 @@ def decode(clip, file):
 def sound_file(file):
     """The `SoundFile` of an open file, or None where libsndfile does not read all of it and FFmpeg has to.
 
-    Raises InputError for a file that is cut off. (The recording of a segment is not searched for its end.)
+    Raises InputError for a file that is cut off, which decoders pass by in silence.
     """
-    raw = file.getvalue() if isinstance(file, io.BytesIO) else b""
-    check_whole(raw)
+    raw = (
+        file.getvalue() if isinstance(file, io.BytesIO) else b""
+    )  # the recording of a segment is not searched
     streams = re.findall(rb"OggS\0[\2\6].{8}(.{4})|fLaC[\0\x80]\0\0\x22", raw, re.DOTALL)
-    numbers = [stream for stream in streams if stream]
-    if len(set(numbers)) < len(numbers):
-        raise InputError("is joined from streams with one serial number; decode each by itself, then join")
+    if raw.startswith(b"OggS"):
+        if len(set(streams)) < len(streams):
+            raise InputError("is joined from streams of one number; decode each by itself")
+        page = raw[raw.rfind(b"OggS") :].ljust(28, b"\0")  # byte 5: flags, 4 is the end; from 27 on: sizes
+        if not page[5] & 4 or len(page) < 27 + page[26] + sum(page[27 : 27 + page[26]]):
+            raise InputError("is cut off: its last page is not the end; get it whole, or re-encode it")
+    counts = re.search(rb"(?:Xing|Info)\0\0\0[\3\7\x0b\x0f].{4}(.{4})", raw[:100_000], re.DOTALL)
+    if (
+        counts and int.from_bytes(counts[1]) > len(raw) + 1000
+    ):  # the first frame of an MP3 may count the bytes
+        raise InputError(f"is cut off: {len(raw)} of {int.from_bytes(counts[1])} bytes; get it whole")
+
     try:
         audio = soundfile.SoundFile(file)
     except soundfile.LibsndfileError:
         return None
-    # Streaming writers leave the number of samples 0 or all ones. libsndfile knows of MP3 what its first
-    # frame says.
+    # Of MP3 libsndfile knows the length by its first frame only. Streaming writers leave it 0 or all ones.
     if audio.format == "MP3" or len(streams) > 1 or not 0 < audio.frames < 2**36 - 1:
         return None
+    # Some writers count the header too, and what is written to a pipe states 2 or 4 GB.
     sizes = r"(?:data|SSND|Data Size|riff|Riff size) *: (\d+) \(should be (\d+)\)"
     for stated, present in re.findall(sizes, audio.extra_info):
-        # Some writers count the header too, and what is written to a pipe has about 2 or 4 GB.
         if int(present) + 64 < int(stated) < 0x7E00_0000:
-            raise InputError(f"is cut off: {stated} bytes by its header, {present} there; get it whole")
+            raise InputError(f"is cut off: {present} of {stated} bytes; get it whole, or re-encode it")
     return audio
 
 
-def check_whole(raw):
-    """Raises InputError where the bytes of an Ogg or MP3 file end early: decoders read the rest in silence."""
-    if raw.startswith(b"OggS"):
-        page = raw[raw.rfind(b"OggS") :].ljust(27, b"\0")  # byte 5: flags, 4 ends a stream; from 27 on: sizes
-        n_bytes = 27 + page[26] + sum(page[27 : 27 + page[26]])
-        if not page[5] & 4 or len(page) < n_bytes:
-            raise InputError("is cut off: its last page is not the end; get it whole, or re-encode it")
-    counts = re.search(rb"(?:Xing|Info)\0\0\0[\3\7\x0b\x0f].{4}(.{4})", raw[:100_000], re.DOTALL)
-    if counts and int.from_bytes(counts[1]) > len(raw) + 1000:
-        raise InputError(f"is cut off: {int.from_bytes(counts[1])} bytes by its first frame; get it whole")
-
-
-def soundfile_samples(audio, begin_s, end_s):
-    """(samples, channels) float32 from begin_s to end_s, and the rate in Hz, by libsndfile."""
-    begin = min(round(begin_s * audio.samplerate), audio.frames)
-    end = min(round(end_s * audio.samplerate), audio.frames)
-    # Some codecs cannot seek (GSM 6.10), and in Vorbis the place is a fraction of a second off.
-    first = begin if audio.seekable() and audio.subtype != "VORBIS" else 0
-    if first > 0:
-        audio.seek(first)
-    channels = audio.read(end - first, dtype="float32", always_2d=True)[begin - first :]
-    if len(channels) < end - begin:
-        damage = f"is damaged: {len(channels)} of {end - begin} samples could be decoded"
-        raise InputError(f"{damage}; get it anew, or re-encode it")
-    return channels, audio.samplerate
-
-
 def ffmpeg_samples(file, begin_s, end_s):
-    """(samples, channels) float32 from begin_s to end_s, and the rate in Hz, by FFmpeg."""
+    """(samples, channels) float32 from begin_s to end_s, and the sample rate in Hz, by FFmpeg."""
     rate = SAMPLE_RATE
-    pieces = [np.zeros((0, 1), dtype=np.float32)]
+    pieces = []
     for position, frame in ffmpeg_frames(file, begin_s):
-        rate = frame.sample_rate
+        rate = frame.rate
         begin = max(round(begin_s * rate) - position, 0)
         end = max(round(end_s * rate) - position, 0)
         pieces.append(frame.to_ndarray().T[begin:end])
         if end <= frame.samples:
             break
-    return np.concatenate(pieces[1:] or pieces), rate
+    channels = np.concatenate(pieces) if pieces else np.zeros((0, 1), dtype=np.float32)
+    return channels, rate
 
 
 def ffmpeg_frames(file, begin_s=0.0):
     """Yields (number of its first sample, frame of planar float32) from `begin_s`, or before, to the end."""
     file.seek(0)
-    # Without the list of formats a playlist would be one, which opens other files.
     with av.open(file, options={"format_whitelist": FFMPEG_FORMATS}) as container:
         if not container.streams.audio:
             raise InputError("holds no audio")
@@ -419,7 +396,7 @@ def ffmpeg_frames(file, begin_s=0.0):
         if is_timed and begin_s > 0.25:  # early, because a codec needs a few frames to be itself again
             container.seek(start + int((begin_s - 0.25) / stream.time_base), stream=stream)
         as_float = av.AudioResampler(format="fltp")
-        first = None
+        kind = None
         position = 0
         damage = None
         for packet in container.demux(stream):
@@ -428,16 +405,16 @@ def ffmpeg_frames(file, begin_s=0.0):
             except av.InvalidDataError as error:
                 if container.format.name != "mp3":
                     raise
-                damage = error  # or a tag, if nothing comes behind it
-                continue
+                frames = []
+                damage = error  # or a tag, if no frame comes behind it
             for frame in frames:
                 if damage is not None:
                     raise damage
-                if first is None:
-                    first = frame
-                    position = round((frame.pts - start) * stream.time_base * frame.rate) if is_timed else 0
-                if (frame.rate, frame.layout.name) != (first.rate, first.layout.name):
+                if kind is None and is_timed:
+                    position = round((frame.pts - start) * stream.time_base * frame.rate)
+                if kind not in (None, (frame.rate, frame.layout.name)):
                     raise InputError("changes its sample rate or channels on the way; re-encode it")
+                kind = (frame.rate, frame.layout.name)
                 yield position, *as_float.resample(frame)
                 position += frame.samples
 
@@ -454,43 +431,20 @@ def audio_duration(source, name="audio"):
     """
     is_path = isinstance(source, str | os.PathLike)
     with audio_errors(source if is_path else name):
-        raw = source
-        if is_path:
-            with open(source, "rb") as file:
-                raw = file.read()
-        file = io.BytesIO(raw)
+        file = io.BytesIO(pathlib.Path(source).read_bytes() if is_path else source)
         audio = sound_file(file)
         if audio is None:
-            seconds = 0.0
-            for _, frame in ffmpeg_frames(file):
-                seconds += frame.samples / frame.sample_rate
-            return seconds
+            return sum(frame.samples / frame.rate for _, frame in ffmpeg_frames(file))
         n_samples = audio.frames
         if audio.format not in ("WAV", "WAVEX", "FLAC"):
             n_samples = sum(len(block) for block in audio.blocks(2**18))
         return n_samples / audio.samplerate
 
 
-def n_channels(path):
-    """Channels of a sound file. Raises AudioError."""
-    with audio_errors(path), open(path, "rb") as file:
-        audio = sound_file(file)
-        if audio is not None:
-            return audio.channels
-        _, frame = next(ffmpeg_frames(file))
-        return frame.layout.nb_channels
-
-
 def clip_from_file(path):
     """A `Clip` of a bare audio file. Raises InputError."""
-    if not os.path.exists(path):
-        raise InputError(f"{path}: no such file")
-    try:
-        duration = audio_duration(path)
-    except InputError as error:
-        raise InputError(f"{error} (expected a .jsonl manifest or a sound file)") from None
-    fields = {"audio": path, "duration": duration}
-    return Clip(os.path.abspath(path), max(duration, 1e-3), path, fields)
+    duration = audio_duration(path)
+    return Clip(os.path.abspath(path), max(duration, 1e-3), path, {"audio": path, "duration": duration})
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -553,12 +507,10 @@ class Batch:
 
     def to(self, device):
         """The batch with its tensors on another device."""
-        values = {}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            is_tensor = isinstance(value, torch.Tensor)
-            values[field.name] = value.to(device) if is_tensor else value
-        return Batch(**values)
+        moved = {}
+        for name, value in vars(self).items():
+            moved[name] = value.to(device) if isinstance(value, torch.Tensor) else value
+        return Batch(**moved)
 
 
 def collate(waveforms, front_end, languages, default_language=None, contexts=None):
@@ -831,19 +783,15 @@ def open_run(args, script, inputs):
     """Opens a run's folder before anything slow. → (steps done, folder of that checkpoint or None, config)
 
     A new run wants a new or empty folder. --resume goes on from the newest complete checkpoint, or from 0
-    where there is none. The steps are None where the run is finished.
-
-    inputs: {name of a flag: path, or list of paths} of training data and model folders. config is what
-    `begin_run` writes; nothing is written here. Rank 0 looks, and every rank gets its answer or its
-    InputError.
+    where there is none. The steps are None where the run is finished. inputs: {name of a flag: path, or list
+    of paths} of training data and model folders. config is what `begin_run` writes; nothing is written here.
+    Rank 0 looks, and every rank gets its answer or its InputError.
     """
     answer = None
     if rank_and_world()[0] == 0:
         try:
             answer = look_at_run(args, script, inputs)
-        except InputError as error:
-            answer = error
-        except OSError as error:
+        except (InputError, OSError) as error:
             answer = InputError(error)
     answer = gather(answer)[0]
     if isinstance(answer, InputError):
@@ -853,12 +801,13 @@ def open_run(args, script, inputs):
 
 def look_at_run(args, script, inputs):
     """`open_run` on rank 0."""
+    out = args.out
     if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise InputError("--tensorboard needs the package tensorboard: pip install tensorboard")
     config = {
         "script": script,
         "args": vars(args),
-        "inputs": fingerprints(inputs),
+        "inputs": {name: fingerprint(path) for name, path in inputs.items()},
         "git": git_commit(),
         "python": sys.version.split()[0],
         "torch": torch.__version__,
@@ -867,64 +816,51 @@ def look_at_run(args, script, inputs):
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
-    out = args.out
     names = os.listdir(out) if os.path.exists(out) else []
     if not names or names == ["config.json.new"]:  # killed before its first file was complete
         return 0, None, config
     if not args.resume:
         raise InputError(f"--out {out} is not empty: choose a new folder, or go on with its run by --resume")
 
-    config_path = os.path.join(out, "config.json")
-    old_config = read_json(config_path) if os.path.exists(config_path) else {}
-    if old_config.get("script") != script:
+    old = read_json(os.path.join(out, "config.json")) if "config.json" in names else {}
+    if old.get("script") != script:
         raise InputError(f"--out {out} holds no run of {script} (config.json); choose another folder")
-    for name, old in old_config["args"].items():
-        new = getattr(args, name, None)
-        change = f"--resume: --{name.replace('_', '-')} was {old}, now {new}"
+    for name, value in old["args"].items():
+        change = f"--resume: --{name.replace('_', '-')} was {value}, now {getattr(args, name, None)}"
         if name in inputs:
-            if old_config["inputs"][name] != config["inputs"][name]:
+            if old["inputs"][name] != config["inputs"][name]:
                 raise InputError(f"{change}: the run began with other content; keep it")
-        elif name not in MAY_CHANGE and new != old:
+        elif name not in MAY_CHANGE and value != getattr(args, name, None):
             raise InputError(f"{change}; keep it")
 
     steps = complete_steps(out)
     step = max(steps, default=0)
-    if os.path.exists(os.path.join(out, "summary.json")):
+    if "summary.json" in names:
         print(f"{out}: finished at step {step}; nothing to do", flush=True)
         return None, None, config
     print(f"{out}: goes on from step {step}", flush=True)
     return step, steps.get(step), config
 
 
-def fingerprints(inputs):
-    """What stands in place of each path: a digest that tells whether the content is the same."""
-    digests = {}
-    for name, paths in inputs.items():
-        is_list = isinstance(paths, list | tuple)
-        digests[name] = [fingerprint(path) for path in paths] if is_list else fingerprint(paths)
-    return digests
-
-
 def fingerprint(path):
     """SHA-256 of a manifest, or of a model folder: its config, and of each file of weights size and samples.
 
     The samples are 64 pieces of 64 kB, evenly spread from the first byte to the last, so that gigabytes are
-    not read.
+    not read. Of a list of paths it is a list.
     """
+    if isinstance(path, list):
+        return [fingerprint(one_path) for one_path in path]
     if not os.path.exists(path):
         raise InputError(f"{path}: no such file or folder")
-    if not os.path.isdir(path):
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    with open(os.path.join(path, "config.json"), "rb") as file:
+    is_model = os.path.isdir(path)
+    with open(os.path.join(path, "config.json") if is_model else path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256")
     piece = 2**16
-    for weights in sorted(glob.glob(os.path.join(glob.escape(path), "*.safetensors"))):
-        size = os.path.getsize(weights)
-        n_pieces = min(math.ceil(size / piece), 64)
-        digest.update(size.to_bytes(8))
-        with open(weights, "rb") as file:
-            for offset in np.linspace(0, max(size - piece, 0), n_pieces, dtype=np.int64):
+    for weights in sorted(glob.glob("*.safetensors", root_dir=path)) if is_model else []:
+        with open(os.path.join(path, weights), "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            digest.update(size.to_bytes(8))
+            for offset in np.linspace(0, max(size - piece, 0), min(math.ceil(size / piece), 64), dtype=int):
                 file.seek(offset)
                 digest.update(file.read(piece))
     return digest.hexdigest()
@@ -1101,38 +1037,13 @@ def run_script(main, args):
 # ----------------------------------------------------------------------------------------------------------
 
 # Qwen3-ASR's thirty languages, by code, as its prompt names them.
-LANGUAGES = {
-    "ar": "Arabic",
-    "yue": "Cantonese",
-    "zh": "Chinese",
-    "cs": "Czech",
-    "da": "Danish",
-    "nl": "Dutch",
-    "en": "English",
-    "fil": "Filipino",
-    "fi": "Finnish",
-    "fr": "French",
-    "de": "German",
-    "el": "Greek",
-    "hi": "Hindi",
-    "hu": "Hungarian",
-    "id": "Indonesian",
-    "it": "Italian",
-    "ja": "Japanese",
-    "ko": "Korean",
-    "mk": "Macedonian",
-    "ms": "Malay",
-    "fa": "Persian",
-    "pl": "Polish",
-    "pt": "Portuguese",
-    "ro": "Romanian",
-    "ru": "Russian",
-    "es": "Spanish",
-    "sv": "Swedish",
-    "th": "Thai",
-    "tr": "Turkish",
-    "vi": "Vietnamese",
-}
+LANGUAGES = """
+    ar:Arabic yue:Cantonese zh:Chinese cs:Czech da:Danish nl:Dutch en:English fil:Filipino fi:Finnish
+    fr:French de:German el:Greek hi:Hindi hu:Hungarian id:Indonesian it:Italian ja:Japanese ko:Korean
+    mk:Macedonian ms:Malay fa:Persian pl:Polish pt:Portuguese ro:Romanian ru:Russian es:Spanish sv:Swedish
+    th:Thai tr:Turkish vi:Vietnamese
+""".split()
+LANGUAGES = dict(pair.split(":") for pair in LANGUAGES)
 
 
 @functools.cache
