@@ -3,11 +3,9 @@
     manifest line → Clip → load_audio → waveform (samples,) → log_mel (128, F) → collate → Batch
 
 A manifest is JSON Lines, one clip a line (docs/data.md). `load_audio` is the only function that decodes
-audio. Features are computed on each clip alone, so a clip's features do not depend on its batch. Which
-clips a step sees is a pure function of (seed, step): `BatchOrder`.
-
-Behind it come the few lines that processes share (start, sums over ranks, output folders, flags and errors),
-and last what may be skipped: the table of languages, and sound files that libsndfile reads short.
+audio. Features are computed on each clip alone, so they do not depend on its batch. Which clips a step sees
+is a pure function of (seed, step): `BatchOrder`. Behind it come the few lines that processes share (start,
+sums over ranks, the folder of a run, flags and errors), and last the languages.
 """
 
 import argparse
@@ -24,15 +22,18 @@ import importlib.util
 import io
 import json
 import math
+import mmap
 import os
+import pathlib
 import re
 import resource
 import shlex
-import struct
 import subprocess
 import sys
 import unicodedata
 
+import av
+import langcodes
 import numpy as np
 import soundfile
 import torch
@@ -88,9 +89,19 @@ class Clip:
         return self.audio, self.offset, max(self.begin_time, 0), max(self.end_time, -1)
 
 
-STRINGS = ("audio", "text", "language", "context")
-SECONDS = ("duration", "begin_time", "end_time")
-BYTES = ("offset", "nbytes")
+KINDS = {
+    **dict.fromkeys(("audio", "text", "language", "context"), "a string"),
+    **dict.fromkeys(("duration", "begin_time", "end_time"), "a number of seconds"),
+    **dict.fromkeys(("offset", "nbytes"), "a whole number of bytes"),
+}
+
+
+def is_of_kind(value, kind):
+    if kind == "a string":
+        return isinstance(value, str)
+    if kind == "a number of seconds":
+        return type(value) in (int, float) and abs(value) < 2**62  # type: True is no number
+    return type(value) is int and 0 <= value < 2**62
 
 
 def parse_line(raw, where, folder, text_field="text"):
@@ -99,39 +110,26 @@ def parse_line(raw, where, folder, text_field="text"):
     `text_field` is the key of the transcript; None leaves transcripts unread.
     """
     try:
-        fields = json.loads(raw.decode("utf-8"))
+        fields = json.loads(raw.decode("utf-8-sig"))
         if b"\\u" in raw:  # half a surrogate pair could not be written again
             json.dumps(fields, ensure_ascii=False).encode()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{where}: not UTF-8 (byte {error.start}); save the manifest as UTF-8") from None
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not JSON ({error}); a manifest has one object a line") from None
+        raise InputError(f"{where}: not JSON in UTF-8 ({error}); give one object a line") from None
     if not isinstance(fields, dict):
         raise InputError(f"{where}: expected a JSON object, found {type(fields).__name__}")
 
     values = {}
-    for name in (*STRINGS, *SECONDS, *BYTES):
+    for name, kind in KINDS.items():
         key = text_field if name == "text" else name
         value = fields.get(key)
-        if value is None:
-            continue
-        if name in STRINGS:
-            kind = "a string"
-            is_valid = isinstance(value, str)
-        elif name in SECONDS:
-            kind = "a number of seconds"
-            is_valid = type(value) in (int, float) and abs(value) < 2**62  # type: True is no number
-        else:
-            kind = "a whole number of bytes"
-            is_valid = type(value) is int and 0 <= value < 2**62
-        if not is_valid:
-            raise InputError(f'{where}: "{key}" must be {kind}, found {json.dumps(value)[:60]}')
-        values[name] = value
-
-    for name in ("audio", "duration"):
-        if name not in values:
+        if value is None and name in ("audio", "duration"):
             raise InputError(f'{where}: key "{name}" is missing; every line needs it')
+        if value is not None and not is_of_kind(value, kind):
+            raise InputError(f'{where}: "{key}" must be {kind}, found {json.dumps(value)[:60]}')
+        if value is not None:
+            values[name] = value
     clip = Clip(where=where, fields=fields, **values)
+
     if not clip.audio or "\0" in clip.audio:
         raise InputError(f'{where}: "audio" is not a path: {clip.audio!r}')
     if clip.duration <= 0:
@@ -140,12 +138,12 @@ def parse_line(raw, where, folder, text_field="text"):
         raise InputError(f"{where}: end_time {clip.end_time:g} is not after begin_time {clip.begin_time:g}")
     if (clip.offset is None) != (clip.nbytes is None) or clip.nbytes == 0:
         raise InputError(f'{where}: "offset" and "nbytes" go together, and nbytes is above 0')
+    clip.audio = os.path.join(folder, clip.audio)
     if clip.language is not None:
         try:
             clip.language = language_code(clip.language)
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
-    clip.audio = os.path.join(folder, clip.audio)
     return clip
 
 
@@ -161,11 +159,8 @@ def manifest_lines(path):
     with file:
         offset = 0
         for number, raw in enumerate(file, 1):
-            if number == 1 and raw.startswith(b"\x1f\x8b"):
-                raise InputError(f"manifest {path}: gzip; decompress it first")
-            line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
-            if line.strip():
-                yield offset, number, line
+            if raw.strip(b"\xef\xbb\xbf \t\r\n"):
+                yield offset, number, raw
             offset += len(raw)
 
 
@@ -196,56 +191,49 @@ class Clips:
         self.n_long = 0
         self.n_failed = 0
         self.n_unwanted = 0
-        files = array.array("H")
-        offsets = array.array("q")
-        numbers = array.array("L")
-        seconds = array.array("f")
+        places = array.array("d")  # of each clip: number of its file, byte offset, line number, seconds
         for file, path in enumerate(paths):
             folder = os.path.dirname(os.path.abspath(path))
             for offset, number, raw in manifest_lines(path):
                 clip = parse_line(raw, f"{path}:{number}", folder, text_field)
-                if text_field and clip.text is None and "error" in clip.fields:
-                    self.n_failed += 1
-                    continue
                 if text_field and clip.text is None:
-                    raise InputError(f'{clip.where}: no "{text_field}", which every line needs here')
-                if clip.duration > max_seconds:
+                    if "error" not in clip.fields:
+                        raise InputError(f'{clip.where}: no "{text_field}", which every line needs here')
+                    self.n_failed += 1
+                elif clip.duration > max_seconds:
                     self.n_long += 1
-                    continue
-                if is_wanted is not None and not is_wanted(clip):
+                elif is_wanted is not None and not is_wanted(clip):
                     self.n_unwanted += 1
-                    continue
-                self.languages.setdefault(clip.language, clip)
-                files.append(file)
-                offsets.append(offset)
-                numbers.append(number)
-                seconds.append(clip.duration)
-        if not seconds:
+                else:
+                    places.extend((file, offset, number, clip.duration))
+                    self.languages.setdefault(clip.language, clip)
+        if not places:
             raise InputError(f"{', '.join(paths)}: no clip of at most --max-seconds {max_seconds:g}")
-        self.files = np.array(files)
-        self.offsets = np.array(offsets)
-        self.numbers = np.array(numbers)
-        self.seconds = np.array(seconds)
+        self.places = np.frombuffer(places).reshape(-1, 4)
+        self.seconds = self.places[:, 3].astype(np.float32)
 
     def __len__(self):
         return len(self.seconds)
 
     def __getitem__(self, i):
-        path = self.paths[self.files[i]]
-        with open(path, "rb") as file:
-            file.seek(self.offsets[i])
-            raw = file.readline().removeprefix(b"\xef\xbb\xbf")
-        folder = os.path.dirname(os.path.abspath(path))
-        return parse_line(raw, f"{path}:{self.numbers[i]}", folder, self.text_field)
+        file, offset, number = self.places[i, :3].astype(int)
+        path = self.paths[file]
+        with open(path, "rb") as lines:
+            lines.seek(offset)
+            raw = lines.readline()
+        return parse_line(raw, f"{path}:{number}", os.path.dirname(os.path.abspath(path)), self.text_field)
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Audio
 # ----------------------------------------------------------------------------------------------------------
 
-# libsndfile decodes. It reads what it takes for the whole file: the first of several streams, no more than a
-# header counts, and of MP3 without a count what it guesses from the first frame. What is missing or left over
-# it passes by in silence. `complete_audio` finds such files, and gives MP3 the right count.
+# libsndfile reads what it reads whole: wav, flac, aiff, au, caf, w64, sph, and Ogg of one stream. FFmpeg, by
+# PyAV, reads the rest. (FFmpeg would decode all Opus at 48 kHz, libsndfile does at the file's own rate.) A
+# playlist is not in the list of formats, because it opens other files.
+FFMPEG_FORMATS = (
+    "aac,ac3,aiff,amr,ape,asf,au,avi,caf,flac,flv,matroska,mov,mp3,mpeg,mpegts,ogg,tta,w64,wav,wv"
+)
 
 
 def load_audio(clip):
@@ -257,8 +245,11 @@ def load_audio(clip):
     with audio_errors(f"{clip.where}: {clip.audio}"):
         with open_audio(clip) as file:
             channels, rate = decode(clip, file)
-        if not np.isfinite(channels).all():
+        peak = np.abs(channels).max()
+        if not np.isfinite(peak):
             raise InputError("holds NaN or infinite samples; repair or remove it")
+        if peak > 10:
+            raise InputError(f"has samples up to {peak:.0f}, as of int16, not up to 1; divide by 32768")
         waveform = channels.mean(axis=1)
         if channels.shape[1] > 1 and np.square(waveform).mean() < 1e-3 * np.square(channels).mean():
             raise InputError("its channels cancel when averaged (opposite phase); extract one channel")
@@ -266,6 +257,8 @@ def load_audio(clip):
         if abs(decoded_s - clip.duration) > DURATION_TOLERANCE_S + 0.01 * clip.duration:
             lengths = f"{decoded_s:.2f} s decoded, the manifest says {clip.duration:.2f} s"
             raise InputError(f"{lengths}; is it truncated?")
+        if rate > 5_000 * math.gcd(rate, SAMPLE_RATE):  # the filter would be huge
+            raise InputError(f"its sample rate, {rate} Hz, has no usable ratio to 16 kHz; resample it")
     waveform = torch.from_numpy(np.ascontiguousarray(waveform))
     return waveform if rate == SAMPLE_RATE else resampler(rate)(waveform)
 
@@ -275,12 +268,15 @@ def audio_errors(place):
     """Turns the errors of reading audio into AudioErrors that name their place."""
     try:
         yield
-    except soundfile.LibsndfileError as error:
-        reason = f"libsndfile cannot read it ({error.error_string}); convert it to wav or flac"
-        raise AudioError(f"{place}: {reason}") from None
+    except (soundfile.LibsndfileError, av.FFmpegError) as error:
+        reason = getattr(error, "error_string", None) or error.strerror
+        raise AudioError(
+            f"{place}: cannot be decoded ({reason}); get it anew, or convert it to wav or flac"
+        ) from None
     except OSError as error:
-        reason = f"{error.strerror or error}; relative paths start at the manifest's folder"
-        raise AudioError(f"{place}: {reason}") from None
+        raise AudioError(
+            f"{place}: {error.strerror}; relative paths start at the manifest's folder"
+        ) from None
     except InputError as error:
         raise AudioError(f"{place}: {error}") from None
 
@@ -289,51 +285,138 @@ def open_audio(clip):
     """A readable file with the clip's audio: the whole file, or its range of a container such as a tar."""
     if os.path.exists(clip.audio) and not os.path.isfile(clip.audio):  # a pipe would be waited for
         raise InputError("is a directory, or no plain file")
-    # By descriptor, because soundfile would take the format from a file's name.
-    file = open(os.open(clip.audio, os.O_RDONLY), "rb")
-    if clip.end_time >= 0 and clip.offset is None and not file.read(3).startswith((b"ID3", b"\xff")):
-        return file  # a segment of a long recording: sought, not read as a whole
-    with file:
-        size = os.fstat(file.fileno()).st_size
+    with open(clip.audio, "rb") as file:
+        size = os.path.getsize(clip.audio)
+        if clip.end_time >= 0 and clip.offset is None and size:  # of a long recording: sought, not read whole
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         offset = clip.offset or 0
-        nbytes = size if clip.nbytes is None else clip.nbytes
+        nbytes = clip.nbytes or size
         if offset + nbytes > size:
             raise InputError(
-                f"ends before byte {offset + nbytes}; the shard is shorter than the manifest says"
+                f"ends before byte {offset + nbytes}, where the manifest says that the clip ends"
             )
         file.seek(offset)
-        return io.BytesIO(complete_audio(file.read(nbytes)))
+        return io.BytesIO(file.read(nbytes))
 
 
 def decode(clip, file):
     """(samples, channels) float32 of the clip's time range, and its sample rate in Hz."""
-    file.seek(0)
-    with soundfile.SoundFile(file) as audio:
+    begin_s = max(clip.begin_time, 0)
+    end_s = begin_s + clip.duration + 60  # the rest of a file that is longer than stated takes no memory
+    if clip.end_time >= 0:
+        end_s = min(end_s, clip.end_time)
+
+    audio = sound_file(file)
+    if audio is not None and audio.format == "OGG" and clip.end_time > audio.frames / audio.samplerate:
+        audio = None  # perhaps in a second stream, which FFmpeg alone reads
+    if audio is None:
+        channels, rate = ffmpeg_samples(file, begin_s, end_s)
+    else:
         rate = audio.samplerate
-        n_frames = audio.frames
-        begin = round(max(clip.begin_time, 0) * rate)
-        end = round(clip.end_time * rate) if clip.end_time >= 0 else n_frames
-        if n_frames and (begin >= n_frames or end > n_frames + round(DURATION_TOLERANCE_S * rate)):
-            outside = f"{clip.begin_time:g}–{clip.end_time:g} s is outside"
-            raise InputError(f"{outside}: the recording (its first stream) has {n_frames / rate:.2f} s")
-        end = min(end, n_frames)
-        if end - begin > (clip.duration + 60) * rate or rate > 5_000 * math.gcd(rate, SAMPLE_RATE):
-            raise InputError(f"states {n_frames} samples at {rate} Hz: streamed or damaged; re-encode it")
-        # Some codecs cannot seek (GSM 6.10). libsndfile's seek misplaces Vorbis by a fraction of a second and
-        # spoils the first frame of MP3.
-        seeks_exactly = audio.seekable() and audio.subtype != "VORBIS" and audio.format != "MP3"
-        first = begin if seeks_exactly else 0
+        begin = min(round(begin_s * rate), audio.frames)
+        end = min(round(end_s * rate), audio.frames)
+        # Some codecs cannot seek (GSM 6.10), and in Vorbis the place is a fraction of a second off.
+        first = begin if audio.seekable() and audio.subtype != "VORBIS" else 0
         if first > 0:
             audio.seek(first)
         channels = audio.read(end - first, dtype="float32", always_2d=True)[begin - first :]
-        if audio.format == "FLAC" and clip.end_time < 0 and re.search(rb"\xff[\xf8\xf9]", file.read()):
-            raise InputError("holds more frames than its header counts: streamed or damaged; re-encode it")
-    if len(channels) == 0:
+        if len(channels) < end - begin:
+            raise InputError(f"is damaged: {len(channels)} of {end - begin} samples decoded; get it anew")
+
+    if len(channels) == 0 and begin_s == 0:
         raise InputError("holds no samples; re-encode it or remove the line")
-    if len(channels) < end - begin:
-        damage = f"is damaged: {len(channels)} of {end - begin} samples could be decoded"
-        raise InputError(f"{damage}; get it anew, or re-encode it")
+    missing_s = clip.end_time - begin_s - len(channels) / rate
+    if len(channels) == 0 or missing_s > DURATION_TOLERANCE_S:
+        raise InputError(f"{clip.begin_time:g}–{clip.end_time:g} s is outside: the recording ends before")
     return channels, rate
+
+
+def sound_file(file):
+    """The `SoundFile` of an open file, or None where libsndfile does not read all of it and FFmpeg has to.
+
+    Raises InputError for a file that is cut off, which decoders pass by in silence.
+    """
+    raw = (
+        file.getvalue() if isinstance(file, io.BytesIO) else b""
+    )  # the recording of a segment is not searched
+    streams = re.findall(rb"OggS\0[\2\6].{8}(.{4})|fLaC[\0\x80]\0\0\x22", raw, re.DOTALL)
+    if raw.startswith(b"OggS"):
+        if len(set(streams)) < len(streams):
+            raise InputError("is joined from streams of one number; decode each by itself")
+        page = raw[raw.rfind(b"OggS") :].ljust(28, b"\0")  # byte 5: flags, 4 is the end; from 27 on: sizes
+        if not page[5] & 4 or len(page) < 27 + page[26] + sum(page[27 : 27 + page[26]]):
+            raise InputError("is cut off: its last page is not the end; get it whole, or re-encode it")
+    counts = re.search(rb"(?:Xing|Info)\0\0\0[\3\7\x0b\x0f].{4}(.{4})", raw[:100_000], re.DOTALL)
+    if (
+        counts and int.from_bytes(counts[1]) > len(raw) + 1000
+    ):  # the first frame of an MP3 may count the bytes
+        raise InputError(f"is cut off: {len(raw)} of {int.from_bytes(counts[1])} bytes; get it whole")
+
+    try:
+        audio = soundfile.SoundFile(file)
+    except soundfile.LibsndfileError:
+        return None
+    # Of MP3 libsndfile knows the length by its first frame only. Streaming writers leave it 0 or all ones.
+    if audio.format == "MP3" or len(streams) > 1 or not 0 < audio.frames < 2**36 - 1:
+        return None
+    # Some writers count the header too, and what is written to a pipe states 2 or 4 GB.
+    sizes = r"(?:data|SSND|Data Size|riff|Riff size) *: (\d+) \(should be (\d+)\)"
+    for stated, present in re.findall(sizes, audio.extra_info):
+        if int(present) + 64 < int(stated) < 0x7E00_0000:
+            raise InputError(f"is cut off: {present} of {stated} bytes; get it whole, or re-encode it")
+    return audio
+
+
+def ffmpeg_samples(file, begin_s, end_s):
+    """(samples, channels) float32 from begin_s to end_s, and the sample rate in Hz, by FFmpeg."""
+    rate = SAMPLE_RATE
+    pieces = []
+    for position, frame in ffmpeg_frames(file, begin_s):
+        rate = frame.rate
+        begin = max(round(begin_s * rate) - position, 0)
+        end = max(round(end_s * rate) - position, 0)
+        pieces.append(frame.to_ndarray().T[begin:end])
+        if end <= frame.samples:
+            break
+    channels = np.concatenate(pieces) if pieces else np.zeros((0, 1), dtype=np.float32)
+    return channels, rate
+
+
+def ffmpeg_frames(file, begin_s=0.0):
+    """Yields (number of its first sample, frame of planar float32) from `begin_s`, or before, to the end."""
+    file.seek(0)
+    with av.open(file, options={"format_whitelist": FFMPEG_FORMATS}) as container:
+        if not container.streams.audio:
+            raise InputError("holds no audio")
+        stream = container.streams.audio[0]
+        start = stream.start_time or 0
+        # Times are exact where their unit is no longer than a sample: not in webm and wma (ms), and in Ogg
+        # each stream has its own. There frames are counted from the first on.
+        is_timed = stream.time_base * stream.rate <= 1 and container.format.name != "ogg"
+        if is_timed and begin_s > 0.25:  # early, because a codec needs a few frames to be itself again
+            container.seek(start + int((begin_s - 0.25) / stream.time_base), stream=stream)
+        as_float = av.AudioResampler(format="fltp")
+        kind = None
+        position = 0
+        damage = None
+        for packet in container.demux(stream):
+            try:
+                frames = packet.decode()
+            except av.InvalidDataError as error:
+                if container.format.name != "mp3":
+                    raise
+                frames = []
+                damage = error  # or a tag, if no frame comes behind it
+            for frame in frames:
+                if damage is not None:
+                    raise damage
+                if kind is None and is_timed:
+                    position = round((frame.pts - start) * stream.time_base * frame.rate)
+                if kind not in (None, (frame.rate, frame.layout.name)):
+                    raise InputError("changes its sample rate or channels on the way; re-encode it")
+                kind = (frame.rate, frame.layout.name)
+                yield position, *as_float.resample(frame)
+                position += frame.samples
 
 
 @functools.lru_cache(16)
@@ -344,32 +427,24 @@ def resampler(rate_hz):
 def audio_duration(source, name="audio"):
     """Seconds of a sound file, given by its path or as its bytes. Raises AudioError.
 
-    Nothing is decoded. The length is the header's, and of MP3 that of all its frames. `name` stands for
-    bytes in messages.
+    Of WAV and FLAC it is the header's; anything else is decoded. `name` stands for bytes in messages.
     """
     is_path = isinstance(source, str | os.PathLike)
     with audio_errors(source if is_path else name):
-        raw = source
-        if is_path:
-            with open(source, "rb") as file:
-                raw = file.read()
-        with soundfile.SoundFile(io.BytesIO(complete_audio(raw))) as audio:
-            duration = audio.frames / audio.samplerate
-        if duration > 1e6:
-            raise InputError(f"states {duration:g} s: streamed or damaged; re-encode it")
-    return duration
+        file = io.BytesIO(pathlib.Path(source).read_bytes() if is_path else source)
+        audio = sound_file(file)
+        if audio is None:
+            return sum(frame.samples / frame.rate for _, frame in ffmpeg_frames(file))
+        n_samples = audio.frames
+        if audio.format not in ("WAV", "WAVEX", "FLAC"):
+            n_samples = sum(len(block) for block in audio.blocks(2**18))
+        return n_samples / audio.samplerate
 
 
 def clip_from_file(path):
     """A `Clip` of a bare audio file. Raises InputError."""
-    if not os.path.exists(path):
-        raise InputError(f"{path}: no such file")
-    try:
-        duration = audio_duration(path)
-    except InputError as error:
-        raise InputError(f"{error} (expected a .jsonl manifest or a sound file)") from None
-    fields = {"audio": path, "duration": duration}
-    return Clip(os.path.abspath(path), max(duration, 1e-3), path, fields)
+    duration = audio_duration(path)
+    return Clip(os.path.abspath(path), max(duration, 1e-3), path, {"audio": path, "duration": duration})
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -432,12 +507,10 @@ class Batch:
 
     def to(self, device):
         """The batch with its tensors on another device."""
-        values = {}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            is_tensor = isinstance(value, torch.Tensor)
-            values[field.name] = value.to(device) if is_tensor else value
-        return Batch(**values)
+        moved = {}
+        for name, value in vars(self).items():
+            moved[name] = value.to(device) if isinstance(value, torch.Tensor) else value
+        return Batch(**moved)
 
 
 def collate(waveforms, front_end, languages, default_language=None, contexts=None):
@@ -710,19 +783,15 @@ def open_run(args, script, inputs):
     """Opens a run's folder before anything slow. → (steps done, folder of that checkpoint or None, config)
 
     A new run wants a new or empty folder. --resume goes on from the newest complete checkpoint, or from 0
-    where there is none. The steps are None where the run is finished.
-
-    inputs: {name of a flag: path, or list of paths} of training data and model folders. config is what
-    `begin_run` writes; nothing is written here. Rank 0 looks, and every rank gets its answer or its
-    InputError.
+    where there is none. The steps are None where the run is finished. inputs: {name of a flag: path, or list
+    of paths} of training data and model folders. config is what `begin_run` writes; nothing is written here.
+    Rank 0 looks, and every rank gets its answer or its InputError.
     """
     answer = None
     if rank_and_world()[0] == 0:
         try:
             answer = look_at_run(args, script, inputs)
-        except InputError as error:
-            answer = error
-        except OSError as error:
+        except (InputError, OSError) as error:
             answer = InputError(error)
     answer = gather(answer)[0]
     if isinstance(answer, InputError):
@@ -732,12 +801,13 @@ def open_run(args, script, inputs):
 
 def look_at_run(args, script, inputs):
     """`open_run` on rank 0."""
+    out = args.out
     if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise InputError("--tensorboard needs the package tensorboard: pip install tensorboard")
     config = {
         "script": script,
         "args": vars(args),
-        "inputs": fingerprints(inputs),
+        "inputs": {name: fingerprint(path) for name, path in inputs.items()},
         "git": git_commit(),
         "python": sys.version.split()[0],
         "torch": torch.__version__,
@@ -746,64 +816,51 @@ def look_at_run(args, script, inputs):
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
-    out = args.out
     names = os.listdir(out) if os.path.exists(out) else []
     if not names or names == ["config.json.new"]:  # killed before its first file was complete
         return 0, None, config
     if not args.resume:
         raise InputError(f"--out {out} is not empty: choose a new folder, or go on with its run by --resume")
 
-    config_path = os.path.join(out, "config.json")
-    old_config = read_json(config_path) if os.path.exists(config_path) else {}
-    if old_config.get("script") != script:
+    old = read_json(os.path.join(out, "config.json")) if "config.json" in names else {}
+    if old.get("script") != script:
         raise InputError(f"--out {out} holds no run of {script} (config.json); choose another folder")
-    for name, old in old_config["args"].items():
-        new = getattr(args, name, None)
-        change = f"--resume: --{name.replace('_', '-')} was {old}, now {new}"
+    for name, value in old["args"].items():
+        change = f"--resume: --{name.replace('_', '-')} was {value}, now {getattr(args, name, None)}"
         if name in inputs:
-            if old_config["inputs"][name] != config["inputs"][name]:
+            if old["inputs"][name] != config["inputs"][name]:
                 raise InputError(f"{change}: the run began with other content; keep it")
-        elif name not in MAY_CHANGE and new != old:
+        elif name not in MAY_CHANGE and value != getattr(args, name, None):
             raise InputError(f"{change}; keep it")
 
     steps = complete_steps(out)
     step = max(steps, default=0)
-    if os.path.exists(os.path.join(out, "summary.json")):
+    if "summary.json" in names:
         print(f"{out}: finished at step {step}; nothing to do", flush=True)
         return None, None, config
     print(f"{out}: goes on from step {step}", flush=True)
     return step, steps.get(step), config
 
 
-def fingerprints(inputs):
-    """What stands in place of each path: a digest that tells whether the content is the same."""
-    digests = {}
-    for name, paths in inputs.items():
-        is_list = isinstance(paths, list | tuple)
-        digests[name] = [fingerprint(path) for path in paths] if is_list else fingerprint(paths)
-    return digests
-
-
 def fingerprint(path):
     """SHA-256 of a manifest, or of a model folder: its config, and of each file of weights size and samples.
 
     The samples are 64 pieces of 64 kB, evenly spread from the first byte to the last, so that gigabytes are
-    not read.
+    not read. Of a list of paths it is a list.
     """
+    if isinstance(path, list):
+        return [fingerprint(one_path) for one_path in path]
     if not os.path.exists(path):
         raise InputError(f"{path}: no such file or folder")
-    if not os.path.isdir(path):
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    with open(os.path.join(path, "config.json"), "rb") as file:
+    is_model = os.path.isdir(path)
+    with open(os.path.join(path, "config.json") if is_model else path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256")
     piece = 2**16
-    for weights in sorted(glob.glob(os.path.join(glob.escape(path), "*.safetensors"))):
-        size = os.path.getsize(weights)
-        n_pieces = min(math.ceil(size / piece), 64)
-        digest.update(size.to_bytes(8))
-        with open(weights, "rb") as file:
-            for offset in np.linspace(0, max(size - piece, 0), n_pieces, dtype=np.int64):
+    for weights in sorted(glob.glob("*.safetensors", root_dir=path)) if is_model else []:
+        with open(os.path.join(path, weights), "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            digest.update(size.to_bytes(8))
+            for offset in np.linspace(0, max(size - piece, 0), min(math.ceil(size / piece), 64), dtype=int):
                 file.seek(offset)
                 digest.update(file.read(piece))
     return digest.hexdigest()
@@ -980,73 +1037,43 @@ def run_script(main, args):
 # ----------------------------------------------------------------------------------------------------------
 
 # Qwen3-ASR's thirty languages, by code, as its prompt names them.
-LANGUAGES = {
-    "ar": "Arabic",
-    "yue": "Cantonese",
-    "zh": "Chinese",
-    "cs": "Czech",
-    "da": "Danish",
-    "nl": "Dutch",
-    "en": "English",
-    "fil": "Filipino",
-    "fi": "Finnish",
-    "fr": "French",
-    "de": "German",
-    "el": "Greek",
-    "hi": "Hindi",
-    "hu": "Hungarian",
-    "id": "Indonesian",
-    "it": "Italian",
-    "ja": "Japanese",
-    "ko": "Korean",
-    "mk": "Macedonian",
-    "ms": "Malay",
-    "fa": "Persian",
-    "pl": "Polish",
-    "pt": "Portuguese",
-    "ro": "Romanian",
-    "ru": "Russian",
-    "es": "Spanish",
-    "sv": "Swedish",
-    "th": "Thai",
-    "tr": "Turkish",
-    "vi": "Vietnamese",
-}
-ISO_639_1 = (
-    "aa ab ae af ak am an ar as av ay az ba be bg bh bi bm bn bo br bs ca ce ch co cr cs cu cv cy da de "
-    "dv dz ee el en eo es et eu fa ff fi fj fo fr fy ga gd gl gn gu gv ha he hi ho hr ht hu hy hz ia id "
-    "ie ig ii ik io is it iu ja jv ka kg ki kj kk kl km kn ko kr ks ku kv kw ky la lb lg li ln lo lt lu "
-    "lv mg mh mi mk ml mn mr ms mt my na nb nd ne ng nl nn no nr nv ny oc oj om or os pa pi pl ps pt qu "
-    "rm rn ro ru rw sa sc sd se sg si sk sl sm sn so sq sr ss st su sv sw ta te tg th ti tk tl tn to tr "
-    "ts tt tw ty ug uk ur uz ve vi vo wa wo xh yi yo za zh zu"
-)
-# Three-letter codes of the thirty (both kinds of ISO 639-2 where they differ), and the kin of Mandarin.
-THREE_LETTERS = (
-    "ara:ar zho:zh chi:zh ces:cs cze:cs dan:da nld:nl dut:nl eng:en fil:fil tgl:fil fin:fi fra:fr fre:fr "
-    "deu:de ger:de ell:el gre:el hin:hi hun:hu ind:id ita:it jpn:ja kor:ko mkd:mk mac:mk msa:ms may:ms "
-    "fas:fa per:fa pol:pl por:pt ron:ro rum:ro rus:ru spa:es swe:sv tha:th tur:tr vie:vi cmn:zh wuu:zh "
-    "nan:zh hak:zh yue:yue"
-)
-LANGUAGE_CODES = {code: code for code in ISO_639_1.split()}
-LANGUAGE_CODES.update(pair.split(":") for pair in THREE_LETTERS.split())
-LANGUAGE_CODES.update((name.lower(), code) for code, name in LANGUAGES.items())
-LANGUAGE_CODES.update({"mandarin": "zh", "tl": "fil"})
+LANGUAGES = """
+    ar:Arabic yue:Cantonese zh:Chinese cs:Czech da:Danish nl:Dutch en:English fil:Filipino fi:Finnish
+    fr:French de:German el:Greek hi:Hindi hu:Hungarian id:Indonesian it:Italian ja:Japanese ko:Korean
+    mk:Macedonian ms:Malay fa:Persian pl:Polish pt:Portuguese ro:Romanian ru:Russian es:Spanish sv:Swedish
+    th:Thai tr:Turkish vi:Vietnamese
+""".split()
+LANGUAGES = dict(pair.split(":") for pair in LANGUAGES)
 
 
+@functools.cache
 def language_code(name):
     """The code of a manifest's `language`: "Chinese", "zh-CN", "cmn" → "zh"; "zh-HK", "zh-yue" → "yue".
 
-    Understood are two-letter codes of ISO 639-1, the three-letter codes and English names of `LANGUAGES`, and
-    cmn, wuu, nan, hak, each with a region or script tag. Raises InputError for anything else: a Chinese set
-    labelled "cn" must not be scored by word in silence.
+    Understood are the codes of ISO 639 with two or three letters and English names, each with tags of region
+    or script. Raises InputError for anything else: a Chinese set labelled "cn" must not be scored by word in
+    silence.
     """
     first, *tags = re.split("[-_]", name.strip().lower())
-    code = LANGUAGE_CODES.get(first)
-    if code is None or not all(re.fullmatch("[a-z0-9]{2,8}", tag) for tag in tags):
+    if not re.fullmatch("[a-z]{2,3}", first):
+        first = english_names().get(first, "")
+    language = langcodes.Language.get(first)
+    are_tags = all(re.fullmatch("[a-z0-9]{2,8}", tag) for tag in tags)
+    if language.language is None or not language.is_valid() or not are_tags:
         raise InputError(f"language {name!r} is not known; give a code of ISO 639 such as en, zh or yue")
-    if code == "zh" and ("hk" in tags or "yue" in tags):
+    is_chinese = language.prefer_macrolanguage().language == "zh"  # zh, cmn, wuu, nan, hak, gan, …
+    if is_chinese and (first == "yue" or "hk" in tags or "yue" in tags):
         return "yue"
-    return code
+    return "zh" if is_chinese else language.language
+
+
+@functools.cache
+def english_names():
+    """{English name: code} of Whisper's languages and of `LANGUAGES`."""
+    from transformers.models.whisper import tokenization_whisper  # slow to import
+
+    names = {name.lower(): code for code, name in LANGUAGES.items()}
+    return {**tokenization_whisper.TO_LANGUAGE_CODE, **names}
 
 
 def script_language(text, default=None):
@@ -1067,147 +1094,3 @@ def script_language(text, default=None):
         return default if default in ("yue", "ja") else "zh"
     most = max(dict.fromkeys(scripts), key=scripts.count, default=None)
     return {"THAI": "th", "GREEK": "el"}.get(most)
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Sound files that libsndfile reads short (skip on first reading)
-# ----------------------------------------------------------------------------------------------------------
-
-
-def complete_audio(raw):
-    """The bytes of a sound file from which libsndfile reads all of its audio.
-
-    A tag in front is taken off, and MP3 gets a count of its frames. Raises InputError for a file that is cut
-    off, and for one that holds more than libsndfile would read.
-    """
-    while raw.startswith(b"ID3") and len(raw) >= 10:
-        raw = raw[id3_bytes(raw) :].lstrip(b"\0")
-    if mp3_frame_bytes(raw[:4]):
-        return counted_mp3(raw)
-    n_streams = 1
-    if raw.startswith((b"RIFF", b"FORM")):
-        check_end(raw, chunks_end(raw), n_missing=64)  # some writers count the header too
-    elif raw.startswith(b"fLaC"):
-        n_streams = len(re.findall(rb"fLaC[\0\x80]\0\0\x22", raw))
-    elif raw.startswith(b"OggS"):
-        raw = raw[: ogg_end(raw)]  # libsndfile stumbles over a tag behind it
-        flags = b"".join(re.findall(rb"OggS\0([\0-\7])", raw))
-        n_streams = len(re.findall(b"\x02+", flags))  # 2: a stream begins; several at once are multiplexed
-    if n_streams > 1:
-        raise InputError(
-            f"holds {n_streams} streams in a row, of which only the first is read; re-encode it as one"
-        )
-    return raw
-
-
-def id3_bytes(raw):
-    """The size of the ID3v2 tag with which `raw` begins."""
-    size = raw[6] << 21 | raw[7] << 14 | raw[8] << 7 | raw[9]
-    has_footer = raw[5] & 0x10
-    return size + (20 if has_footer else 10)
-
-
-def check_end(raw, end, n_missing=0):
-    """Raises InputError where a file does not end at `end`, as its headers say, but for tags and padding.
-
-    n_missing: how many bytes may be missing.
-    """
-    if end > len(raw) + n_missing:
-        raise InputError(
-            f"is cut off: {end} bytes by its headers, {len(raw)} there; get it whole, or re-encode it"
-        )
-    rest = raw[end:].strip(b"\0")
-    if len(rest) > 64 + len(raw) // 100 and not rest.startswith((b"TAG", b"APETAGEX")):
-        raise InputError(
-            f"holds {len(raw) - end} bytes more than its headers count: streamed or damaged; re-encode it"
-        )
-
-
-def ogg_end(raw):
-    """Where the last page of an Ogg file ends. Raises InputError where that is not the end of a stream."""
-    begin = raw.rfind(b"OggS")
-    page = raw[begin:]  # flags in byte 5 (4: a stream ends), the sizes of its pieces from byte 27 on
-    sizes = page[27 : 27 + page[26]] if len(page) > 26 else b""
-    n_bytes = 27 + len(sizes) + sum(sizes)
-    if len(page) < max(n_bytes, 28) or not page[5] & 4:
-        raise InputError("is cut off: its last page is not the end; get it whole, or re-encode it")
-    return begin + n_bytes
-
-
-def chunks_end(raw):
-    """Where the chunks of a WAV (RIFF) or AIFF (FORM) file end, by their sizes."""
-    order = "little" if raw.startswith(b"RIFF") else "big"
-    pattern = re.compile(rb"\0*(?!APETAGEX|TAG)([ -~]{4})(.{4})", re.DOTALL)  # padding, name, size
-    end = 12
-    has_samples = False
-    chunk = pattern.match(raw, end)
-    while chunk:
-        size = int.from_bytes(chunk[2], order)
-        if size >= 0x7E00_0000:  # unknown, as streaming writers leave it: libsndfile reads to the end
-            return len(raw)
-        has_samples |= chunk[1] in (b"data", b"SSND")
-        end = chunk.end() + size
-        chunk = pattern.match(raw, end)
-    return end if has_samples else len(raw)
-
-
-# MPEG audio layer III, by the version in the header's bits (3: MPEG-1, 2: MPEG-2, 0: MPEG-2.5).
-MP3_RATES_HZ = {3: (44_100, 48_000, 32_000), 2: (22_050, 24_000, 16_000), 0: (11_025, 12_000, 8_000)}
-MP3_KBIT_S = (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)
-MP3_KBIT_S_LOW = (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)  # MPEG-2 and 2.5
-
-
-def mp3_frame_bytes(header):
-    """The size of the layer III frame that begins with this header of four bytes; 0 where none does."""
-    if len(header) < 4 or header[0] != 0xFF or header[1] & 0xE6 != 0xE2:
-        return 0
-    version = header[1] >> 3 & 3
-    rate_index = header[2] >> 2 & 3
-    bit_rate_index = header[2] >> 4
-    if version == 1 or rate_index == 3 or bit_rate_index in (0, 15):
-        return 0
-    kbit_s = (MP3_KBIT_S if version == 3 else MP3_KBIT_S_LOW)[bit_rate_index]
-    n_samples = 1152 if version == 3 else 576
-    padding = header[2] >> 1 & 1
-    return n_samples * kbit_s * 125 // MP3_RATES_HZ[version][rate_index] + padding
-
-
-def counted_mp3(raw):
-    """An MP3 file with a first frame ("Info") that counts the others; as it is where it has a right one.
-
-    Without one libsndfile guesses the length from the size of the first frame, far off where the bit rate
-    varies, and reads no further than that. Every frame is found by the sizes in the headers before it.
-    """
-    frames = []
-    end = 0
-    while end < len(raw):
-        size = mp3_frame_bytes(raw[end : end + 4])
-        if size:
-            frames.append(raw[end : end + size])
-        elif raw.startswith(b"ID3", end) and end + 10 <= len(raw):  # tags between files that were joined
-            size = id3_bytes(raw[end : end + 10])
-        elif raw.startswith(b"TAG", end):
-            size = 128
-        else:
-            break
-        end += size
-    check_end(raw, end)
-
-    first = frames[0]
-    tag = max(first[:48].find(b"Xing"), first[:48].find(b"Info"))
-    if tag >= 0:
-        frames = frames[1:]
-        flags, n_frames, n_bytes = struct.unpack(">3I", first[tag + 4 : tag + 16].ljust(12, b"\0"))
-        if flags & 3 == 3 and n_bytes > len(raw) and n_frames > len(frames):
-            raise InputError(
-                f"is cut off: it counts {n_frames} frames, {len(frames)} are there; get it whole"
-            )
-        if flags & 1 and n_frames == len(frames):
-            return b"".join([first, *frames])
-
-    version = first[1] >> 3 & 3
-    is_mono = first[3] >> 6 == 3
-    header = bytes([0xFF, first[1] | 1, first[2] & 0x0C | 0x80, first[3]])
-    side_info = bytes(17 if is_mono else 32) if version == 3 else bytes(9 if is_mono else 17)
-    info = header + side_info + b"Info" + struct.pack(">2I", 1, len(frames))
-    return b"".join([info.ljust(mp3_frame_bytes(header), b"\0"), *frames])
