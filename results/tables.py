@@ -1,7 +1,7 @@
 """Computes the tables and pictures of RESULTS.md from results/runs.jsonl, by the statistics of eval.py.
 
-    python results/tables.py            # prints the tables, writes the pictures
-    python results/tables.py --write    # and puts the tables where RESULTS.md and README.md have their marks
+    python -m results.tables            # prints the tables, writes the pictures
+    python -m results.tables --write    # and puts the tables where RESULTS.md and README.md have their marks
 
 A table stands between the lines <!-- table NAME --> and <!-- end -->. A question whose runs are not all
 finished has no table yet, but for question 3, where a student counts once it has met every teacher.
@@ -14,19 +14,15 @@ import io
 import json
 import os
 import pathlib
-import sys
 import textwrap
 
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-HERE = pathlib.Path(__file__).resolve().parent
-ROOT = HERE.parent
-sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(HERE))
-
-from run import (  # noqa: E402
+import eval
+from results import seeds, validate
+from results.run import (
     ABLATIONS,
     ARMS,
     BASE_2,
@@ -42,8 +38,8 @@ from run import (  # noqa: E402
     finished_lines,
 )
 
-from eval import CountedSet, joint_table, p_text, percent, relative_figures, sign_flip_figures  # noqa: E402
-from results import validate  # noqa: E402
+HERE = pathlib.Path(__file__).resolve().parent
+ROOT = HERE.parent
 
 KS = [1, 2, 4, 8, 16, 32]
 
@@ -75,7 +71,7 @@ def macro_change(lines, before):
     logs = []
     for line in lines:
         logs += [np.log(rate(line, stem) / rate(before, stem)) for stem in TEST_SETS]
-    return percent(float(np.mean(logs)))
+    return eval.percent(float(np.mean(logs)))
 
 
 def evaluation_of(lines, question, model):
@@ -101,21 +97,22 @@ def runs_of(lines, question):
 
 def joint_counts(lines, stems=TEST_SETS):
     """The table (G, S, runs + 1) of eval.py: errors by speaker and set in each run, then units."""
-    sets = []
+    clusters = []
+    counts = []
     for stem in stems:
         units = units_of(stem)
         columns = [line["errors"][stem] for line in lines] + [list(units.values())]
-        clusters = [("speaker", speaker) for speaker in units]
-        sets.append(CountedSet("", clusters, np.array(columns, dtype=float).T))
-    return joint_table(sets)
+        clusters.append(list(units))
+        counts.append(np.array(columns, dtype=float).T)
+    return eval.cluster_table(clusters, counts)
 
 
 def paired(runs_a, runs_b):
     """The lines of two recipes that share their seeds, in the order of the seeds."""
     seeds_a = {line["seed"]: line for line in runs_a}
     seeds_b = {line["seed"]: line for line in runs_b}
-    seeds = sorted(seeds_a.keys() & seeds_b.keys())
-    return [seeds_a[seed] for seed in seeds], [seeds_b[seed] for seed in seeds]
+    shared = sorted(seeds_a.keys() & seeds_b.keys())
+    return [seeds_a[seed] for seed in shared], [seeds_b[seed] for seed in shared]
 
 
 # ---- Markdown ----------------------------------------------------------------------------------------------
@@ -132,7 +129,7 @@ def signed(value):
 
 
 def spread(low, high):
-    return "–" if low is None else f"{signed(low)} to {signed(high)}"
+    return "–" if np.isnan(low) else f"{signed(low)} to {signed(high)}"
 
 
 CONTRAST_HEADER = ["macro change, %", "mean", "each seed", "sd over seeds"]
@@ -142,16 +139,18 @@ CONTRAST_HEADER += ["95 %: other speakers", "95 %: other seeds and speakers", "p
 def contrast_row(name, runs_a, runs_b):
     """B against A, paired by seed: the macro change with its three spreads."""
     runs_a, runs_b = paired(runs_a, runs_b)
-    figures = relative_figures(joint_counts(runs_a + runs_b), len(runs_a), is_paired=True)
+    figures = seeds.change_over_seeds(joint_counts(runs_a + runs_b), len(runs_a), is_paired=True)
     return figures_row(name, figures)
 
 
 def figures_row(name, figures):
     per_seed = " ".join(signed(value) for value in figures["per_seed"])
     row = [name, signed(figures["value"]), per_seed]
-    seed_sd = "–" if figures["seed_sd"] is None else f"{figures['seed_sd']:.1f}"
-    row += [seed_sd, spread(figures["cluster_low"], figures["cluster_high"])]
-    return [*row, spread(figures["low"], figures["high"]), p_text(figures["p"]) or "–"]
+    row += [
+        eval.number_text(figures["seed_sd"], ".1f"),
+        spread(figures["cluster_low"], figures["cluster_high"]),
+    ]
+    return [*row, spread(figures["low"], figures["high"]), eval.p_text(figures["p"])]
 
 
 def rates_row(name, lines):
@@ -582,13 +581,12 @@ def digits(lines):
     comparisons += [("opd", "ce-reference"), ("offline-kl", "ce-reference")]
     for arm, other in comparisons:
         counts, n_seeds = digit_counts(runs[other], runs[arm], stems)
-        figures = relative_figures(counts, n_seeds, is_paired=True)
+        figures = seeds.change_over_seeds(counts, n_seeds, is_paired=True)
         # The speakers are few, so the exact p over them is shown too, from the means over seeds.
-        mean_a = counts[..., :n_seeds].mean(axis=2)
-        mean_b = counts[..., n_seeds:-1].mean(axis=2)
-        exact = sign_flip_figures(np.stack([mean_a, mean_b, counts[..., -1]], axis=2))
-        exact_p = f"{p_text(exact['sign_flip'])} ({p_text(exact['sign_flip_floor'])})"
-        contrasts.append([*figures_row(f"{arm} against {other}", figures), exact_p])
+        changes = seeds.contrast(counts[:, 0, :-1], n_seeds)  # (speakers,), of errors
+        exact_p = seeds.exact_sign_flip(changes)
+        exact = f"{eval.p_text(exact_p)} ({eval.p_text(2 / 2 ** len(stems))})"
+        contrasts.append([*figures_row(f"{arm} against {other}", figures), exact])
     header = [stem.removeprefix("digits-") for stem in stems]
     rates = markdown(["WER, %, held-out speaker", *header], rows)
     header = ["change, %", *CONTRAST_HEADER[1:], "exact p over speakers (its floor)"]
@@ -609,16 +607,16 @@ def draw_digits(lines):
 
 def digit_counts(runs_a, runs_b, stems):
     """The table (speakers, 1, runs + 1) of both recipes, and the number of runs of A."""
-    seeds = sorted({line["seed"] for line in runs_a} & {line["seed"] for line in runs_b})
-    counts = np.zeros((len(stems), 1, 2 * len(seeds) + 1))
-    for runs, first in ((runs_a, 0), (runs_b, len(seeds))):
+    shared = sorted({line["seed"] for line in runs_a} & {line["seed"] for line in runs_b})
+    counts = np.zeros((len(stems), 1, 2 * len(shared) + 1))
+    for runs, first in ((runs_a, 0), (runs_b, len(shared))):
         for line in runs:
-            if line["seed"] in seeds:
+            if line["seed"] in shared:
                 stem = next(iter(line["errors"]))
-                counts[stems.index(stem), 0, first + seeds.index(line["seed"])] = sum(line["errors"][stem])
+                counts[stems.index(stem), 0, first + shared.index(line["seed"])] = sum(line["errors"][stem])
     for g, stem in enumerate(stems):
         counts[g, 0, -1] = sum(units_of(stem).values())
-    return counts, len(seeds)
+    return counts, len(shared)
 
 
 # ---- questions 5 to 7 --------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 import json
 import re
 import shlex
-import sys
 
 import numpy as np
 import pytest
@@ -13,12 +12,8 @@ import eval as evaluation
 import opd
 import overlap
 import sft
-
-sys.path.insert(0, str(ROOT / "results"))
-
-import run as driver  # noqa: E402
-import sets  # noqa: E402
-import tables  # noqa: E402
+from results import run as driver
+from results import seeds, sets, tables
 
 SCRIPTS = {"opd.py": opd, "sft.py": sft, "eval.py": evaluation, "overlap.py": overlap}
 
@@ -110,7 +105,7 @@ def test_figures_of_the_tables():
     counts = tables.joint_counts([a, b])
     assert counts.shape == (40, len(tables.TEST_SETS), 3)  # 20 English voices and 20 Chinese
     assert counts.sum(axis=0)[0].tolist() == [99, 59, units]
-    figures = evaluation.relative_figures(counts, 1, True)
+    figures = seeds.change_over_seeds(counts, 1, True)
     assert figures["value"] == pytest.approx(100 * (59 / 99 - 1))
     # Leaving a voice out changes the sets of its language only.
     with_first = np.log(59 / 99)
@@ -190,7 +185,7 @@ def test_documents_show_what_the_runs_say():
     computed = tables.all_tables(driver.finished_lines())
     for name in ("RESULTS.md", "README.md"):
         text = (ROOT / name).read_text(encoding="utf-8")
-        assert tables.with_tables(text, computed) == text, f"{name}: python results/tables.py --write"
+        assert tables.with_tables(text, computed) == text, f"{name}: python -m results.tables --write"
     shown = [name for name in computed if f"<!-- table {name} -->" in (ROOT / "RESULTS.md").read_text()]
     assert set(computed) - set(shown) <= {"arms-short"}
 

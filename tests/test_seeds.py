@@ -1,0 +1,181 @@
+"""results/seeds.py: the three spreads by hand, pairing, what is refused, what is printed."""
+
+import json
+import math
+import os
+import statistics
+
+import numpy as np
+import pytest
+import scipy.stats
+from coverage import simulate_seeds
+from test_scores import brute_force, stored, write_rows
+
+from data import InputError
+from results import seeds
+
+KEYS = ["value", "per_seed", "seed_sd", "cluster_se", "cluster_low", "cluster_high"]
+KEYS += ["total_se", "df", "low", "high", "p"]
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """Folders of six runs: seeds 0, 1, 2 of recipe A, then seeds 1, 2, 0 of recipe B; and the rows."""
+    rng = np.random.default_rng(1)
+    skill = rng.uniform(0.2, 0.5, 6)
+    rows = []
+    for name in "xy":
+        for i in range(40):
+            units = int(rng.integers(4, 13))
+            errors = rng.binomial(units, skill[i % 6] * np.linspace(1.2, 0.7, 6)).tolist()
+            rows.append((name, f"s{i % 6}", i, *errors, units))
+    for i, seed in enumerate((0, 1, 2, 1, 2, 0)):
+        write_rows(tmp_path / f"r{i}" / "eval-9", rows[:1], 3 + i)  # an older evaluation
+        write_rows(tmp_path / f"r{i}" / "eval-10", rows, 3 + i)
+        (tmp_path / f"r{i}" / "config.json").write_text(json.dumps({"args": {"seed": seed}}))
+    monkeypatch.chdir(tmp_path)
+    return [str(tmp_path / f"r{i}") for i in range(6)], rows
+
+
+def run(*argv):
+    seeds.main(seeds.parse_args([str(argument) for argument in argv]))
+
+
+def logs_by_hand(rows, columns):
+    """Mean over sets of ln E of each run."""
+    logs = []
+    for c in columns:
+        of_sets = []
+        for name in {row[0] for row in rows}:
+            of_sets.append(math.log(sum(row[c] for row in rows if row[0] == name)))
+        logs.append(statistics.mean(of_sets))
+    return logs
+
+
+def change(log_value):
+    return 100 * math.expm1(log_value)
+
+
+def seeds_by_hand(rows, columns_a, columns_b, is_paired):
+    """What `change_over_seeds` returns, from the formulas of docs/scores.md."""
+
+    def mean_difference(some_rows):
+        return statistics.mean(logs_by_hand(some_rows, columns_b)) - statistics.mean(
+            logs_by_hand(some_rows, columns_a)
+        )
+
+    a = logs_by_hand(rows, columns_a)
+    b = logs_by_hand(rows, columns_b)
+    value, se, low, high, _ = brute_force(rows, mean_difference)
+    deltas = [y - x for x, y in zip(a, b)] if is_paired else []
+    squares = [statistics.variance(arm) / len(arm) for arm in ([deltas] if is_paired else [a, b])]
+    sizes = [len(deltas)] if is_paired else [len(a), len(b)]
+    v = sum(squares) + se**2
+    seed_part = sum(square**2 / (n - 1) for square, n in zip(squares, sizes))
+    df = v**2 / (seed_part + se**4 / (len({row[1] for row in rows}) - 1))
+    half = scipy.stats.t.ppf(0.975, df) * math.sqrt(v)
+    seed_sd = math.sqrt(sum(square * n for square, n in zip(squares, sizes)))
+    values = [change(value), [change(delta) for delta in deltas], 100 * seed_sd]
+    values += [100 * se, change(low), change(high), 100 * math.sqrt(v), df]
+    values += [change(value - half), change(value + half)]
+    return [*values, 2 * scipy.stats.t.sf(abs(value) / math.sqrt(v), df)]
+
+
+@pytest.mark.parametrize("is_paired", [True, False])
+def test_seeds_against_a_hand_calculation(runs, tmp_path, capsys, is_paired):
+    """Paired, the runs of B are put in the order of seeds; unpaired, one run of A is left away."""
+    folders, rows = runs
+    columns_a = [3, 4, 5] if is_paired else [3, 4]
+    columns_b = [8, 6, 7] if is_paired else [6, 7, 8]
+    run(*folders[: len(columns_a)], "--against", *folders[3:], "--json", tmp_path / "s.json")
+    c = stored(tmp_path / "s.json")
+    assert c["paired"] is is_paired
+    assert (c["seeds_a"], c["seeds_b"]) == (([0, 1, 2], [0, 1, 2]) if is_paired else ([0, 1], [1, 2, 0]))
+    assert c["folders_a"] == [f"{folder}/eval-10" for folder in folders[: len(columns_a)]]
+    for name, figures in (*c["sets"].items(), ("macro", c["macro"])):
+        own = [row for row in rows if name in (row[0], "macro")]
+        expected = seeds_by_hand(own, columns_a, columns_b, is_paired)
+        for key, value in zip(KEYS, expected):
+            assert figures[key] == pytest.approx(value, rel=1e-9), key
+        assert (figures["clusters"], figures["cluster_key"]) == (6, "speaker")
+    units = sum(row[-1] for row in rows if row[0] == "x")
+    errors = [sum(row[column] for row in rows if row[0] == "x") for column in columns_b]
+    assert c["sets"]["x"]["b"] == pytest.approx([100 * n / units for n in errors])
+
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[1] == "A: r0/eval-10 (seed 0)".split()
+    assert lines[-6] == "set change % cluster SE 95 % cluster seed sd 95 % total df p".split()
+    macro = c["macro"]
+    cells = ["macro", f"{macro['value']:+.1f}", f"{macro['cluster_se']:.1f}", f"{macro['cluster_low']:+.1f}"]
+    cells += ["to", f"{macro['cluster_high']:+.1f}", f"{macro['seed_sd']:.1f}", f"{macro['low']:+.1f}"]
+    assert lines[-3] == [*cells, "to", f"{macro['high']:+.1f}", f"{macro['df']:.1f}", f"{macro['p']:.4f}"]
+
+
+def test_one_run_a_side_has_no_seed_column(runs, capsys):
+    folders, _ = runs
+    run(folders[0], "--against", folders[5])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert "set change % cluster SE 95 % cluster".split() in lines
+    figures = seeds.compare_seeds([folders[0]], [folders[5]])["macro"]
+    assert all(math.isnan(figures[key]) for key in ("seed_sd", "total_se", "df", "low", "high", "p"))
+
+
+def test_errors_of_zero_and_single_clusters_are_dashes(tmp_path, capsys):
+    """x has one speaker. In y a run has no error. In z all agree, so the spread is that of seeds alone."""
+    rows = [("x", "s0", i, 4, 4, 2, 1, 10) for i in range(3)]
+    rows += [("y", f"s{i}", i, 2, 3, 1, 0, 10) for i in range(3)]
+    rows += [("z", f"s{i}", i, 4, 4, 2, 1, 10) for i in range(3)]
+    for i in range(4):
+        write_rows(tmp_path / f"r{i}" / "eval-1", rows, 3 + i)
+        (tmp_path / f"r{i}" / "config.json").write_text(json.dumps({"args": {"seed": i % 2}}))
+    runs = [tmp_path / f"r{i}" for i in range(4)]
+    run(*runs[:2], "--against", *runs[2:], "--json", tmp_path / "s.json")
+    c = stored(tmp_path / "s.json")
+    x, y, z = c["sets"].values()
+    assert [x[key] for key in ("per_seed", "cluster_se", "total_se", "p")] == [[-50, -75], None, None, None]
+    assert [y[key] for key in ("value", "cluster_low", "p")] == [None] * 3
+    assert z["cluster_se"] == 0 and z["df"] == pytest.approx(1)
+    assert z["total_se"] == pytest.approx(100 * math.log(2) / 2)  # Δ = −ln 2, −2 ln 2
+    assert (c["macro"]["stems"], c["macro"]["value"]) == (["y", "z"], None)
+    assert "not in the macro, because they have one cluster: x" in capsys.readouterr().out.splitlines()
+
+
+def test_runs_are_paired_where_both_sides_have_the_same_seeds_each_once(runs):
+    assert seeds.can_be_paired([2, 1], [1, 2])
+    for a, b in (([1], [None]), ([1, 1], [1, 1]), ([1, 2], [1, 3]), ([1, 2], [1])):
+        assert not seeds.can_be_paired(a, b)
+    folders, _ = runs
+    os.remove(f"{folders[0]}/config.json")
+    assert seeds.evaluation_of(f"{folders[0]}/eval-9") == (f"{folders[0]}/eval-9", None)
+    assert seeds.evaluation_of(f"{folders[1]}/eval-9/") == (f"{folders[1]}/eval-9", 1)
+
+
+def test_what_cannot_be_compared_is_refused(runs):
+    folders, _ = runs
+    with pytest.raises(InputError, match="r0/eval-10 is given twice"):
+        run(folders[0], f"{folders[0]}/eval-10", "--against", folders[3])
+    os.rename(f"{folders[3]}/eval-10/y.jsonl", f"{folders[3]}/eval-10/z.jsonl")
+    with pytest.raises(InputError, match="r0/eval-10 and .*/r3/eval-10 hold other sets"):
+        run(folders[0], "--against", folders[3])
+    os.rename(f"{folders[1]}/eval-10", f"{folders[1]}/eval-7")
+    with pytest.raises(InputError, match="stand at eval-10, eval-9"):
+        run(*folders[:2], "--against", folders[5])
+    os.rename(f"{folders[1]}/eval-9", f"{folders[1]}/old")
+    os.rename(f"{folders[1]}/eval-7", f"{folders[1]}/older")
+    with pytest.raises(InputError, match=r"r1: this run has no evaluation \(eval-N\)"):
+        run(folders[1], "--against", folders[5])
+
+
+def test_exact_sign_flip_by_hand():
+    """|± 1 ± 2 ± 4| is 7, 5, 3 and 1, each for two of the eight signs."""
+    assert seeds.exact_sign_flip(np.array([1.0, 2, 4])) == 2 / 8
+    assert seeds.exact_sign_flip(np.array([1.0, 2, -4])) == 8 / 8
+    assert seeds.exact_sign_flip(np.array([-1.0, 2, 4])) == 4 / 8
+    assert seeds.exact_sign_flip(np.full(6, 0.1)) == 2 / 2**6  # its floor
+    assert seeds.exact_sign_flip(np.zeros(3)) == 1
+
+
+@pytest.mark.parametrize("is_paired", [True, False])
+def test_total_interval_covers_where_speakers_alone_do_not(is_paired):
+    shares = simulate_seeds(3, 40, 0.2, is_paired)
+    assert 0.90 <= shares["total"] <= 0.99 and shares["speakers alone"] < 0.5
