@@ -130,7 +130,7 @@ def main(args):
     if rank > 0:
         return
     tenths = [means(total.pop(f"tenth {n + 1}", {})) for n in range(TENTHS)]
-    table = {group: means(total[group]) for group in sorted(total)}
+    table = {group: means(total[group]) for group in sorted(total) if total[group]}
 
     # ---- report ----------------------------------------------------------------------------------------
     if args.out:

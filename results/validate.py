@@ -82,8 +82,8 @@ def table_of(content):
     - seed_variance: of y between the seeds of a cell, pooled over cells; NaN without a second seed.
     """
     runs = {}  # (student, teacher) → {seed: cell}
-    before = {}  # student → its errors, and teacher → its errors, which are measured once
-    teacher_errors = {}
+    before = {}  # student → its errors; they are measured once
+    teacher_errors = {}  # teacher → likewise
     for cell in content["cells"]:
         student = cell["student"]
         teacher = cell["teacher"]

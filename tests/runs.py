@@ -19,6 +19,7 @@ import transformers
 from conftest import ROOT, noise, tiny_model
 
 import opd
+import overlap
 import sft
 from data import run_script
 
@@ -78,7 +79,9 @@ def run_on_cpu():
     """The body of a fixture: these tests compare to the last bits, so they run on the CPU everywhere."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
-        patch.setattr(opd, "draw_report", lambda *args: None)  # it takes longer than the run; test_report.py
+        patch.setattr(
+            overlap, "draw_report", lambda *args: None
+        )  # it takes longer than the run; test_report.py
         # transformers writes every config out for a log that is off: a quarter of a tiny run's time.
         patch.setattr(transformers.PreTrainedConfig, "__repr__", object.__repr__)
         yield

@@ -1,16 +1,16 @@
 """What shows a run: report.png, and TensorBoard."""
 
 import importlib
-import json
-import sys
+import math
 
 import pytest
 from runs import BOTH, argv_of, lines_of, run_on_cpu, write_lines, write_stage
 
+import data
 import opd
 import overlap
-from data import InputError
 
+DRAW_REPORT = overlap.draw_report
 on_cpu = pytest.fixture(autouse=True, scope="module")(run_on_cpu)
 
 
@@ -19,54 +19,51 @@ def stage(tmp_path_factory):
     return write_stage(tmp_path_factory.mktemp("stage"))
 
 
-@pytest.fixture(autouse=True)
-def with_pictures(monkeypatch):
-    monkeypatch.setattr(opd, "draw_report", overlap.draw_report)
-
-
 def train(script, stage, out, *more):
     script.main(script.parse_args(argv_of(script, stage, out, *more)))
     return out
 
 
-def scalars_of(folder):
-    """{name: [(step, value)]} of the event files in a folder."""
-    events = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
-    reader = events.EventAccumulator(str(folder))
-    reader.Reload()
-    table = {}
-    for name in reader.Tags()["scalars"]:
-        table[name] = [(event.step, event.value) for event in reader.Scalars(name)]
-    return table
+def test_the_picture_has_the_metrics_and_the_errors(tmp_path, monkeypatch):
+    """Three panels over the steps, of which one had no row; errors before and after with their intervals."""
+    figures = []
+
+    def new_figure(n_rows, n_columns):
+        figures.append(real_new_figure(n_rows, n_columns))
+        return figures[-1]
+
+    real_new_figure = overlap.new_figure
+    monkeypatch.setattr(overlap, "new_figure", new_figure)
+    line = {"step": 2, "loss": 0.5, "kl": 0.25, "vuss": 5.0, "vuss_1": 1.0, "vuss_2": 3.0}
+    line.update(empty=0.0, capped=0.25, looping=0.125)
+    summaries = {"value": 20.0, "low": 15.0, "high": 25.0}, {"value": 10.0, "low": None, "high": None}
+    silent = dict.fromkeys(("value", "low", "high"))  # no reference unit
+    DRAW_REPORT(tmp_path, [{"step": 1}, line], {"en_$x$": summaries, "silence": (silent, silent)})
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+
+    ((_, axes),) = figures
+    names = [["loss", "kl"], ["vuss", "vuss_1", "vuss_2"], ["empty", "capped", "looping"]]
+    for axis, axis_names in zip(axes, names):
+        assert [curve.get_label() for curve in axis.lines] == axis_names
+        for curve in axis.lines:
+            (_, first), (step, last) = curve.get_xydata().tolist()
+            assert math.isnan(first) and (step, last) == (2, line[curve.get_label()])
+    points = [curve.get_xydata().tolist()[0] for curve in axes[3].lines]
+    assert points == [[20, 0.15], [10, -0.15]]
+    before, after = [collection.get_segments() for collection in axes[3].collections]
+    assert before[0].tolist() == [[15, 0.15], [25, 0.15]]
+    assert [text.get_text() for text in axes[3].get_yticklabels()] == [r"en_\$x\$", "silence"]
 
 
 @pytest.mark.slow
-def test_a_run_leaves_a_picture(stage, tmp_path):
-    out = train(opd, stage, tmp_path / "run", "--steps", 2, "--eval", stage / "m.jsonl")
-    assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
-    bare = train(opd, stage, tmp_path / "bare")  # nothing was evaluated
-    assert (bare / "report.png").exists()
-
-
-@pytest.mark.slow
-def test_odd_sets_do_not_stop_a_run(stage, tmp_path):
-    """A set without a transcript has no error; a name with $ is no formula."""
-    lines = lines_of(stage / "m.jsonl")
-    write_lines(tmp_path / "cost$5_x^$y.jsonl", lines)
-    write_lines(tmp_path / "silence.jsonl", [{**line, "text": ""} for line in lines])
-    sets = [tmp_path / "silence.jsonl", tmp_path / "cost$5_x^$y.jsonl"]
-    out = train(opd, stage, tmp_path / "run", "--eval", *sets)
-    assert (out / "summary.json").exists() and (out / "report.png").exists()
-
-
-def test_without_matplotlib_a_line_says_so(stage, tmp_path, monkeypatch, capsys):
-    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    out = train(opd, stage, tmp_path / "run")
-    printed = [line for line in capsys.readouterr().out.splitlines() if "report.png" in line]
-    assert len(printed) == 1 and "pip install matplotlib" in printed[0]
-    assert not (out / "report.png").exists() and (out / "summary.json").exists()
+def test_a_run_leaves_a_picture(stage, tmp_path, monkeypatch):
+    """Also where nothing was evaluated, and with a set whose transcripts are empty."""
+    monkeypatch.setattr(overlap, "draw_report", DRAW_REPORT)
+    lines = [{**line, "text": ""} for line in lines_of(stage / "m.jsonl")]
+    write_lines(tmp_path / "silence.jsonl", lines)
+    out = train(opd, stage, tmp_path / "run", "--eval", stage / "m.jsonl", tmp_path / "silence.jsonl")
+    bare = train(opd, stage, tmp_path / "bare")
+    assert (out / "report.png").exists() and (bare / "report.png").exists()
 
 
 @pytest.mark.slow
@@ -79,28 +76,18 @@ def test_tensorboard_has_every_metric_also_after_a_resume(stage, tmp_path, scrip
     (out / "model").rename(tmp_path / "model")
     (out / "summary.json").unlink()
     train(script, stage, out, *flags, "--resume")
-    scalars = scalars_of(out / "tensorboard")
+    events = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
+    reader = events.EventAccumulator(str(out / "tensorboard")).Reload()
     lines = lines_of(out / "metrics.jsonl")
-    assert scalars.keys() == lines[0].keys()
-    for name, points in scalars.items():
+    assert set(reader.Tags()["scalars"]) == lines[0].keys()
+    for name in lines[0]:
+        points = [(event.step, event.value) for event in reader.Scalars(name)]
         assert points == [(line["step"], pytest.approx(line[name], rel=1e-6)) for line in lines], name
 
 
 @BOTH
 def test_without_tensorboard_the_flag_is_refused(stage, tmp_path, monkeypatch, script):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(InputError, match="pip install tensorboard"):
+    with pytest.raises(data.InputError, match="pip install tensorboard"):
         train(script, stage, tmp_path / "run", "--tensorboard")
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.slow
-def test_the_flag_moves_nothing(stage, tmp_path):
-    pytest.importorskip("tensorboard")
-    weights = []
-    for name, flags in (("with", ["--tensorboard"]), ("without", [])):
-        out = train(opd, stage, tmp_path / name, *flags)
-        weights.append((out / "model" / "model.safetensors").read_bytes())
-        config = json.loads((out / "config.json").read_text())
-        assert config["args"]["tensorboard"] == bool(flags)
-    assert weights[0] == weights[1]
