@@ -1,10 +1,9 @@
 """The Qwen LM: stock transformers' hidden rows and gradients bit for bit, and its greedy text."""
 
-import peft
 import pytest
 import torch
 import transformers
-from conftest import noise, qwen3_asr_folder, tiny_model
+from conftest import batch_of, qwen3_asr_folder, tiny_model
 from torch import nn
 
 import data
@@ -89,8 +88,7 @@ def test_greedy_ids_are_those_of_stock_generate_and_of_teacher_forcing(tmp_path,
     speech_lm = tiny_model(5, model_type=model_type, tied=tied)
     speech_lm.save_pretrained(tmp_path)
     stock = transformers.GlmAsrForConditionalGeneration.from_pretrained(tmp_path)
-    waveforms = [noise(seconds, seed=i) for i, seconds in enumerate((0.4, 2.1, 1.0))]
-    batch = data.collate(waveforms, speech_lm.front_end, [None] * 3)
+    batch = batch_of(speech_lm, [0.4, 2.1, 1.0])
     embeds = speech_lm.embed_prompt(batch, speech_lm.encode(batch))
     mask = batch.prompt_mask
     ids = stock.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=14)
@@ -134,8 +132,7 @@ PUTS = {"hook": put_hook, "LoRA": put_lora, **{f"class of {name}": put_class(nam
 @torch.no_grad()
 def test_what_sits_on_the_lm_changes_what_is_written_and_what_is_scored(how):
     speech_lm = tiny_model(3, tied=False)
-    waveforms = [noise(seconds, seed=i) for i, seconds in enumerate((0.3, 1.7, 1.0, 2.2))]
-    batch = data.collate(waveforms, speech_lm.front_end, [None] * 4)
+    batch = batch_of(speech_lm, [0.3, 1.7, 1.0, 2.2])
     bare = speech_lm.sample(batch, 16)
     bare_rows = speech_lm(batch, bare)
     PUTS[how](speech_lm)
@@ -151,7 +148,7 @@ def test_in_bf16_single_tokens_are_the_rows_of_the_scoring_pass():
     """Computed in bf16 by autocast; the residual stream stays float32."""
     speech_lm = tiny_model()
     speech_lm.bf16 = True
-    batch = data.collate([noise(0.4), noise(1.3, seed=1)], speech_lm.front_end, [None] * 2)
+    batch = batch_of(speech_lm, [0.4, 1.3])
     rollout = speech_lm.front_end.transcripts(["abcdef", "xyzabc"])
     rows = speech_lm(batch, rollout).view(2, 7, -1)
     with speech_lm.autocast():
@@ -199,14 +196,3 @@ def test_qwen3_asr_has_our_lm_with_the_weights_moved(tmp_path):
     assert own.keys() == stock_parameters.keys()
     assert all(own[name] is stock_parameters[name] for name in own)
     assert speech_lm.head.weight is speech_lm.lm.embed_tokens.weight
-
-
-def test_peft_reads_nothing_of_ours():
-    """LoRA sits on the LM's seven projections alone, although the encoder has some of the same names."""
-    speech_lm = tiny_model()
-    m.add_lora(speech_lm, rank=2, seed=0)
-    with_lora = [
-        name for name, module in speech_lm.named_modules() if isinstance(module, peft.tuners.lora.Linear)
-    ]
-    assert len(with_lora) == 7 * len(speech_lm.lm.layers)
-    assert all(name.startswith("model.language_model.") for name in with_lora)
