@@ -234,11 +234,6 @@ def glm_asr_nano_folder(path, seed=0, width=32):
         "model_type": "llama",
         "head_dim": 12,
         "vocab_size": len(tokenizer),
-        "rms_norm_eps": 1e-5,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-        "initializer_range": 0.2,
-        "eos_token_id": [256, 257],
-        "pad_token_id": None,
     }
     config = transformers.GlmAsrConfig(
         audio_config=tiny_config(width=width)["audio_config"],

@@ -3,8 +3,8 @@
 import re
 
 import pytest
-from conftest import byte_tokenizer, qwen3_asr_folder, tiny_model
-from runs import lines_of, run_on_cpu, write_lines, write_stage
+from conftest import byte_tokenizer, tiny_model
+from runs import run_on_cpu, write_stage
 
 import data
 import model as m
@@ -46,21 +46,13 @@ def test_a_model_is_its_own_teacher_and_differs_from_another(stage, capsys):
 
 
 def test_what_does_not_fit_is_an_error(stage, tmp_path, monkeypatch):
+    """Another vocabulary; rows that are shifted by one."""
     other = byte_tokenizer()
     other.add_tokens([f"word{n}" for n in range(50)])
     tiny_model(tokenizer=other).save_pretrained(tmp_path / "other")
-    qwen3_asr_folder(tmp_path / "qwen")
-    lines = [{**line, "language": None} for line in lines_of(stage / "m.jsonl")]
-    manifest = write_lines(tmp_path / "open.jsonl", lines)
-    cases = {
-        "one tokenizer": [tmp_path / "other", stage / "teacher"],
-        "give --language": [tmp_path / "qwen", tmp_path / "qwen"],
-        "no clip of at most 0.1 s": [stage / "student", stage / "teacher", "--max-seconds", 0.1],
-    }
-    for reason, argv in cases.items():
-        with pytest.raises(data.InputError, match=reason):
-            look(manifest, "--models", *argv)
+    with pytest.raises(data.InputError, match="one tokenizer"):
+        look(stage / "m.jsonl", "--models", tmp_path / "other", stage / "teacher")
     forward = m.SpeechLM.forward
     monkeypatch.setattr(m.SpeechLM, "forward", lambda *args, **flags: forward(*args, **flags).roll(1, 0))
     with pytest.raises(data.InputError, match="misaligned"):
-        look(manifest, "--models", stage / "student", stage / "teacher")
+        look(stage / "m.jsonl", "--models", stage / "student", stage / "teacher")

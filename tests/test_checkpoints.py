@@ -56,7 +56,7 @@ def assert_stock_logits(ours, stock, processor, wave, code, ids):
 # ---- Qwen3-ASR: ours is stock ------------------------------------------------------------------------------
 
 
-def test_qwen3_asr_prompts_features_and_audio_tokens_are_the_processors(qwen):
+def test_qwen3_asr_prompts_and_audio_tokens_are_the_processors(qwen):
     _, processor, speech_lm = qwen
     front_end = speech_lm.front_end
     known = {50: 7, 99: 13, 100: 13, 101: 14, 108: 14, 109: 15, 200: 26, 3000: 390}
@@ -67,17 +67,6 @@ def test_qwen3_asr_prompts_features_and_audio_tokens_are_the_processors(qwen):
     for code in data.LANGUAGES:
         ids = request(processor, noise(0.5), code)["input_ids"][0].tolist()
         assert front_end.prompt(7, code) == ids, code
-
-    batch = batch_of(speech_lm, LENGTHS_S, CODES)
-    for b, (seconds, code) in enumerate(zip(LENGTHS_S, CODES)):
-        inputs = request(processor, noise(seconds, seed=b), code)
-        n = int(batch.mel_lens[b])
-        S = inputs["input_ids"].shape[1]
-        assert batch.prompt_ids[b, -S:].tolist() == inputs["input_ids"][0].tolist()
-        assert batch.prompt_mask[b].tolist() == [False] * (batch.prompt_mask.shape[1] - S) + [True] * S
-        assert n == int(inputs["input_features_mask"].sum())
-        assert_close(batch.mel[b, :, :n], inputs["input_features"][0, :, :n], rtol=0, atol=1e-4)
-        assert batch.mel[b, :, n:].abs().sum() == 0
     assert len(speech_lm.forbidden) == len(processor.tokenizer) + 7  # rows without a token are forbidden too
     assert (~speech_lm.forbidden).nonzero()[:, 0].tolist() == [*range(256), front_end.stop_id]
 
@@ -96,15 +85,12 @@ def test_qwen3_asr_logits_of_a_mixed_batch_equal_stock_clip_by_clip(qwen):
     assert torch.pdist(firsts).min() > 1e-2 * firsts.abs().max()  # else the wrong audio would not be noticed
 
 
-@pytest.mark.parametrize("letters", [None, "abcde"])
-def test_qwen3_asr_greedy_sample_equals_stock_generate(qwen, letters):
-    """Over all text ids, and over five letters and the stop token, where rollouts stop by themselves."""
+def test_qwen3_asr_greedy_sample_equals_stock_generate(qwen):
+    """Over five letters and the stop token, where some rollouts stop by themselves."""
     stock, processor, speech_lm = qwen
     stop = speech_lm.front_end.stop_id
-    forbidden = speech_lm.forbidden
-    if letters:
-        forbidden = torch.ones_like(forbidden)
-        forbidden[[*speech_lm.front_end.encode_text(letters), stop]] = False
+    forbidden = torch.ones_like(speech_lm.forbidden)
+    forbidden[[*speech_lm.front_end.encode_text("abcde"), stop]] = False
     flags = {"eos_token_id": stop, "suppress_tokens": forbidden.nonzero()[:, 0].tolist()}
     lengths = [0.3, 1.01, 2.6, 0.7, 5.0]
     rollout = speech_lm.sample(batch_of(speech_lm, lengths, ["en"] * 5), 16, forbidden=forbidden)
@@ -116,28 +102,21 @@ def test_qwen3_asr_greedy_sample_equals_stock_generate(qwen, letters):
         assert rollout.ids[b][rollout.row_mask()[b]].tolist() == ids
         assert rollout.stopped[b] == (ids[-1] == stop)
         written.add(tuple(ids))
-    assert len(written) > 1 and bool(rollout.stopped.any()) == bool(letters)
+    assert len(written) > 1 and rollout.stopped.any()
 
 
 @pytest.mark.slow
 def test_qwen3_asr_with_the_released_ids(tmp_path):
-    """The real tokenizer and 151,936 rows: ids, prompt, logits, forbidden ids."""
+    """The real tokenizer and 151,936 rows: ids, prompt, forbidden ids."""
     tokenizer = qwen3_tokenizer(QWEN3_ASR_TOKENS)
-    folder = qwen3_asr_folder(tmp_path / "Qwen3-ASR-0.6B-hf", tokenizer, hidden=16, rows=151_936)
-    stock, processor, speech_lm = load_both(folder)
-    wave = noise(0.99)
-    batch = batch_of(speech_lm, [0.99], ["zh"])
+    speech_lm = m.SpeechLM.from_pretrained(qwen3_asr_folder(tmp_path, tokenizer, hidden=16, rows=151_936))
     head = [151644, 8948, 198, 151645, 198, 151644, 872, 198, 151669]
     tail = [151670, 151645, 198, 151644, 77091, 198, 11528, 8453, 151704]
-    assert batch.prompt_ids[0].tolist() == head + 13 * [151676] + tail
+    assert speech_lm.front_end.prompt(13, "zh") == head + 13 * [151676] + tail
     assert (~speech_lm.forbidden).nonzero()[:, 0].tolist() == [*range(151643), 151645]
     text = "今天 is <asr_text> 25 °C <|im_end|>"
-    targets = speech_lm.front_end.transcripts([text])
-    *ids, stop = targets.ids[0].tolist()
+    *ids, stop = speech_lm.front_end.transcripts([text]).ids[0].tolist()
     assert stop == 151645 and max(ids) < 151643 and speech_lm.front_end.decode(ids) == text
-    with torch.no_grad():
-        logits = speech_lm.head(speech_lm(batch, targets))
-    assert_stock_logits(logits, stock, processor, wave, "zh", [*ids, stop])
 
 
 def test_qwen3_asr_saved_folder_is_stock(qwen, tmp_path):
@@ -167,13 +146,6 @@ def test_language_of_the_manifest_then_of_a_deciding_script_then_the_default(qwe
             assert ids[mask].tolist() == speech_lm.front_end.prompt(7, code)
     all_named = batch_of(speech_lm, [0.5], ["de"])
     assert speech_lm.with_script_languages(all_named, ["今天"]) is all_named
-
-
-def test_our_prompts_name_no_language():
-    speech_lm = tiny_model()
-    plain = batch_of(speech_lm, [0.5, 1.1])
-    assert torch.equal(plain.prompt_ids, batch_of(speech_lm, [0.5, 1.1], ["zh", "is"]).prompt_ids)
-    assert speech_lm.with_script_languages(plain, ["今天", ""]) is plain
 
 
 def test_check_languages_names_line_and_flag(qwen):

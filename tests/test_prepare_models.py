@@ -137,10 +137,13 @@ def ark_embeddings(w, mel, n_heads=2):
 
 
 def test_ark_computes_what_the_release_does(tmp_path):
-    released = ark_folder(tmp_path / "ark", rms_norm_eps=1e-5, max_position_embeddings=777)
+    """Of three files and a backup, with a head of its own; and tied, in bf16."""
+    weights = ark_tensors()
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + 1
+    released = ark_folder(tmp_path / "ark", weights, 3, rms_norm_eps=1e-5, max_position_embeddings=777)
+    safetensors.torch.save_file(ark_tensors(seed=1), released / "old.safetensors")
     convert(released, tmp_path / "new")
     speech_lm = assert_stock_loads(tmp_path / "new")
-    weights = weights_of(released)
     batch = batch_of(speech_lm, [0.31, 3.0])
     with torch.no_grad():
         embeds = speech_lm.encode(batch).split(batch.audio_lens.tolist())
@@ -149,48 +152,19 @@ def test_ark_computes_what_the_release_does(tmp_path):
         assert (embeds[b] - expected).abs().max() < 1e-5 * expected.abs().max()
     for name, tensor in speech_lm.lm.state_dict().items():
         assert torch.equal(tensor, weights[f"model.{name}"]), name
+    assert torch.equal(speech_lm.head.weight, weights["lm_head.weight"])
     text = speech_lm.config.text_config
     assert (text.rms_norm_eps, text.max_position_embeddings) == (1e-5, 777)
     assert text.rope_parameters["rope_theta"] == 1e6
     assert "auto_map" not in (tmp_path / "new/config.json").read_text()
 
-
-def test_ark_files_of_every_kind_give_the_same_model(tmp_path):
-    """lm_head stored or not, or its own; one file or three, with a backup; the data type is kept."""
-    tensors = ark_tensors()
-    embeddings = tensors["model.embed_tokens.weight"]
-    kinds = {
-        "one": (tensors, 1),
-        "shards": (tensors, 3),
-        "half": ({name: tensor.bfloat16() for name, tensor in tensors.items()}, 1),
-        "head": ({**tensors, "lm_head.weight": embeddings.clone()}, 1),
-        "own head": ({**tensors, "lm_head.weight": embeddings + 1}, 1),
-    }
-    states = {}
-    for name, (kind, shards) in kinds.items():
-        released = ark_folder(tmp_path / name, kind, shards)
-        safetensors.torch.save_file(ark_tensors(seed=1), released / "old.safetensors")
-        convert(released, tmp_path / f"{name}-new")
-        states[name] = weights_of(tmp_path / f"{name}-new")
-    assert torch.equal(states["own head"].pop("lm_head.weight"), embeddings + 1)
-    for name, state in states.items():
-        dtype = torch.bfloat16 if name == "half" else torch.float32
-        assert state.keys() == states["one"].keys()
-        assert all(torch.equal(state[key], states["one"][key].to(dtype)) for key in state), name
-
-
-def test_ark_refuses_what_does_not_fit(tmp_path):
-    tensors = ark_tensors()
-    del tensors["audio_encoder.whisper.layers.1.fc1.bias"]
-    cases = {
-        "layers.1.mlp.fc1.bias": ark_folder(tmp_path / "missing", tensors),
-        "merge_factor 2": ark_folder(tmp_path / "merge", merge_factor=2),
-        "no whisper_config": glm_asr_nano_folder(tmp_path / "nano"),
-    }
-    for reason, released in cases.items():
-        with pytest.raises((data.InputError, RuntimeError), match=reason):
-            convert(released, tmp_path / "new")
-    assert not list(tmp_path.glob("new*"))
+    half = {name: tensor.bfloat16() for name, tensor in ark_tensors().items()}  # without lm_head
+    convert(ark_folder(tmp_path / "half", half), tmp_path / "half-new")
+    state = weights_of(tmp_path / "half-new")
+    assert torch.equal(state["model.language_model.norm.weight"], half["model.norm.weight"])
+    assert {tensor.dtype for tensor in state.values()} == {torch.bfloat16} and "lm_head.weight" not in state
+    with pytest.raises(data.InputError, match="merge_factor 2"):
+        convert(ark_folder(tmp_path / "merge", merge_factor=2), tmp_path / "no")
 
 
 # ---- prepare.student ---------------------------------------------------------------------------------------
@@ -261,7 +235,7 @@ def test_student_refuses_what_does_not_fit(tmp_path):
     cases = {
         "model_type is 'qwen3'": ["--encoder", lm, "--lm", lm],
         "holed: weights are missing, such as model.norm.weight": ["--encoder", nano, "--lm", holed],
-        "lm exists": ["--encoder", nano, "--lm", lm, "--out", lm],
+        "holed exists": ["--encoder", nano, "--lm", lm, "--out", holed],
     }
     for reason, argv in cases.items():
         with pytest.raises(data.InputError, match=reason):
