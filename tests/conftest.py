@@ -1,7 +1,5 @@
-"""Tiny random models of the real classes, published folder layouts with tiny weights, a throw-away byte-level
-tokenizer, and the `slow` mark."""
+"""Tiny random models of the real classes, their folders, a tokenizer of bytes, and the mark `slow`."""
 
-import json
 import os
 import pathlib
 import sys
@@ -16,7 +14,8 @@ import transformers
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from model import SpeechLM  # noqa: E402
+import data  # noqa: E402
+import model as m  # noqa: E402
 from prepare.student import glm_asr_config  # noqa: E402
 
 DATA = pathlib.Path(os.environ.get("ASR_OPD_DATA", ROOT.parent / "shared" / "data"))
@@ -89,12 +88,11 @@ def tiny_model(seed=0, tokenizer=None, **sizes):
     """A `SpeechLM` with random weights, in eval mode."""
     tokenizer = tokenizer or byte_tokenizer()
     config = tiny_config(**sizes)
-    text_sizes = config["text_config"]
-    text_class = transformers.CONFIG_MAPPING[text_sizes.pop("model_type")]
-    text = text_class(**text_sizes, vocab_size=len(tokenizer))
+    text = config["text_config"]
+    text = transformers.CONFIG_MAPPING[text.pop("model_type")](**text, vocab_size=len(tokenizer))
+    config = glm_asr_config(config["audio_config"], text, tokenizer, config["tie_word_embeddings"])
     torch.manual_seed(seed)
-    tied = config["tie_word_embeddings"]
-    return SpeechLM(glm_asr_config(config["audio_config"], text, tokenizer, tied), tokenizer).eval()
+    return m.SpeechLM(config, tokenizer).eval()
 
 
 def noise(seconds, seed=0):
@@ -103,7 +101,19 @@ def noise(seconds, seed=0):
     return torch.from_numpy(0.1 * white * np.abs(np.sin(np.arange(len(white)) / (900 + 100 * seed)))).float()
 
 
-# ---- weights on disk ---------------------------------------------------------------------------------------
+def batch_of(speech_lm, lengths_s, languages=None, default_language=None):
+    """The Batch of as many clips, each of other noise."""
+    waveforms = [noise(seconds, seed=i) for i, seconds in enumerate(lengths_s)]
+    languages = languages or [None] * len(waveforms)
+    return data.collate(waveforms, speech_lm.front_end, languages, default_language)
+
+
+# ---- folders -----------------------------------------------------------------------------------------------
+
+
+def change_json(path, **fields):
+    """Replaces or adds fields of a JSON file."""
+    data.write_json(str(path), {**data.read_json(path), **fields})
 
 
 def write_weights(folder, tensors, shards=1):
@@ -115,14 +125,14 @@ def write_weights(folder, tensors, shards=1):
     weight_map = {name: files[i % shards] for i, name in enumerate(sorted(tensors))}
     for file in files:
         part = {name: tensors[name].contiguous() for name in weight_map if weight_map[name] == file}
+        (folder / file).unlink(missing_ok=True)  # `tensors` may be a view of it
         safetensors.torch.save_file(part, folder / file, metadata={"format": "pt"})
     if shards > 1:
-        total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        index = {"metadata": {}, "weight_map": weight_map}
+        data.write_json(str(folder / "model.safetensors.index.json"), index)
 
 
-# ---- Qwen3-ASR and Qwen3 -----------------------------------------------------------------------------------
+# ---- Qwen3-ASR and GLM-ASR-Nano ----------------------------------------------------------------------------
 
 QWEN3_ASR_TOKENS = [
     *"<|audio_start|> <|audio_end|> <tts_pad> <tts_text_bos> <tts_text_eod> <tts_text_bos_single>".split(),
@@ -215,34 +225,6 @@ def qwen3_asr_folder(path, tokenizer=None, seed=0, hidden=32, width=32, rows=Non
     return path
 
 
-def qwen3_lm_folder(path, tokenizer=None, seed=0, hidden=32, rows=None, tied=True):
-    """A stock Qwen3ForCausalLM folder like Qwen/Qwen3-0.6B.
-
-    Rows beyond the tokenizer are zero, as unused ones nearly are.
-    """
-    tokenizer = tokenizer or byte_tokenizer(specials=QWEN_SPECIALS)
-    torch.manual_seed(seed)
-    config = qwen3_text_config(tokenizer, hidden, rows or len(tokenizer) + 16, 0.2, tied)
-    stock = transformers.Qwen3ForCausalLM(config)
-    with torch.no_grad():
-        for matrix in (stock.model.embed_tokens.weight, stock.lm_head.weight):
-            matrix[len(tokenizer) :] = 0
-    stock.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
-
-
-def thinker_folder(path, name="Qwen3-ASR-1.7B"):
-    """The layout of the original Qwen3-ASR repositories: everything under "thinker"."""
-    names = ("audio_tower.conv_out", "audio_tower.proj1", "model.layers.0.self_attn.q_proj", "lm_head")
-    write_weights(path / name, {f"thinker.{key}.weight": torch.ones(4, 4) for key in names})
-    thinker = {"model_type": "qwen3_asr_thinker", "audio_config": {"d_model": 1024}}
-    config = {"model_type": "qwen3_asr", "thinker_config": thinker}
-    (path / name / "config.json").write_text(json.dumps(config))
-    byte_tokenizer(specials=[*QWEN_SPECIALS, *QWEN3_ASR_TOKENS]).save_pretrained(path / name)
-    return path / name
-
-
 def glm_asr_nano_folder(path, seed=0, width=32):
     """A stock GlmAsr folder over a Llama LM, like zai-org/GLM-ASR-Nano-2512: an encoder to take over."""
     specials = "<|endoftext|> <|user|> <|assistant|> <|begin_of_audio|> <|end_of_audio|> <|pad|>".split()
@@ -252,11 +234,6 @@ def glm_asr_nano_folder(path, seed=0, width=32):
         "model_type": "llama",
         "head_dim": 12,
         "vocab_size": len(tokenizer),
-        "rms_norm_eps": 1e-5,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-        "initializer_range": 0.2,
-        "eos_token_id": [256, 257],
-        "pad_token_id": None,
     }
     config = transformers.GlmAsrConfig(
         audio_config=tiny_config(width=width)["audio_config"],
@@ -266,96 +243,4 @@ def glm_asr_nano_folder(path, seed=0, width=32):
     torch.manual_seed(seed)
     transformers.GlmAsrForConditionalGeneration(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
-    return path
-
-
-# ---- the released ARK-ASR ----------------------------------------------------------------------------------
-
-
-def ark_tensors(rows, seed=0):
-    """Random weights under the names of the released ARK-ASR-0.6B: {key: float32 tensor}."""
-    generator = torch.Generator().manual_seed(seed)
-    spread, width, hidden = 0.2, 32, 32
-    tensors = {}
-
-    def add(name, *shape, bias=True):
-        """A weight of that shape, around 1 where it is a norm's, and a bias of as many rows."""
-        center = 1 if len(shape) == 1 else 0
-        tensors[f"{name}.weight"] = center + spread * torch.randn(shape, generator=generator)
-        if bias:
-            tensors[f"{name}.bias"] = spread * torch.randn(shape[0], generator=generator)
-
-    add("audio_encoder.whisper.conv1", width, 128, 3)
-    add("audio_encoder.whisper.conv2", width, width, 3)
-    add("audio_encoder.whisper.embed_positions", 1500, width, bias=False)
-    add("audio_encoder.layer_norm", width)
-    add("audio_encoder.adapting.0", 2 * hidden, 4 * width)
-    add("audio_encoder.adapting.2", hidden, 2 * hidden)
-    add("model.embed_tokens", rows, hidden, bias=False)
-    add("model.norm", hidden, bias=False)
-    for n in (0, 1):
-        layer = f"audio_encoder.whisper.layers.{n}"
-        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            add(f"{layer}.self_attn.{name}", width, width, bias=name != "k_proj")
-        add(f"{layer}.self_attn_layer_norm", width)
-        add(f"{layer}.final_layer_norm", width)
-        add(f"{layer}.fc1", 4 * width, width)
-        add(f"{layer}.fc2", width, 4 * width)
-        layer = f"model.layers.{n}"
-        add(f"{layer}.self_attn.q_proj", hidden, hidden)
-        add(f"{layer}.self_attn.k_proj", hidden // 2, hidden)
-        add(f"{layer}.self_attn.v_proj", hidden // 2, hidden)
-        add(f"{layer}.self_attn.o_proj", hidden, hidden, bias=False)
-        add(f"{layer}.input_layernorm", hidden, bias=False)
-        add(f"{layer}.post_attention_layernorm", hidden, bias=False)
-        add(f"{layer}.mlp.gate_proj", 64, hidden, bias=False)
-        add(f"{layer}.mlp.up_proj", 64, hidden, bias=False)
-        add(f"{layer}.mlp.down_proj", hidden, 64, bias=False)
-    return tensors
-
-
-def ark_folder(path, tensors=None, shards=1, **config):
-    """A folder in the layout of the released ARK-ASR-0.6B, without project code.
-
-    Flat Qwen2 config with whisper_config, its own key names, remote code named in auto_map.
-    `config` overrides fields.
-    """
-    path = pathlib.Path(path)
-    tokenizer = byte_tokenizer()
-    tokenizer.save_pretrained(path)
-    end, stop, audio = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>", "<|audio|>"])
-    rows = len(tokenizer) + 5
-    write_weights(path, tensors or ark_tensors(rows), shards)
-    whisper = {
-        "model_type": "whisper",
-        "d_model": 32,
-        "encoder_layers": 2,
-        "encoder_attention_heads": 2,
-        "encoder_ffn_dim": 128,
-        "num_mel_bins": 128,
-    }
-    remote_code = {
-        "AutoConfig": "configuration_arkasr.ArkasrConfig",
-        "AutoModelForCausalLM": "modeling_arkasr.ArkasrForConditionalGeneration",
-    }
-    whole = {
-        **qwen_text_sizes(),
-        "architectures": ["ArkasrForConditionalGeneration"],
-        "model_type": "arkasr",
-        "auto_map": remote_code,
-        "vocab_size": rows,
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1000000.0,
-        "tie_word_embeddings": True,
-        "bos_token_id": end,
-        "eos_token_id": stop,
-        "pad_token_id": end,
-        "audio_token_id": audio,
-        "merge_factor": 4,
-        "torch_dtype": "bfloat16",
-        "whisper_config": whisper,
-        **config,
-    }
-    (path / "config.json").write_text(json.dumps(whole))
     return path

@@ -3,22 +3,26 @@
 import json
 
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 import transformers
 from conftest import (
-    ark_folder,
-    ark_tensors,
+    QWEN_SPECIALS,
+    batch_of,
     byte_tokenizer,
+    change_json,
     glm_asr_nano_folder,
-    noise,
-    qwen3_lm_folder,
+    qwen3_text_config,
+    qwen_text_sizes,
     tiny_config,
+    tiny_model,
+    write_weights,
 )
-from safetensors.torch import load_file
+from runs import weights_of
 
-from data import InputError, collate
-from model import SpeechLM
+import data
+import model as m
 from prepare import ark, student
 
 
@@ -28,6 +32,74 @@ def convert(released, out):
 
 def make_student(out, *argv):
     student.main(student.parse_args(["--out", str(out), *[str(arg) for arg in argv]]))
+
+
+def assert_stock_loads(folder):
+    """Stock transformers finds the same weights in a folder as we do. → our model"""
+    speech_lm = m.SpeechLM.from_pretrained(folder).eval()
+    load = transformers.GlmAsrForConditionalGeneration.from_pretrained
+    net, info = load(folder, dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    stock = net.state_dict()
+    assert stock.keys() == speech_lm.state_dict().keys()
+    assert all(torch.equal(tensor, stock[name]) for name, tensor in speech_lm.state_dict().items())
+    return speech_lm
+
+
+# ---- prepare.ark -------------------------------------------------------------------------------------------
+
+RELEASED = {  # parts of our names → those of the released ARK-ASR-0.6B, in this order
+    "model.audio_tower.norm.": "audio_encoder.layer_norm.",
+    "model.audio_tower.": "audio_encoder.whisper.",
+    "model.multi_modal_projector.linear_1.": "audio_encoder.adapting.0.",
+    "model.multi_modal_projector.linear_2.": "audio_encoder.adapting.2.",
+    "model.language_model.": "model.",
+}
+RELEASED_LAYER = {  # of a layer of the encoder
+    ".self_attn.o_proj.": ".self_attn.out_proj.",
+    ".input_layernorm.": ".self_attn_layer_norm.",
+    ".post_attention_layernorm.": ".final_layer_norm.",
+    ".mlp.": ".",
+}
+
+
+def ark_tensors(seed=0):
+    """Random weights under the names of the release, without lm_head: {key: float32 tensor}."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {"audio_encoder.whisper.embed_positions.weight": torch.ones(1500, 32)}
+    for name, ours in tiny_model().named_parameters():
+        for old, new in {**RELEASED, **(RELEASED_LAYER if "audio_tower" in name else {})}.items():
+            name = name.replace(old, new)
+        is_scale = ours.ndim == 1 and name.endswith("weight")
+        tensors[name] = is_scale + 0.2 * torch.randn(ours.shape, generator=generator)
+    return tensors
+
+
+def ark_folder(path, tensors=None, shards=1, **fields):
+    """A folder like the release's, without project code: a flat Qwen2 config with whisper_config."""
+    write_weights(path, tensors or ark_tensors(), shards)
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(path)
+    whisper = {
+        "d_model": 32,
+        "encoder_layers": 2,
+        "encoder_attention_heads": 2,
+        "encoder_ffn_dim": 128,
+        "num_mel_bins": 128,
+    }
+    config = {
+        **qwen_text_sizes(),
+        "model_type": "arkasr",
+        "auto_map": {"AutoConfig": "configuration_arkasr.ArkasrConfig"},
+        "vocab_size": len(tokenizer),
+        "rope_theta": 1000000.0,
+        "tie_word_embeddings": True,
+        "merge_factor": 4,
+        "whisper_config": whisper,
+        **fields,
+    }
+    (path / "config.json").write_text(json.dumps(config))
+    return path
 
 
 def rotate_pairs(x):
@@ -64,94 +136,79 @@ def ark_embeddings(w, mel, n_heads=2):
     return linear("audio_encoder.adapting.2", F.gelu(linear("audio_encoder.adapting.0", merged)))
 
 
-def assert_stock_loads(folder):
-    """Stock transformers finds the same weights in a folder as we do. → our model"""
-    model = SpeechLM.from_pretrained(folder).eval()
-    load = transformers.GlmAsrForConditionalGeneration.from_pretrained
-    net, info = load(folder, dtype=torch.float32, output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"]
-    stock = net.state_dict()
-    assert stock.keys() == model.state_dict().keys()
-    assert all(torch.equal(tensor, stock[name]) for name, tensor in model.state_dict().items())
-    return model
-
-
 def test_ark_computes_what_the_release_does(tmp_path):
-    released = ark_folder(tmp_path / "ark", rms_norm_eps=1e-5, max_position_embeddings=777)
+    """Of three files and a backup, with a head of its own; and tied, in bf16."""
+    weights = ark_tensors()
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + 1
+    released = ark_folder(tmp_path / "ark", weights, 3, rms_norm_eps=1e-5, max_position_embeddings=777)
+    safetensors.torch.save_file(ark_tensors(seed=1), released / "old.safetensors")
     convert(released, tmp_path / "new")
-    model = assert_stock_loads(tmp_path / "new")
-    weights = load_file(released / "model.safetensors")
-    batch = collate([noise(0.31), noise(3.0, seed=1)], model.front_end, ["en", "en"])
+    speech_lm = assert_stock_loads(tmp_path / "new")
+    batch = batch_of(speech_lm, [0.31, 3.0])
     with torch.no_grad():
-        embeds = model.encode(batch).split(batch.audio_lens.tolist())
+        embeds = speech_lm.encode(batch).split(batch.audio_lens.tolist())
     for b in (0, 1):
         expected = ark_embeddings(weights, batch.mel[b, :, : batch.mel_lens[b]])[: len(embeds[b])]
         assert (embeds[b] - expected).abs().max() < 1e-5 * expected.abs().max()
-    for name, tensor in model.lm.state_dict().items():
+    for name, tensor in speech_lm.lm.state_dict().items():
         assert torch.equal(tensor, weights[f"model.{name}"]), name
-    text = model.config.text_config
+    assert torch.equal(speech_lm.head.weight, weights["lm_head.weight"])
+    text = speech_lm.config.text_config
     assert (text.rms_norm_eps, text.max_position_embeddings) == (1e-5, 777)
     assert text.rope_parameters["rope_theta"] == 1e6
     assert "auto_map" not in (tmp_path / "new/config.json").read_text()
 
-
-def test_ark_files_of_every_kind_give_the_same_model(tmp_path):
-    """lm_head stored or not, one file or three; the data type is kept."""
-    tensors = ark_tensors(len(byte_tokenizer()) + 5)
-    half = {name: tensor.bfloat16() for name, tensor in tensors.items()}
-    head = {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
-    kinds = {"one": (tensors, 1), "shards": (tensors, 3), "head": (head, 1), "half": (half, 1)}
-    states = {}
-    for name, (kind, shards) in kinds.items():
-        convert(ark_folder(tmp_path / name, kind, shards), tmp_path / f"{name}-new")
-        states[name] = load_file(tmp_path / f"{name}-new/model.safetensors")
-    assert {tensor.dtype for tensor in states["half"].values()} == {torch.bfloat16}
-    for name, tensor in states["one"].items():
-        assert torch.equal(states["shards"][name], tensor) and torch.equal(states["head"][name], tensor)
-        assert torch.equal(states["half"][name], tensor.bfloat16())
+    half = {name: tensor.bfloat16() for name, tensor in ark_tensors().items()}  # without lm_head
+    convert(ark_folder(tmp_path / "half", half), tmp_path / "half-new")
+    state = weights_of(tmp_path / "half-new")
+    assert torch.equal(state["model.language_model.norm.weight"], half["model.norm.weight"])
+    assert {tensor.dtype for tensor in state.values()} == {torch.bfloat16} and "lm_head.weight" not in state
+    with pytest.raises(data.InputError, match="merge_factor 2"):
+        convert(ark_folder(tmp_path / "merge", merge_factor=2), tmp_path / "no")
 
 
-def test_ark_refuses_what_does_not_fit(tmp_path):
-    tensors = ark_tensors(len(byte_tokenizer()) + 5)
-    missing = {name: tensor for name, tensor in tensors.items() if "layers.1.fc1.bias" not in name}
-    unknown = {**tensors, "audio_encoder.whisper.conv3.bias": torch.ones(3)}
-    misshapen = {**tensors, "audio_encoder.adapting.0.weight": torch.ones(64, 96)}
-    cases = {
-        "fc1.bias": ark_folder(tmp_path / "missing", missing),
-        "conv3": ark_folder(tmp_path / "unknown", unknown),
-        "linear_1.weight": ark_folder(tmp_path / "misshapen", misshapen),
-        "merge_factor 2": ark_folder(tmp_path / "merge", merge_factor=2),
-        "no whisper_config": qwen3_lm_folder(tmp_path / "lm"),
-    }
-    for reason, released in cases.items():
-        with pytest.raises(InputError, match=reason):
-            convert(released, tmp_path / "new")
-    assert not list(tmp_path.glob("new*"))
+# ---- prepare.student ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rows, tied", [(None, True), (259, True), (None, False)])
-def test_student_from_parts(rows, tied, tmp_path):
-    """An LM with spare rows, one with a row for each token, one with an untied head."""
+def qwen3_lm_folder(path, n_spare=16, tied=True):
+    """A stock Qwen3ForCausalLM folder like Qwen/Qwen3-0.6B, with spare rows near zero; its flag says tied."""
+    tokenizer = byte_tokenizer(specials=QWEN_SPECIALS)
+    torch.manual_seed(0)
+    config = qwen3_text_config(tokenizer, 32, len(tokenizer) + n_spare, 0.2, tied)
+    stock = transformers.Qwen3ForCausalLM(config)
+    with torch.no_grad():
+        for matrix in (stock.model.embed_tokens.weight, stock.lm_head.weight):
+            matrix[len(tokenizer) :] = 0
+    stock.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    change_json(path / "config.json", tie_word_embeddings=True)
+    return path
+
+
+@pytest.mark.parametrize("n_spare, tied", [(16, True), (0, True), (16, False), (2, False)])
+def test_student_from_parts(n_spare, tied, tmp_path):
+    """An LM with spare rows for the new tokens or without, and one with a head of its own."""
     encoder = glm_asr_nano_folder(tmp_path / "nano")
-    lm = qwen3_lm_folder(tmp_path / "lm", rows=rows, tied=tied)
+    lm = qwen3_lm_folder(tmp_path / "lm", n_spare, tied)
     make_student(tmp_path / "new", "--encoder", encoder, "--lm", lm)
-    model = assert_stock_loads(tmp_path / "new")
-    donor = transformers.GlmAsrForConditionalGeneration.from_pretrained(encoder, dtype=torch.float32)
-    for name, tensor in donor.model.audio_tower.state_dict().items():
-        assert torch.equal(model.encoder.state_dict()[name], tensor), name
-    weights = load_file(lm / "model.safetensors")
-    for name, tensor in model.lm.state_dict().items():
+    speech_lm = assert_stock_loads(tmp_path / "new")
+    donor = weights_of(encoder)
+    for name, tensor in speech_lm.encoder.state_dict().items():
+        assert torch.equal(tensor, donor[f"audio_tower.{name}"]), name  # its older names
+    weights = weights_of(lm)
+    for name, tensor in speech_lm.lm.state_dict().items():
         assert name == "embed_tokens.weight" or torch.equal(tensor, weights[f"model.{name}"]), name
 
     embeddings = weights["model.embed_tokens.weight"]
     head = weights.get("lm_head.weight", embeddings)
-    for matrix, old in ((model.lm.embed_tokens.weight, embeddings), (model.head.weight, head)):
+    for matrix, old in ((speech_lm.lm.embed_tokens.weight, embeddings), (speech_lm.head.weight, head)):
         new = matrix[259:264].detach()
         assert torch.equal(matrix[:259], old[:259]) and torch.pdist(new).min() > 0.1
         assert 0.5 < (new - old[:259].mean(dim=0)).std() / old[:259].std() < 1.5
-    assert (model.head.weight is model.lm.embed_tokens.weight) == tied
-    assert len(model.front_end.tokenizer) == 264
-    assert model.config.text_config.rope_parameters["rope_theta"] == 1e6
+        assert len(matrix) == max(264, 259 + n_spare)
+    assert (speech_lm.head.weight is speech_lm.lm.embed_tokens.weight) == tied
+    assert len(speech_lm.front_end.tokenizer) == 264
+    assert speech_lm.config.text_config.rope_parameters["rope_theta"] == 1e6
 
 
 def test_student_from_config_is_a_function_of_the_seed(tmp_path):
@@ -166,24 +223,23 @@ def test_student_from_config_is_a_function_of_the_seed(tmp_path):
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
     assert not torch.equal(states[0]["lm_head.weight"], states[2]["lm_head.weight"])
     assert states[0]["lm_head.weight"].shape == (263, 64)
-    text = json.loads((tmp_path / "0/config.json").read_text())["text_config"]
+    text = data.read_json(tmp_path / "0/config.json")["text_config"]
     assert (text["hidden_act"], text["rms_norm_eps"], text["eos_token_id"]) == ("silu", 1e-6, 257)
 
 
-@pytest.mark.slow
 def test_student_refuses_what_does_not_fit(tmp_path):
-    nano, lm = glm_asr_nano_folder(tmp_path / "nano"), qwen3_lm_folder(tmp_path / "lm")
-    (tmp_path / "c.json").write_text("{}")
+    nano = glm_asr_nano_folder(tmp_path / "nano")
+    lm = qwen3_lm_folder(tmp_path / "lm")
+    holed = qwen3_lm_folder(tmp_path / "holed")
+    write_weights(holed, {name: x for name, x in weights_of(lm).items() if name != "model.norm.weight"})
     cases = {
         "model_type is 'qwen3'": ["--encoder", lm, "--lm", lm],
-        "python -m prepare.ark": ["--encoder", ark_folder(tmp_path / "ark"), "--lm", lm],
-        "nano is no AutoModelForCausalLM": ["--encoder", nano, "--lm", nano],
-        "nowhere is no model folder": ["--encoder", nano, "--lm", tmp_path / "nowhere"],
-        "'text_config'": ["--config", tmp_path / "c.json", "--tokenizer", lm],
-        "found lm": ["--lm", lm],
-        "lm exists": ["--encoder", nano, "--lm", lm, "--out", lm],
+        "holed: weights are missing, such as model.norm.weight": ["--encoder", nano, "--lm", holed],
+        "holed exists": ["--encoder", nano, "--lm", lm, "--out", holed],
     }
     for reason, argv in cases.items():
-        with pytest.raises(InputError, match=reason):
+        with pytest.raises(data.InputError, match=reason):
             make_student(tmp_path / "new", *argv)
+    with pytest.raises(SystemExit):
+        make_student(tmp_path / "new", "--lm", lm)
     assert not list(tmp_path.glob("new*"))
