@@ -381,6 +381,9 @@ REFUSED = {  # what is done to a folder of ours, and what the one line says
     "name ends in -hf, such as Qwen/Qwen3-ASR-1.7B-hf": {"model_type": "qwen3_asr", "thinker_config": {}},
     "model and tokenizer differ: audio token 5": {"audio_token_id": 5},
     "model_type is 'llama'; the LM is Qwen2 or Qwen3": glm_asr_nano_folder,
+    "m has no tokenizer.json; copy it from the folder": lambda folder: (folder / "tokenizer.json").unlink(),
+    "m is a run without a finished model; give one of its": {"script": "opd.py"},
+    "m holds LoRA's matrices alone": lambda folder: (folder / "adapter_config.json").write_text("{}"),
     "no token(s) <|user|> <|begin_of_audio|> <|audio|> ": (
         lambda folder: byte_tokenizer(specials=QWEN_SPECIALS).save_pretrained(folder)
     ),
@@ -396,6 +399,13 @@ def test_what_is_no_model_of_ours_is_one_line(tmp_path, reason):
     else:
         change(folder)
     assert reason in error_of(folder)
+
+
+def test_the_folder_of_a_run_means_the_model_in_it(tmp_path):
+    speech_lm = tiny_model()
+    speech_lm.save_pretrained(tmp_path / "step-3" / "model")
+    again = m.SpeechLM.from_pretrained(tmp_path / "step-3")
+    assert_same_tensors(again.state_dict(), speech_lm.state_dict())
 
 
 def test_hub_names_are_looked_up_in_the_cache(tmp_path, monkeypatch):
