@@ -16,7 +16,9 @@ Order: encoder and adapter, the LM, prompts and token ids, the speech-LM, sampli
 vocabularies and self-check, LoRA, optimizer and checkpoints.
 """
 
+import contextlib
 import dataclasses
+import errno
 import glob
 import math
 import os
@@ -28,6 +30,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -1422,12 +1425,8 @@ def save_checkpoint(out, step, model, trained, optimizer, keep):
     """
     check_replicas(trained)
     if data.rank_and_world()[0] == 0:
-        final = os.path.join(out, f"step-{step}")
-        partial = final + ".partial"
         for leftover in glob.glob(os.path.join(glob.escape(out), "step-*.partial")):
             shutil.rmtree(leftover)
-        model.save_pretrained(os.path.join(partial, "model"))
-        save_lora(model, os.path.join(partial, "lora"))
         state = {"step": torch.tensor(step), "updates": torch.tensor(0)}
         in_folder = {name for name in model.state_dict() if ".lora_" not in name}
         for name, parameter in trained.items():
@@ -1438,8 +1437,10 @@ def save_checkpoint(out, step, model, trained, optimizer, keep):
                 state[f"exp_avg_sq.{name}"] = moments["exp_avg_sq"].cpu()
             if name not in in_folder:
                 state[f"weight.{name}"] = parameter.detach().cpu()
-        save_file(state, os.path.join(partial, "state.safetensors"))
-        publish(partial, final)
+        with complete_or_absent(os.path.join(out, f"step-{step}")) as folder:
+            model.save_pretrained(os.path.join(folder, "model"))
+            save_lora(model, os.path.join(folder, "lora"))
+            save_file(state, os.path.join(folder, "state.safetensors"))
         for folder in list(data.complete_steps(out).values())[:-keep]:
             shutil.rmtree(folder)
     data.barrier()
@@ -1486,21 +1487,30 @@ def save_model(out, model):
     if data.rank_and_world()[0] == 0:
         save_lora(model, os.path.join(out, "lora"))
         final = os.path.join(out, "model")
-        for folder in (final, final + ".partial"):
-            shutil.rmtree(folder, ignore_errors=True)
-        model.save_pretrained(final + ".partial")
-        publish(final + ".partial", final)
+        shutil.rmtree(final, ignore_errors=True)
+        with complete_or_absent(final) as folder:
+            model.save_pretrained(folder)
     data.barrier()
 
 
-def publish(partial, final):
-    """Gives a written folder its name once all of it has reached the disk, so that no failure leaves half."""
-    for folder, _, names in os.walk(partial):
-        for name in names:
-            flush(os.path.join(folder, name))
-        flush(folder)
+@contextlib.contextmanager
+def complete_or_absent(final):
+    """A folder to write in, which gets its name once all of it has reached the disk; removed on failure."""
+    partial = final + ".partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    os.makedirs(partial)
+    try:
+        yield partial
+        for folder, _, names in os.walk(partial):
+            for path in (*(os.path.join(folder, name) for name in names), folder):
+                flush(path)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, SafetensorError):  # such as a full disk; it names no path
+            raise OSError(errno.EIO, str(error), final) from error
+        raise
     os.rename(partial, final)
-    flush(os.path.dirname(final))
+    flush(os.path.dirname(os.path.abspath(final)))
 
 
 def flush(path):

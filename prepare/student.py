@@ -10,7 +10,6 @@ config.json. Control tokens of the prompt that the tokenizer lacks are added to 
 
 import copy
 import os
-import shutil
 
 import torch
 import transformers
@@ -157,10 +156,8 @@ def refuse_existing(out):
 
 def save(speech_lm, out):
     """Writes a model folder, which gets its name when it is complete."""
-    partial = out.rstrip("/") + ".partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    speech_lm.save_pretrained(partial)
-    os.replace(partial, out)
+    with model.complete_or_absent(out.rstrip("/")) as folder:
+        speech_lm.save_pretrained(folder)
     n_parameters = sum(parameter.numel() for parameter in speech_lm.parameters())
     print(f"{out}: {n_parameters / 1e6:.1f} million parameters, {len(speech_lm.front_end.tokenizer)} tokens")
 
