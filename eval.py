@@ -4,20 +4,18 @@
     torchrun --nproc_per_node=8 eval.py --model DIR --data test.jsonl --out runs/x    # clips split over ranks
     python eval.py --model DIR --data clip.flac                                       # prints the transcript
     python eval.py --score runs/x/*.jsonl --normalizer paper                          # rescores, no model
-    python eval.py --compare runs/x runs/y                                            # paired, file by file
+    python eval.py --compare runs/x runs/y                                            # two folders or files
 
 --model writes OUT/<stem>.jsonl, which has the manifest's fields with hyp, stopped and error counts, and
-OUT/summary.json. A hypothesis that the length cap cut has "stopped": false. A clip that cannot be decoded has
-"error" in place of hyp, is counted as failed, and makes the exit status 1. A result file is a manifest, so
-`sft.py --text-field hyp` learns from it. Intervals come from leaving out one cluster of clips at a time: one
-speaker, or one recording (--cluster). docs/scores.md defines every figure.
-
-Decoding takes about its real-time factor (RTF in the table) times the audio; scoring takes seconds.
+OUT/summary.json. A clip that cannot be decoded has "error" in place of hyp, is counted as failed, and makes
+the exit status 1. Intervals come from leaving out one speaker, or one recording, at a time. docs/scores.md
+defines every figure. Decoding takes the real-time factor (RTF in the table) times the audio.
 """
 
+import collections
 import dataclasses
-import functools
 import importlib.metadata
+import json
 import os
 import pathlib
 import re
@@ -28,6 +26,7 @@ import zlib
 
 import jiwer
 import numpy as np
+import opencc
 import scipy.special
 from tqdm import tqdm
 from whisper_normalizer.english import EnglishTextNormalizer
@@ -55,26 +54,22 @@ def parse_args(argv=None):
     # task
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--model", help="student or teacher, folder or hub name: decode and score --data")
-    task.add_argument("--score", nargs="+", metavar="FILE", help="score result files again, without a model")
+    task.add_argument(
+        "--score", nargs="+", metavar="FILE", default=[], help="score result files again, without a model"
+    )
     task.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two result files, or folders of them")
     add("--data", nargs="+", default=[], help="manifests (.jsonl) or audio files, with --model")
     add("--out", help="new folder for result files and summary.json; without it results are only printed")
     add("--json", metavar="FILE", help="store the figures that are printed")
-
     # decoding
     seconds = data.at_least(0.01)
+    count = data.at_least(1, int)
     add("--language", help="language in the prompt of clips whose line names none (scores are by the line)")
     add("--no-context", action="store_true", help="prompts do not give a line's context")
     add("--batch-seconds", type=seconds, default=DECODING["batch_seconds"], help="audio decoded at once")
     add("--max-seconds", type=seconds, default=30.0, help="longest clip accepted; longer is an error")
-    add(
-        "--max-new-tokens",
-        type=data.at_least(1, int),
-        default=DECODING["max_new_tokens"],
-        help="cap on a text",
-    )
+    add("--max-new-tokens", type=count, default=DECODING["max_new_tokens"], help="cap on a text")
     add("--tokens-per-second", type=data.at_least(0), default=DECODING["tokens_per_second"], help="0 = off")
-
     # scoring
     add("--normalizer", choices=["default", "paper"], default="default", help="by language, or the paper's")
     add("--simplify", action="store_true", help="score traditional Chinese as simplified, both sides")
@@ -83,34 +78,33 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if bool(args.model) != bool(args.data):
         parser.error("--model and --data go together")
-    if (args.language or args.no_context) and not args.model:
-        parser.error("--language and --no-context are for decoding, with --model")
-    if args.compare and args.out:
-        parser.error("--out is for --model and --score; a comparison is stored by --json")
+    if (args.out or args.language or args.no_context) and not args.model:
+        parser.error("--out, --language and --no-context are for decoding, with --model")
     return args
 
 
 def main(args):
     rank, world, device = data.setup_distributed()
-    if args.out:
-        data.check_out(args.out)
-    if args.json and not os.path.isdir(os.path.dirname(os.path.abspath(args.json))):
-        raise data.InputError(f"--json {args.json}: no such folder; make it first")
-    scoring = {"style": args.normalizer, "simplify": args.simplify, "cluster": args.cluster}
+    style = {"style": args.normalizer, "simplify": args.simplify}
+    if args.compare:
+        comparison = compare_folders(*args.compare, **style, cluster=args.cluster)
+        print_comparison(comparison)
+        if args.json:
+            data.write_json(args.json, comparison)
+        return
 
+    summaries = {}
     if args.model:
-        summaries = decode_and_score(args, scoring, world, device)
-    elif rank == 0 and args.score:
-        summaries = score_files(args, scoring)
-    elif rank == 0:
-        compare_results(args, scoring)
-    if rank > 0 or args.compare:
+        summaries = decode_and_score(args, {**style, "cluster": args.cluster}, world, device)
+    for stem, path in by_stem(args.score).items():
+        results = read_results(path, args.cluster)
+        clusters = [result["cluster"] for result in results]
+        summaries[stem] = summarize(score(results, **style), clusters, **style)
+    if rank > 0:
         return  # also where a clip failed: torchrun would stop rank 0 before it has printed
 
     if args.score or args.out or any(summary["scored"] for summary in summaries.values()):
         print_summaries(summaries)
-    if args.model and args.out:
-        print(f"{world} process(es) on {device.type}; results in {args.out}", flush=True)
     if args.json:
         data.write_json(args.json, summaries)
     n_failed = sum(summary["failed"] for summary in summaries.values())
@@ -121,6 +115,8 @@ def main(args):
 
 def decode_and_score(args, scoring, world, device):
     """--model: decodes and scores --data on all ranks. → {stem: summary}."""
+    if args.out:
+        data.check_out(args.out)
     sets = read_sets(args.data, args.max_seconds)
     for clips in sets.values():
         clusters_of(clips, args.cluster)  # a line without its key shows before the model is loaded
@@ -141,35 +137,15 @@ def decode_and_score(args, scoring, world, device):
     return evaluate(speech_lm, sets, device, decoding, args.out, scoring=scoring, strict=False)
 
 
-def score_files(args, scoring):
-    """--score: scores result files again. → {stem: summary}."""
-    summaries = {}
-    for path in args.score:
+def by_stem(paths):
+    """{stem: path}. Results go by the stem, so two paths with the same one are an InputError."""
+    stems = {}
+    for path in paths:
         stem = pathlib.Path(path).stem
-        if stem in summaries:
-            raise data.InputError(f"--score: two files have the stem {stem!r}; score them one by one")
-        results = score(read_results(path, args.cluster), args.normalizer, args.simplify)
-        clusters = [result["cluster"] for result in results]
-        summaries[stem] = summarize(results, clusters, args.normalizer, args.simplify)
-    if args.out:
-        os.makedirs(args.out, exist_ok=True)
-        data.write_json(os.path.join(args.out, "summary.json"), summaries)
-    return summaries
-
-
-def compare_results(args, scoring):
-    """--compare: prints the comparison of two result files, or of the files of two folders."""
-    path_a, path_b = args.compare
-    if os.path.isdir(path_a) != os.path.isdir(path_b):
-        raise data.InputError(f"--compare: of {path_a} and {path_b} one is a folder; give two of a kind")
-    if os.path.isdir(path_a):
-        figures = compare_folders(path_a, path_b, **scoring)
-        print_comparison(figures)
-    else:
-        figures = pair_figures(count_set([path_a, path_b], **scoring))
-        print_comparison({"sets": {pathlib.Path(path_a).stem: figures}})
-    if args.json:
-        data.write_json(args.json, figures)
+        if stem in stems:
+            raise data.InputError(f"{stems[stem]} and {path} have the same name; rename one")
+        stems[stem] = path
+    return stems
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -178,22 +154,17 @@ def compare_results(args, scoring):
 
 
 def read_sets(paths, max_seconds):
-    """{stem: [Clip]} of manifests (.jsonl, .json) or audio files.
-
-    Raises InputError where two paths have one stem, and for a clip over max_seconds.
-    """
+    """{stem: [Clip]} of manifests or audio files. Raises InputError for a clip over max_seconds."""
     sets = {}
-    for path in paths:
-        stem = pathlib.Path(path).stem
-        if stem in sets:
-            raise data.InputError(f"two data sets, and so their results, have the name {stem!r}; rename one")
+    for stem, path in by_stem(paths).items():
         is_manifest = path.endswith((".jsonl", ".json"))
         sets[stem] = data.read_manifest(path) if is_manifest else [data.clip_from_file(path)]
         for clip in sets[stem]:
             if clip.duration > max_seconds:
-                too_long = f"{clip.duration:.1f} s, over --max-seconds {max_seconds:g}"
-                remedy = "split the clip (docs/data.md, Long recordings), or raise it"
-                raise data.InputError(f"{clip.where}: {too_long}; {remedy}")
+                too_long = f"{clip.duration:.1f} s, over --max-seconds {max_seconds:g}; split the clip"
+                raise data.InputError(
+                    f"{clip.where}: {too_long} (docs/data.md, Long recordings), or raise it"
+                )
     return sets
 
 
@@ -209,10 +180,9 @@ def languages_of(sets):
 def evaluate(speech_lm, sets, device, decoding, out=None, *, scoring=None, strict=True):
     """Decodes and scores `sets` {stem: [Clip]} on all ranks. → {stem: summary}, see `summarize`.
 
-    decoding: some of the keys of DECODING. scoring: some of style, simplify (`normalize`) and cluster
-    (`clusters_of`). Rank 0 writes out/<stem>.jsonl and out/summary.json. Without `out`, the transcripts of a
-    set that has no text to compare with are printed. Where a clip cannot be decoded, strict raises
-    InputError. Otherwise its result line has "error", and it is counted and printed on stderr.
+    decoding: some of the keys of DECODING. scoring: some of style, simplify and cluster. Rank 0 writes
+    out/<stem>.jsonl and out/summary.json, or without `out` prints the transcripts of sets without texts. With
+    `strict`, a clip that cannot be decoded is an InputError.
     """
     rank, _ = data.rank_and_world()
     scoring = dict(scoring or {})
@@ -224,21 +194,20 @@ def evaluate(speech_lm, sets, device, decoding, out=None, *, scoring=None, stric
         answers = transcribe(speech_lm, clips, device, decoding, stem)
         seconds = time.perf_counter() - start
 
-        results = [result_line(clip, answer, out) for clip, answer in zip(clips, answers)]
-        failed = [result for result in results if "error" in result]
-        if failed and strict:
-            raise data.InputError(failed[0]["error"])
-        results = score(results, **scoring)
-        summaries[stem] = summarize(results, clusters[stem], **scoring, seconds=seconds)
-
+        errors = [answer["error"] for answer in answers if "error" in answer]
+        if errors and strict:
+            raise data.InputError(errors[0])
+        results = score(result_lines(clips, answers, out), **scoring)
         if rank == 0 and out:
             os.makedirs(out, exist_ok=True)
-            data.add_lines(os.path.join(out, f"{stem}.jsonl"), results, mode="w")
-        elif rank == 0 and summaries[stem]["scored"] == 0:
-            print_transcripts(results, named=len(sets) > 1 or len(results) > 1)
+            results = write_lines(results, os.path.join(out, f"{stem}.jsonl"))
+        summaries[stem] = summarize(results, clusters[stem], **scoring, seconds=seconds)
+
+        if rank == 0 and not out and summaries[stem]["scored"] == 0:
+            print_transcripts(clips, answers)
         if rank == 0:
-            for result in failed:
-                print(f"eval.py: not decoded: {result['error']}", file=sys.stderr, flush=True)
+            for error in errors:
+                print(f"eval.py: not decoded: {error}", file=sys.stderr, flush=True)
     if rank == 0 and out:
         data.write_json(os.path.join(out, "summary.json"), summaries)
     return summaries
@@ -247,8 +216,8 @@ def evaluate(speech_lm, sets, device, decoding, out=None, *, scoring=None, stric
 def transcribe(speech_lm, clips, device, decoding, label):
     """Greedy transcripts: each rank decodes its share, and every rank gets all of them.
 
-    decoding: some of the keys of DECODING. → a dict for each clip, in the order of `clips`: {hyp, stopped},
-    or {error} where it cannot be decoded. Batches hold clips of like length, the longest first.
+    → {hyp, stopped} for each of `clips`, in their order, or {error} where it cannot be decoded. Batches hold
+    clips of like length, the longest first. decoding: some of the keys of DECODING.
     """
     decoding = {**DECODING, **decoding}
     assert decoding.keys() == DECODING.keys(), f"decoding takes the keys {', '.join(DECODING)}"
@@ -277,29 +246,36 @@ def transcribe(speech_lm, clips, device, decoding, label):
         for i, hyp, stopped in zip(decoded, hyps, rollout.stopped.tolist()):
             answers[i] = {"hyp": hyp, "stopped": stopped}
 
-    everywhere = {}
-    for share in data.gather(answers):
-        everywhere.update(share)
+    everywhere = collections.ChainMap(*data.gather(answers))
     return [everywhere[i] for i in range(len(clips))]
 
 
-def result_line(clip, answer, out):
-    """The manifest's fields and the answer. Paths are relative to `out`, which makes the file a manifest."""
-    fields = {key: value for key, value in clip.fields.items() if key not in RESULT_KEYS}
-    if out:
-        fields["audio"] = os.path.relpath(os.path.realpath(clip.audio), os.path.realpath(out))
-    return {**fields, **answer}
+def result_lines(clips, answers, out):
+    """Yields the manifest's fields with each answer. Paths are relative to `out`: the file is a manifest."""
+    folder = os.path.realpath(out) if out else None
+    for clip, answer in zip(clips, answers, strict=True):
+        fields = {key: value for key, value in clip.fields.items() if key not in RESULT_KEYS}
+        if out:
+            fields["audio"] = os.path.relpath(os.path.realpath(clip.audio), folder)
+        yield {**fields, **answer}
 
 
-def print_transcripts(results, named):
-    """Prints hypotheses on stdout, with their files where `named`; those that the cap cut also on stderr."""
-    for result in results:
-        if "error" in result:
-            continue
-        print(f"{result['audio']}\t{result['hyp']}" if named else result["hyp"], flush=True)
-        if not result["stopped"]:
-            cut = "cut by --max-new-tokens or --tokens-per-second"
-            print(f"eval.py: {cut}: {result['audio']}", file=sys.stderr, flush=True)
+def write_lines(results, path):
+    """Passes result lines on, and writes each on its way to a file, so that they are never all in memory."""
+    with open(path, "w", encoding="utf-8") as file:
+        for result in results:
+            file.write(json.dumps(result, ensure_ascii=False) + "\n")
+            yield result
+
+
+def print_transcripts(clips, answers):
+    """Prints file and hypothesis on stdout, a tab between them, and on stderr those that the cap cut."""
+    for clip, answer in zip(clips, answers):
+        if "hyp" in answer:
+            print(clip.fields["audio"], answer["hyp"], sep="\t", flush=True)
+            if not answer["stopped"]:
+                cut = "cut by --max-new-tokens or --tokens-per-second"
+                print(f"eval.py: {cut}: {clip.fields['audio']}", file=sys.stderr, flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -310,11 +286,15 @@ def print_transcripts(results, named):
 CHARACTER_LANGUAGES = ("zh", "yue", "ja", "ko", "th", "lo", "my", "km", "bo")
 CHINESE = ("zh", "yue")
 DOTTED_I_LANGUAGES = ("tr", "az")
-
 APOSTROPHES = str.maketrans(dict.fromkeys("’‘ʼʻ`´′", "'"))
 VARIATION = re.compile("[\ufe00-\ufe0f\U000e0100-\U000e01ef]")  # selectors of a character's glyph
 
+# hk2s leaves Taiwan's forms. The mainland has 著 too (著名), and its 幺 (the digit one) is Taiwan's 么: such
+# pairs become one character, because this is for comparing and not for reading.
+TAIWAN_FORMS = str.maketrans("著簷痺睪幺", "着檐痹睾么")
+
 english = EnglishTextNormalizer()
+hk2s = opencc.OpenCC("hk2s")
 
 
 def normalize(text, language, style="default", simplify=False):
@@ -323,13 +303,8 @@ def normalize(text, language, style="default", simplify=False):
     Format characters, variation selectors and enclosing marks go first, whatever the style. Then
 
     - default, English: NFKC, then Whisper's English normaliser;
-    - default, others: NFKC, lower case, punctuation and symbols as blanks;
+    - default, others and None: NFKC, lower case, punctuation and symbols as blanks;
     - paper: lower case, punctuation and symbols deleted.
-
-    language: code, or None for a text of unknown language, which is treated as one of the others.
-    In English every sign that is typed for an apostrophe is one. In Turkish and Azeri, I is the capital of ı
-    and İ that of i. Characters are taken without blanks, Latin words in Chinese text letter by letter.
-    Traditional Chinese stays as it is unless `simplify`.
     """
     if language == "en":
         text = text.translate(APOSTROPHES)  # before NFKC, which makes a blank and an accent of ´
@@ -341,49 +316,22 @@ def normalize(text, language, style="default", simplify=False):
             return english(text).split()
 
     if language in DOTTED_I_LANGUAGES:
-        text = text.replace("İ", "i").replace("I", "ı")
-    text = without_punctuation(text.lower(), " " if style == "default" else "")
+        text = text.replace("İ", "i").replace("I", "ı")  # I is the capital of ı
+    characters = []
+    for c in text.lower():
+        category = unicodedata.category(c)
+        if category[0] in "PS":
+            c = " " if style == "default" else ""
+        elif category in ("Zs", "Zl", "Zp", "Cc"):
+            c = " "
+        characters.append(c)
+    text = "".join(characters)
     if language not in CHARACTER_LANGUAGES:
         return text.split()
     text = text.replace(" ", "")
     if simplify and language in CHINESE:
-        text = simplified(text)
+        text = hk2s.convert(text).translate(TAIWAN_FORMS).replace("甚么", "什么")  # 甚麼: Hong Kong's 什么
     return list(text)
-
-
-def without_punctuation(text, replacement):
-    """Punctuation and symbols become `replacement`, white space and control characters blanks."""
-    characters = []
-    for c in text:
-        category = unicodedata.category(c)
-        if category[0] in "PS":
-            characters.append(replacement)
-        elif category in ("Zs", "Zl", "Zp", "Cc"):
-            characters.append(" ")
-        else:
-            characters.append(c)
-    return "".join(characters)
-
-
-@functools.cache
-def simplifier():
-    import opencc  # read for --simplify only
-
-    return opencc.OpenCC("hk2s")
-
-
-# Taiwan's forms, which hk2s leaves, as the mainland's. The mainland has 著 too (著名), and what is 幺 there
-# (yāo, the digit one) is 么 in Taiwan, which is 麼 there: such pairs become one character, on both sides.
-TAIWAN_FORMS = str.maketrans("著簷痺睪幺", "着檐痹睾么")
-
-
-def simplified(text):
-    """Simplified characters for traditional ones, with the forms of Hong Kong (衞) and Taiwan (走著).
-
-    It is for comparing, not for reading: 著 is 着 everywhere (著名 → 着名). Words stay, such as 軟體 beside
-    软件, except for 甚麼, which is how Hong Kong spells 什么.
-    """
-    return simplifier().convert(text).translate(TAIWAN_FORMS).replace("甚么", "什么")
 
 
 def normalizer_name(language, style="default", simplify=False):
@@ -412,14 +360,11 @@ def language_of(fields):
 
 
 def count_errors(reference, hypothesis, language, style="default", simplify=False):
-    """{errors, units, substitutions, deletions, insertions} of one clip, counted by jiwer.
-
-    Where the reference has no unit, every unit of the hypothesis is an insertion.
-    """
+    """{errors, units, substitutions, deletions, insertions} of one clip, counted by jiwer."""
     reference_units = normalize(reference, language, style, simplify)
     hypothesis_units = normalize(hypothesis, language, style, simplify)
     counts = {"substitutions": 0, "deletions": 0, "insertions": len(hypothesis_units)}
-    if reference_units:  # jiwer refuses an empty reference
+    if reference_units:  # jiwer refuses an empty reference, where every unit of the hypothesis is inserted
         alignment = jiwer.process_words(" ".join(reference_units), " ".join(hypothesis_units))
         counts = {name: getattr(alignment, name) for name in counts}
     n_errors = sum(counts.values())
@@ -433,74 +378,67 @@ def looping(text):
 
 
 def score(results, style="default", simplify=False):
-    """Result lines with error counts where a line has a text and a hypothesis. Old counts go."""
-    scored = []
+    """Yields result lines with error counts where a line has a text and a hypothesis. Old counts go."""
     for result in results:
         fields = {key: value for key, value in result.items() if key not in COUNTS}
-        text = fields.get("text")
-        hyp = fields.get("hyp")
-        if isinstance(text, str) and isinstance(hyp, str) and "error" not in fields:
-            fields.update(count_errors(text, hyp, language_of(fields), style, simplify))
-        scored.append(fields)
-    return scored
+        if fields.get("text") is not None and "error" not in fields:
+            language = language_of(fields)
+            fields.update(count_errors(fields["text"], fields["hyp"], language, style, simplify))
+        yield fields
 
 
 def metric_name(languages):
     """WER, CER, or MER where some lines are scored by word and some by character."""
-    by_character = {language in CHARACTER_LANGUAGES for language in languages}
-    if len(by_character) == 2:
-        return "MER"
-    return "CER" if by_character == {True} else "WER"
+    metrics = {"CER" if language in CHARACTER_LANGUAGES else "WER" for language in languages}
+    return "MER" if len(metrics) > 1 else min(metrics, default="WER")
 
 
 def summarize(results, clusters, style="default", simplify=False, seconds=None):
     """Figures of one set from its scored result lines and the cluster of each line (`clusters_of`).
 
-    value is 100 × Σ errors / Σ units; low, high are its 95 % interval. Lines without text are decoded only.
-    seconds: of decoding; rtf is seconds / seconds of audio. docs/scores.md has all keys. What is not defined
-    is None.
+    seconds: of decoding, for the real-time factor. docs/scores.md defines all keys.
     """
-    decoded = [result for result in results if "error" not in result]
-    languages = []
-    scored_clusters = []
-    rows = []
+    tally = collections.Counter()
+    languages = set()
+    sums = {}  # cluster → its sums of COUNTS
     for result, cluster in zip(results, clusters, strict=True):
+        tally["n"] += 1
+        if "error" in result:
+            tally["failed"] += 1
+            continue
+        tally["empty"] += not result["hyp"]
+        tally["looping"] += looping(result["hyp"])
+        tally["capped"] += not result["stopped"]
+        tally["audio_s"] += result["duration"]
         if "errors" in result:
-            languages.append(language_of(result))
-            scored_clusters.append(cluster)
-            rows.append([result[key] for key in COUNTS])
-    counts = np.array(rows, dtype=int).reshape(-1, len(COUNTS))
+            tally["scored"] += 1
+            languages.add(language_of(result))
+            sums[cluster] = sums.get(cluster, 0) + np.array([result[key] for key in COUNTS])
+
+    counts = np.array(list(sums.values()), dtype=int).reshape(-1, len(COUNTS))  # (G, 5)
     total = dict(zip(COUNTS, counts.sum(axis=0).tolist()))
-    interval = estimate(cluster_table([scored_clusters], [counts[:, :2]]), rate)  # of errors and units
+    interval = estimate(counts[:, None, :2], rate)  # of errors and units
     names = {normalizer_name(language, style, simplify) for language in languages}
-    audio_s = sum(result["duration"] for result in decoded)
     return {
         "metric": metric_name(languages),
         "value": 100 * total["errors"] / total["units"] if total["units"] else None,
         "low": number_or_none(interval.low),
         "high": number_or_none(interval.high),
         **total,
-        "n": len(results),
-        "scored": len(rows),
-        "failed": len(results) - len(decoded),
-        "empty": sum(not result["hyp"] for result in decoded),
-        "looping": sum(looping(result["hyp"]) for result in decoded),
-        "capped": sum(not result["stopped"] for result in decoded),
-        "no_language": languages.count(None),
-        "hours": audio_s / 3600,
+        **{key: tally[key] for key in ("n", "scored", "failed", "empty", "looping", "capped")},
+        "hours": tally["audio_s"] / 3600,
         "normalizer": ", ".join(sorted(names)),
-        "rtf": seconds / audio_s if seconds and audio_s else None,
-        **cluster_figures(scored_clusters),
+        "rtf": seconds / tally["audio_s"] if seconds and tally["audio_s"] else None,
+        **cluster_figures(sums),
     }
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Intervals: the jackknife over clusters
 #
-# Clips of one speaker are not independent, so what varies by chance is the cluster and not the clip. All
-# figures come from one table (..., G, S, C) of counts: G clusters, S sets, and C columns, which are the
-# errors of each result file and, last, the reference units. A statistic takes sums over clusters (..., S, C)
-# to a number (...), so it can be computed with all clusters and without each. docs/scores.md has the sources.
+# What varies by chance is the cluster, such as a speaker, and not the clip. Figures come from a table
+# (..., G, S, C) of counts: G clusters, S sets, and C columns, the errors of each result file and last the
+# reference units. A statistic takes sums over clusters (..., S, C) to a number (...).
 # ----------------------------------------------------------------------------------------------------------
 
 FEW_CLUSTERS = 12  # with fewer, intervals are rough
@@ -510,9 +448,8 @@ ROUNDING = 1e-9  # in % or in ln: a spread below it is the rounding of equal num
 def clusters_of(clips, key=None):
     """The clusters of clips, as a list of (key, value): clips of one cluster are not independent.
 
-    The key is `key`, or `speaker` if a line has one, else `recording`. Every line must have the key: an
-    InputError names the first without. Only a line without `recording` belongs to its audio file instead, or
-    to its part of a tar.
+    The key is `key`, or `speaker` if a line has one, else `recording`. An InputError names the first line
+    without it. Only a line without `recording` belongs to its audio file instead, or to its part of a tar.
     """
     if key is None:
         has_speaker = any(clip.fields.get("speaker") not in (None, "") for clip in clips)
@@ -537,10 +474,7 @@ def cluster_figures(clusters):
 
 
 def cluster_table(clusters, counts):
-    """The table (G, S, C) of S sets: sums over the clips of each cluster. A cluster may be in several sets.
-
-    clusters: a list of n names for each set. counts: an array (n, C) for each set.
-    """
+    """The table (G, S, C) of sums over the clips of each cluster, from n clusters and counts (n, C) a set."""
     rows = {}  # name → row
     for names in clusters:
         for name in names:
@@ -552,19 +486,13 @@ def cluster_table(clusters, counts):
     return table
 
 
-# Statistics: sums (..., S, C) → (...)
-
-
 def rate(sums):
     """Error rate in % of one file, of one set."""
     return 100 * sums[..., 0, 0] / sums[..., 0, 1]
 
 
 def log_errors(sums):
-    """Logarithms of the errors of each file, as a mean over sets: (..., S, C) → (..., C − 1).
-
-    All files have the same reference units, so these differ between files as the logarithms of rates do.
-    """
+    """Logarithms of the errors of each file, as a mean over sets: (..., S, C) → (..., C − 1)."""
     return np.log(sums[..., :-1]).mean(axis=-2)
 
 
@@ -591,16 +519,10 @@ class Estimate:
 
 
 def estimate(table, statistic):
-    """The `Estimate` of a statistic from a table (G, S, C), or of many tables, by t of G − 1."""
-    value, se = jackknife(table, statistic)
-    return t_estimate(value, se, table.shape[-3] - 1)
+    """The `Estimate` of a statistic by leaving out one cluster at a time, from one or many tables (G, S, C).
 
-
-def jackknife(table, statistic):
-    """A statistic and its standard error by leaving out one cluster at a time: (..., G, S, C) → (...), (...).
-
-    SE² = (G − 1)/G Σ_g (θ_(g) − θ)². Both are NaN where the statistic is not defined, with all clusters or
-    without one of them. One cluster gives a value only.
+    SE² = (G − 1)/G Σ_g (θ_(g) − θ)². One cluster gives a value only. Nothing is defined where the statistic
+    is not, with all clusters or without one.
     """
     n_clusters = table.shape[-3]
     total = table.sum(axis=-3)
@@ -610,11 +532,10 @@ def jackknife(table, statistic):
         deviations = statistic(left_out) - value[..., None]  # (..., G)
         se = np.sqrt((n_clusters - 1) / max(n_clusters, 1) * (deviations**2).sum(axis=-1))
     se = np.where(se < ROUNDING, 0.0, se)
-    if n_clusters < 2:
-        se = np.full_like(value, np.nan)
-        return np.where(np.isfinite(value), value, np.nan), se
-    is_defined = np.isfinite(se)
-    return np.where(is_defined, value, np.nan), np.where(is_defined, se, np.nan)
+    is_defined = np.isfinite(value) & (np.isfinite(se) | (n_clusters == 1))
+    value = np.where(is_defined, value, np.nan)[()]  # [()]: a float where it is one number
+    se = np.where(is_defined, se, np.nan)[()]
+    return t_estimate(value, se, n_clusters - 1)
 
 
 def t_estimate(value, se, df):
@@ -626,9 +547,8 @@ def t_estimate(value, se, df):
     with np.errstate(divide="ignore", invalid="ignore"):
         p = 2 * scipy.special.stdtr(df, -np.abs(value) / se)
     p_without_spread = np.where(np.abs(value) < ROUNDING, 1.0, np.nan)
-    p = np.where(se == 0, p_without_spread, p)
-    numbers = [value, se, value - half, value + half, p]
-    return Estimate(*(np.asarray(number)[()] for number in numbers))  # [()]: a float where it is one number
+    p = np.where(se == 0, p_without_spread, p)[()]
+    return Estimate(value, se, value - half, value + half, p)
 
 
 def number_or_none(number):
@@ -648,14 +568,12 @@ class CountedSet:
     metric: str
     clusters: list  # (n,) of (key, value)
     counts: np.ndarray  # (n, C): errors in each file, then reference units
-    n_left_out: int = 0  # clips that one of the files could not score
 
 
 def read_results(path, cluster=None):
-    """Lines of a result file, with `where`, `cluster`, and `key`, which makes two lines the same clip.
+    """Lines of a result file, with `where`, `cluster`, and `clip`: what two lines of one clip have in common.
 
-    cluster: see `clusters_of`. A line with a text has the `language` that it is scored in. Raises InputError
-    for a line with neither hypothesis nor error.
+    cluster: see `clusters_of`. Raises InputError for a line with neither hypothesis nor error.
     """
     clips = data.read_manifest(path)
     results = []
@@ -663,61 +581,48 @@ def read_results(path, cluster=None):
         fields = clip.fields
         if not isinstance(fields.get("hyp"), str) and "error" not in fields:
             raise data.InputError(f'{clip.where}: neither "hyp" nor "error"; give a result file of eval.py')
-        result = {"stopped": True, **fields, "where": clip.where, "cluster": name}
-        result["key"] = (os.path.realpath(clip.audio), *clip.key[1:])
-        if isinstance(fields.get("text"), str):
-            result["language"] = language_of(fields)
-        results.append(result)
+        language = language_of(fields) if clip.text is not None else None
+        same = (os.path.realpath(clip.audio), *clip.key[1:], clip.text, language, name)
+        results.append({"stopped": True, **fields, "where": clip.where, "cluster": name, "clip": same})
     return results
 
 
-def count_set(paths, style="default", simplify=False, cluster=None, strict=True):
+def count_set(paths, style="default", simplify=False, cluster=None):
     """The `CountedSet` of result files of the same clips, in whatever order their lines are.
 
-    Raises InputError where they do not hold the same clips with the same texts, each once. A clip that was
-    not decoded, or has no text, is an error too; with strict=False it is left out and counted.
+    Raises InputError where they do not hold the same clips with the same texts, each once. A clip that no
+    file has decoded, or that has no text, is left out; one that only some have decoded is an error.
     """
-    files = []  # {key: result} of each file
+    files = []  # {clip: result} of each file
     for path in paths:
-        by_key = {}
+        results = {}
         for result in score(read_results(path, cluster), style, simplify):
-            if result["key"] in by_key:
+            if result["clip"] in results:
                 raise data.InputError(f"{result['where']}: {result['audio']} is there twice")
-            by_key[result["key"]] = result
-        files.append(by_key)
-    first = files[0]
-    for other, path in zip(files[1:], paths[1:]):
-        check_same_clips(first, other, path)
-        check_same_clips(other, first, paths[0])
-
+            results[result["clip"]] = result
+        files.append(results)
     clusters = []
     languages = []
     rows = []
-    for key, result in first.items():
-        same_clip = [by_key[key] for by_key in files]
+    for clip, result in collections.ChainMap(*files).items():  # the clips of all files
+        same_clip = []
+        for results, path in zip(files, paths):
+            if clip not in results:
+                defect = f"is not in {path} with the same text, language and cluster"
+                raise data.InputError(f"{result['where']}: {result['audio']} {defect}")
+            same_clip.append(results[clip])
         unscored = [other for other in same_clip if "errors" not in other]
-        if unscored and strict:
-            defect = "was not decoded, or has no text"
-            raise data.InputError(f"{unscored[0]['where']}: {unscored[0]['audio']} {defect}")
-        if unscored:
+        if len(unscored) == len(files):
             continue
+        if unscored:
+            raise data.InputError(f"{unscored[0]['where']}: {unscored[0]['audio']} was not decoded")
         clusters.append(result["cluster"])
         languages.append(language_of(result))
         rows.append([*(other["errors"] for other in same_clip), result["units"]])
     counts = np.array(rows, dtype=float).reshape(-1, len(paths) + 1)
     if not counts[:, -1].any():
         raise data.InputError(f"{paths[0]}: no reference has a unit to compare")
-    return CountedSet(metric_name(languages), clusters, counts, len(first) - len(rows))
-
-
-def check_same_clips(results, others, others_path):
-    """Raises InputError for the first of `results` {key: result} that has no partner in another file."""
-    for key, result in results.items():
-        partner = others.get(key, {})
-        for name in ("key", "text", "language", "cluster"):
-            if partner.get(name) != result.get(name):
-                defect = "is not in" if name == "key" else f"has another {name} in"
-                raise data.InputError(f"{result['where']}: {result['audio']} {defect} {others_path}")
+    return CountedSet(metric_name(languages), clusters, counts)
 
 
 def result_stems(folder):
@@ -729,32 +634,32 @@ def result_stems(folder):
 
 
 def compare_folders(folder_a, folder_b, style="default", simplify=False, cluster=None, strict=True):
-    """Compares the result files of two folders, paired by name.
+    """Compares the result files of two folders, paired by name, or two result files.
 
-    → {"sets": {stem: `pair_figures`}, "macro"}. The macro is the primary figure of several sets: the mean of
-    relative changes over `stems`, the sets with two clusters or more, as `change_figures`. Raises InputError
-    where a file is in one folder only, or a pair cannot be compared (`count_set`). With strict=False such a
-    set is left out instead, as are clips that one side could not score; "left_out" has {stem: reason} then.
+    → {"sets": {stem: `pair_figures`}, "macro", "left_out"}. The macro is the primary figure of several sets,
+    `change_figures` of `stems`, those with two clusters or more. Raises InputError where a pair cannot be
+    compared (`count_set`). With strict=False it is left out instead: "left_out" is {stem: reason}.
     """
+    pairs = {}
+    if os.path.isdir(folder_a):
+        for stem in sorted({*result_stems(folder_a), *result_stems(folder_b)}):
+            pairs[stem] = [os.path.join(folder, f"{stem}.jsonl") for folder in (folder_a, folder_b)]
+    else:
+        pairs[pathlib.Path(folder_a).stem] = [folder_a, folder_b]
     counted = {}
     left_out = {}
-    for stem in sorted({*result_stems(folder_a), *result_stems(folder_b)}):
-        paths = [os.path.join(folder, f"{stem}.jsonl") for folder in (folder_a, folder_b)]
+    for stem, paths in pairs.items():
         try:
-            counted[stem] = count_set(paths, style, simplify, cluster, strict)
+            counted[stem] = count_set(paths, style, simplify, cluster)
         except data.InputError as error:
             if strict:
                 raise
             left_out[stem] = str(error)
-            continue
-        if counted[stem].n_left_out:
-            left_out[stem] = f"{counted[stem].n_left_out} clip(s) that one side could not score"
 
     sets = {stem: pair_figures(own) for stem, own in counted.items()}
     stems = [stem for stem in sets if sets[stem]["clusters"] > 1]
     macro = change_figures([counted[stem] for stem in stems]) if stems else {}
-    comparison = {"sets": sets, "macro": {"stems": stems, **macro}}
-    return comparison if strict else {**comparison, "left_out": left_out}
+    return {"sets": sets, "macro": {"stems": stems, **macro}, "left_out": left_out}
 
 
 def pair_figures(counted):
@@ -770,10 +675,9 @@ def pair_figures(counted):
 
 
 def change_figures(sets):
-    """The relative change of B against A over one or several `CountedSet`, None where it is not defined.
+    """The relative change 100 (e^L − 1) of B against A over one or several `CountedSet`, L as in `log_ratio`.
 
-    n clips; relative = 100 (e^L − 1) with relative_low, relative_high and p, where L is `log_ratio`, and a
-    cluster leaves all sets at once; `cluster_figures`.
+    A cluster leaves all sets at once. None where it is not defined.
     """
     clusters = [counted.clusters for counted in sets]
     change = estimate(cluster_table(clusters, [counted.counts for counted in sets]), log_ratio)
@@ -795,69 +699,66 @@ def change_figures(sets):
 def print_summaries(summaries):
     """Prints the summaries {stem: summary} as a table, their normalisers, and their clusters."""
     rows = []
-    for stem, s in summaries.items():
-        row = [stem, s["metric"], s["value"], interval_text(s["low"], s["high"])]
-        row += [s[key] for key in ("substitutions", "deletions", "insertions", "n")]
-        row.append(number_text(s["hours"], ".3f"))
-        row += [s[key] for key in ("empty", "looping", "capped", "failed")]
-        row.append(number_text(s["rtf"], ".4f"))
+    for stem, summary in summaries.items():
+        row = [
+            stem,
+            summary["metric"],
+            summary["value"],
+            interval_text(summary["low"], summary["high"]),
+            summary["substitutions"],
+            summary["deletions"],
+            summary["insertions"],
+            summary["n"],
+            summary["hours"],
+            summary["empty"],
+            summary["looping"],
+            summary["capped"],
+            summary["failed"],
+            number_text(summary["rtf"], ".4f"),
+        ]
         rows.append(row)
-    header = ["set", "metric", "%", "95 %", "S", "D", "I", "clips", "hours"]
-    print_table(rows, [*header, "empty", "loops", "capped", "failed", "RTF"])
-
+    header = "set,metric,%,95 %,S,D,I,clips,hours,empty,loops,capped,failed,RTF"
+    print_table(rows, header.split(","))
     names = {summary["normalizer"] or "none" for summary in summaries.values()}
     tqdm.write("normalizer: " + "; ".join(sorted(names)))
-    for stem, summary in summaries.items():
-        if summary["no_language"]:
-            reason = "neither a language nor a script that decides one"
-            tqdm.write(f"{stem}: {summary['no_language']} line(s) with {reason}, scored as plain words")
     print_clusters(summaries)
 
 
 def print_comparison(comparison, name_a="A", name_b="B"):
-    """Prints a comparison (`compare_folders`) as a table: both rates, the change, its 95 % interval and p.
-
-    With several sets the last row is the macro, the primary figure. Lines below say what was clustered, where
-    intervals are rough, and what was left out. name_a, name_b: what the two sides are called in the header.
-    """
+    """Prints a comparison (`compare_folders`) as a table; of several sets the last row is the macro."""
     sets = comparison["sets"]
+    stems = comparison["macro"]["stems"]
     figures = dict(sets)
-    macro = comparison.get("macro", {"stems": list(sets)})
-    if macro["stems"] and len(sets) > 1:
-        figures["macro"] = macro
+    if stems and len(sets) > 1:
+        figures["macro"] = comparison["macro"]
     rows = []
     for name, own in figures.items():
         interval = interval_text(own["relative_low"], own["relative_high"], "+.1f")
-        change = [number_text(own["relative"], "+.1f", " %"), interval, p_text(own["p"])]
+        change = [number_text(own["relative"], "+.1f"), interval, p_text(own["p"])]
         rows.append([name, own.get("metric"), own["n"], own.get("a"), own.get("b"), *change])
-    if rows:
-        print_table(rows, ["set", "metric", "clips", f"{name_a} %", f"{name_b} %", "change", "95 %", "p"])
-        print_clusters(figures)
-    one_cluster = [stem for stem in sets if stem not in macro["stems"]]
-    if one_cluster and len(sets) > 1:
-        tqdm.write(f"not in the macro, because they have one cluster: {', '.join(one_cluster)}")
-    for stem, reason in comparison.get("left_out", {}).items():
+    print_table(rows, ["set", "metric", "clips", f"{name_a} %", f"{name_b} %", "change %", "95 %", "p"])
+    print_clusters(figures)
+    one_cluster = [stem for stem in sets if stem not in stems]
+    if one_cluster:
+        tqdm.write(f"one cluster, so no interval and not in the macro: {', '.join(one_cluster)}")
+    for stem, reason in comparison["left_out"].items():
         tqdm.write(f"{stem}: left out: {reason}")
 
 
 def print_clusters(figures):
-    """Prints in a line how many clusters {name: figures} have, and warns where they are few."""
+    """Prints in a line how many clusters {name: figures} have, and which are few."""
     texts = []
-    few = []
     for name, own in figures.items():
         if own["clusters"]:
-            texts.append(f"{name} {own['clusters']} by {own['cluster_key']}")
-        if 0 < own["clusters"] < FEW_CLUSTERS:
-            few.append(name)
+            few = " (few, so intervals are rough)" if own["clusters"] < FEW_CLUSTERS else ""
+            texts.append(f"{name} {own['clusters']} by {own['cluster_key']}{few}")
     if texts:
         tqdm.write(f"clusters: {'; '.join(texts)}")
-    if few:
-        tqdm.write(f"fewer than {FEW_CLUSTERS} clusters, so intervals are rough: {', '.join(few)}")
 
 
-def number_text(number, form, unit=""):
-    """A number in a format, with its unit; a dash where it is not defined."""
-    return "–" if number is None or np.isnan(number) else f"{number:{form}}{unit}"
+def number_text(number, form):
+    """A number in a format; a dash where it is not defined."""
+    return "–" if number is None or np.isnan(number) else f"{number:{form}}"
 
 
 def interval_text(low, high, form=".2f"):
@@ -872,17 +773,17 @@ def print_table(rows, header):
     """Prints rows of cells: numbers with a fraction to two places, None and NaN as a dash."""
     table = [header]
     for row in rows:
-        table.append([cell_text(cell) for cell in row])
+        cells = []
+        for cell in row:
+            is_decimal = cell is None or isinstance(cell, float)
+            cells.append(number_text(cell, ".2f") if is_decimal else str(cell))
+        table.append(cells)
     widths = [max(map(len, column)) for column in zip(*table)]
     for first, *others in table:
         cells = [first.ljust(widths[0])]
         for cell, width in zip(others, widths[1:]):
             cells.append(cell.rjust(width))
         tqdm.write("  ".join(cells))  # not print: a progress bar may be on the screen
-
-
-def cell_text(cell):
-    return number_text(cell, ".2f") if cell is None or isinstance(cell, float) else str(cell)
 
 
 if __name__ == "__main__":

@@ -3,14 +3,10 @@
 import importlib.metadata
 import json
 import math
-import os
-import zlib
 
 import numpy as np
-import opencc
 import pytest
 import scipy.stats
-from conftest import DATA
 from coverage import simulate_pairs
 
 import eval as evaluation
@@ -142,58 +138,35 @@ def test_language_of():
         language_of({"text": "你好", "language": "cn"})
 
 
-@pytest.mark.skipif(
-    not (DATA / "aishell_sample").is_dir(), reason=f"no {DATA}/aishell_sample; set ASR_OPD_DATA"
-)
-def test_recorded_texts_in_other_forms_are_no_errors():
-    """Blanks, full stops, zero-width characters, another case, and the forms of Taiwan and Hong Kong."""
-    lines = (DATA / "aishell_sample" / "manifest.jsonl").read_text(encoding="utf-8").splitlines()
-    converters = [opencc.OpenCC(form) for form in ("s2t", "s2tw", "s2hk")]
-    for line in lines:
-        text = json.loads(line)["text"]
-        for converter in converters:
-            other = "，" + " ".join(converter.convert(text).upper()) + "\u200b。"
-            assert evaluation.normalize(other, "zh", simplify=True) == evaluation.normalize(
-                text, "zh", simplify=True
-            )
-
-
 # ----------------------------------------------------------------------------------------------------------
 # Errors
 # ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "language, reference, hypothesis, substitutions, deletions, insertions, units",
-    [
-        ("en", "The cat, sat!", "the  CAT sat.", 0, 0, 0, 3),  # both sides are normalised
-        ("en", "big cat sat on the mat today", "so big bat sat on mat today", 1, 1, 1, 7),
-        ("en", "", "hello there you", 0, 0, 3, 0),
-        ("en", "don't go", "don`t go", 0, 0, 0, 3),
-        ("zh", "今天，天气很好。", "今天 天汽 很好", 1, 0, 0, 6),
-        ("zh", "。", "好的" + FAMILY, 0, 0, 2, 0),
-        ("ko", "한국어 문장", "한국 문장", 0, 1, 0, 5),
-        (None, "guten Tag", "Guten Tag!", 0, 0, 0, 2),
-    ],
-)
-def test_count_errors_by_hand(language, reference, hypothesis, substitutions, deletions, insertions, units):
-    assert evaluation.count_errors(reference, hypothesis, language) == {
-        "errors": substitutions + deletions + insertions,
-        "units": units,
-        "substitutions": substitutions,
-        "deletions": deletions,
-        "insertions": insertions,
-    }
+ERRORS = [  # language, reference, hypothesis; substitutions, deletions, insertions, units
+    ("en", "The cat, sat!", "the  CAT sat.", (0, 0, 0, 3)),  # both sides are normalised
+    ("en", "big cat sat on the mat today", "so big bat sat on mat today", (1, 1, 1, 7)),
+    ("en", "", "hello there you", (0, 0, 3, 0)),
+    ("en", "don't go", "don`t go", (0, 0, 0, 3)),
+    ("zh", "今天，天气很好。", "今天 天汽 很好", (1, 0, 0, 6)),
+    ("zh", "。", "好的" + FAMILY, (0, 0, 2, 0)),
+    ("ko", "한국어 문장", "한국 문장", (0, 1, 0, 5)),
+    (None, "guten Tag", "Guten Tag!", (0, 0, 0, 2)),
+]
+
+
+@pytest.mark.parametrize("language, reference, hypothesis, counts", ERRORS)
+def test_count_errors_by_hand(language, reference, hypothesis, counts):
+    names = ("substitutions", "deletions", "insertions", "units")
+    expected = {"errors": sum(counts[:3]), **dict(zip(names, counts))}
+    assert evaluation.count_errors(reference, hypothesis, language) == expected
 
 
 def test_looping():
-    assert not any(
-        map(evaluation.looping, ("", "好", "the old man made a sign in the affirmative", "no no no"))
-    )
+    assert not any(map(evaluation.looping, ("", "好", "the old man made a sign", "no no no")))
     assert all(map(evaluation.looping, ("the cat " * 30, "谢谢" * 30, "a" * 200)))
-    for n in range(1, 60):  # UTF-8 bytes are counted, not characters
-        text = "好吧" * n
-        assert evaluation.looping(text) == (6 * n / len(zlib.compress(text.encode())) > 2.4)
+    # 48 bytes are 2.4 times what zlib makes of them; that they are 16 characters does not count.
+    assert [evaluation.looping("好吧" * n) for n in (7, 8)] == [False, True]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -270,10 +243,9 @@ def test_score_recounts_and_sums_up(tmp_path, capsys):
     path = write_lines(tmp_path / "in" / "mixed.jsonl", lines)
     before = open(path, "rb").read()
     with pytest.raises(SystemExit) as stop:
-        run("--score", path, "--out", tmp_path / "out", "--json", tmp_path / "s.json")
+        run("--score", path, "--json", tmp_path / "s.json")
     assert stop.value.code == 1  # a clip was not decoded
-    assert os.listdir(tmp_path / "out") == ["summary.json"] and open(path, "rb").read() == before
-    assert stored(tmp_path / "s.json") == stored(tmp_path / "out" / "summary.json")
+    assert open(path, "rb").read() == before
     # errors: 2 deletions, 59 insertions, 2 on silence, 2 deletions, 1 deletion, none, none
     counts = zip([2, 59, 2, 2, 1, 0, 0], [10, 1, 0, 2, 2, 2, 1])
     _, _, low, high, _ = brute_force([("", i, i, e, e, n) for i, (e, n) in enumerate(counts)], rate_of)
@@ -293,7 +265,6 @@ def test_score_recounts_and_sums_up(tmp_path, capsys):
         "empty": 2,
         "looping": 1,
         "capped": 1,
-        "no_language": 1,
         "hours": pytest.approx(0.09),
         "normalizer": f"{ENGLISH}, words/2, zh/1",
         "rtf": None,
@@ -302,12 +273,10 @@ def test_score_recounts_and_sums_up(tmp_path, capsys):
     }
     header, row, *notes = capsys.readouterr().out.splitlines()
     assert header.split()[:4] == ["set", "metric", "%", "95"]
-    assert row.split() == f"mixed MER 366.67 {low:.2f} to {high:.2f} 0 5 61 9 0.090 2 1 1 1 –".split()
+    assert row.split() == f"mixed MER 366.67 {low:.2f} to {high:.2f} 0 5 61 9 0.09 2 1 1 1 –".split()
     assert notes == [
         f"normalizer: {ENGLISH}, words/2, zh/1",
-        "mixed: 1 line(s) with neither a language nor a script that decides one, scored as plain words",
-        "clusters: mixed 7 by audio+offset",
-        "fewer than 12 clusters, so intervals are rough: mixed",
+        "clusters: mixed 7 by audio+offset (few, so intervals are rough)",
     ]
 
 
@@ -337,34 +306,23 @@ def clips_with(*fields):
     return clips
 
 
-CLUSTERS = {
-    "speaker": (
-        None,
-        [{"speaker": 0, "recording": "r"}, {"speaker": "a"}],
-        [("speaker", "0"), ("speaker", "a")],
-    ),
-    "recording": (
-        None,
-        [{"recording": "r"}, {"recording": "r", "speaker": ""}, {"speaker": None}],
-        [("recording", "r")] * 2 + [("audio+offset", ("/d/2.wav", None))],
-    ),
-    "file": (
-        None,
-        [{"audio": "x.wav"}, {"audio": "x.wav", "begin_time": 1.0}],
-        [("audio+offset", ("/d/x.wav", None))] * 2,
-    ),
-    "tar": (
+CLUSTERS = [  # --cluster, what lines have, the values of the key
+    (None, [{"speaker": 0, "recording": "r"}, {"speaker": "a"}], "speaker", ["0", "a"]),
+    (None, [{"recording": "r"}, {"recording": "r", "speaker": ""}], "recording", ["r", "r"]),
+    (None, [{"speaker": None}, {"audio": "0.wav"}], "audio+offset", [("/d/0.wav", None)] * 2),
+    (
         None,
         [{"audio": "x.tar", "offset": 512}, {"audio": "x.tar", "offset": 1024}],
-        [("audio+offset", ("/d/x.tar", 512)), ("audio+offset", ("/d/x.tar", 1024))],
+        "audio+offset",
+        [("/d/x.tar", 512), ("/d/x.tar", 1024)],
     ),
-    "key": ("room", [{"speaker": "a", "room": 1}, {"room": "1"}], [("room", "1")] * 2),
-}
+    ("room", [{"speaker": "a", "room": 1}, {"room": "1"}], "room", ["1", "1"]),
+]
 
 
-@pytest.mark.parametrize("key, fields, clusters", CLUSTERS.values(), ids=CLUSTERS)
-def test_clusters(key, fields, clusters):
-    assert evaluation.clusters_of(clips_with(*fields), key) == clusters
+@pytest.mark.parametrize("key, fields, name, values", CLUSTERS)
+def test_clusters(key, fields, name, values):
+    assert evaluation.clusters_of(clips_with(*fields), key) == [(name, value) for value in values]
 
 
 def test_a_line_without_the_key_of_the_others_is_refused():
@@ -432,7 +390,6 @@ def change_by_hand(rows):
 def test_jackknife_by_hand():
     """Two clusters of 10 units with 1 and 3 errors: θ = 20, without one 30 or 10, so SE² = ½ (100 + 100)."""
     table = np.array([[[1, 10]], [[3, 10]]], dtype=float)
-    assert evaluation.jackknife(table, evaluation.rate) == pytest.approx((20, 10), rel=1e-12)
     figures = evaluation.estimate(table, evaluation.rate)
     t = math.tan(math.pi * 0.475)  # the quantile of Cauchy's distribution, which is t with one degree
     p = 1 - 2 * math.atan(2) / math.pi
@@ -463,17 +420,16 @@ def test_comparison_against_brute_force(tmp_path, capsys):
     in_macro = [row for row in rows if row[0] != "alone"]
     assert comparison["macro"] == {"stems": ["x", "y", "z"], **change_by_hand(in_macro)}
 
-    assert printed[0].split() == "set metric clips A % B % change 95 % p".split()
-    assert printed[1].split() == "alone WER 3 40.00 20.00 -50.0 % – –".split()
+    assert printed[0].split() == "set metric clips A % B % change % 95 % p".split()
+    assert printed[1].split() == "alone WER 3 40.00 20.00 -50.0 – –".split()
     macro = comparison["macro"]
     change = [f"{macro[key]:+.1f}" for key in ("relative", "relative_low", "relative_high")]
-    cells = ["macro", "–", "180", "–", "–", change[0], "%", change[1], "to", change[2], f"{macro['p']:.4f}"]
+    cells = ["macro", "–", "180", "–", "–", change[0], change[1], "to", change[2], f"{macro['p']:.4f}"]
     assert printed[5].split() == cells
-    assert printed[6:] == [
-        "clusters: alone 1 by speaker; x 7 by speaker; y 6 by speaker; z 5 by speaker; macro 7 by speaker",
-        "fewer than 12 clusters, so intervals are rough: alone, x, y, z, macro",
-        "not in the macro, because they have one cluster: alone",
-    ]
+    counts = {"alone": 1, "x": 7, "y": 6, "z": 5, "macro": 7}
+    few = [f"{name} {n} by speaker (few, so intervals are rough)" for name, n in counts.items()]
+    assert printed[6] == f"clusters: {'; '.join(few)}"
+    assert printed[7:] == ["one cluster, so no interval and not in the macro: alone"]
 
 
 UNDEFINED = {  # errors of A, errors of B, units by cluster → relative, low, p
@@ -525,23 +481,20 @@ def test_compare_pairs_by_clip_in_any_order_and_folder(tmp_path, capsys):
     ]
     a, b = [], []
     for i, (clip, errors_a, errors_b) in enumerate(zip(clips, [1, 3, 0, 9, 4, 2], [2, 1, 0, 7, 5, 0])):
-        relative_path = f"../{clip['audio']}"
-        a.append(result_line(0, errors_a, **{**clip, "audio": f"../{relative_path}"}))
-        path = relative_path if i % 2 else str(tmp_path / clip["audio"])
+        a.append(result_line(0, errors_a, **{**clip, "audio": f"../../{clip['audio']}"}))
+        path = f"../{clip['audio']}" if i % 2 else str(tmp_path / clip["audio"])
         b.append(result_line(0, errors_b, language="de-AT", **{**clip, "audio": path}))
     b[3] |= {"begin_time": -1, "end_time": None}
     first = write_lines(tmp_path / "runs" / "a" / "r.jsonl", a)
     for order, name in ((1, "b"), (-1, "c")):
         second = write_lines(tmp_path / name / "r.jsonl", b[::order])
         run("--compare", first, second, "--json", tmp_path / f"{name}.json")
-    figures = stored(tmp_path / "b.json")  # of two files, the figures of their pair
-    assert figures == stored(tmp_path / "c.json")
+    comparison = stored(tmp_path / "b.json")
+    assert comparison == stored(tmp_path / "c.json") and comparison["macro"]["stems"] == ["r"]
+    figures = comparison["sets"]["r"]
     assert (figures["n"], figures["a"], figures["b"]) == pytest.approx((6, 100 * 19 / 60, 100 * 15 / 60))
-    assert (figures["clusters"], figures["cluster_key"]) == (
-        4,
-        "audio+offset",
-    )  # 0.wav, 1.wav, two of the tar
-    assert "clusters: r 4 by audio+offset" in capsys.readouterr().out.splitlines()
+    assert figures["clusters"] == 4 and figures["cluster_key"] == "audio+offset"  # two files, two of the tar
+    assert "clusters: r 4 by audio+offset (few, so" in capsys.readouterr().out
 
 
 def test_compare_with_another_key_and_normalizer(tmp_path, capsys):
@@ -556,24 +509,20 @@ def test_compare_with_another_key_and_normalizer(tmp_path, capsys):
         flags = ["--normalizer", normalizer, "--cluster", "room", "--json", tmp_path / "c.json"]
         run("--compare", tmp_path / "a.jsonl", tmp_path / "b.jsonl", *flags)
         assert capsys.readouterr().out.splitlines()[1].split()[3:5] == rates
-        assert (stored(tmp_path / "c.json")["clusters"], stored(tmp_path / "c.json")["cluster_key"]) == (
-            3,
-            "room",
-        )
+        figures = stored(tmp_path / "c.json")["sets"]["a"]
+        assert (figures["clusters"], figures["cluster_key"]) == (3, "room")
 
 
 UNPAIRED = {
     "only in A": ([0, 1, 77], [0, 1], r"a\.jsonl:3: .*77\.wav is not in .*b\.jsonl"),
     "only in B": ([0, 1], [0, 77, 1], r"b\.jsonl:2: .*77\.wav is not in .*a\.jsonl"),
     "twice": ([0, 1, 77, 77], [0, 1, 77], r"a\.jsonl:4: 77\.wav is there twice"),
-    "other text": ([77], [result_line(77, text="anna bert")], r"77\.wav has another text"),
-    "other language": ([77], [result_line(77, language="en")], r"77\.wav has another language"),
-    "other speaker": ([result_line(7, speaker="x")], [result_line(7, speaker="y")], "has another cluster"),
+    "other text": ([77], [result_line(77, text="anna bert")], "77.wav is not in .* with the same text"),
+    "other language": ([77], [result_line(77, language="en")], "with the same text, language"),
+    "other speaker": ([result_line(7, speaker="x")], [result_line(7, speaker="y")], "is not in .* cluster"),
     "failed": ([0, 77], [0, result_line(77, error="bad")], r"b\.jsonl:2: 77\.wav was not decoded"),
-    "no text": ([result_line(77, text=None)], [result_line(77, text=None)], "was not decoded, or has"),
+    "no text": ([result_line(77, text=None)], [result_line(77, text=None)], "no reference has a unit"),
     "no hyp": ([77], [{"audio": "77.wav", "duration": 36.0}], r"b\.jsonl:1: neither"),
-    "other bytes": ([result_line(7, offset=0, nbytes=9)], [result_line(7, offset=9, nbytes=9)], "is not in"),
-    "unknown language": ([77], [result_line(77, language="cn")], r"b\.jsonl:1: language 'cn' is not known"),
     "nothing to say": ([result_line(7, text="")], [result_line(7, text="")], "no reference has a unit"),
     "no speaker": ([result_line(0, speaker="a"), 77], [0, 77], r'a\.jsonl:2: no "speaker"'),
 }
@@ -594,44 +543,30 @@ def test_compare_refuses_folders_that_do_not_hold_the_same_files(tmp_path):
     for name in ("a/x", "a/y", "b/x"):
         write_lines(tmp_path / f"{name}.jsonl", [result_line("../0")])
     (tmp_path / "empty").mkdir()
-    for other, message in (
-        ("b", r"/b/y\.jsonl"),
-        ("empty", "empty: holds no result file"),
-        ("a/x.jsonl", "one is a folder"),
-    ):
+    for other, message in (("b", r"/b/y\.jsonl"), ("empty", "empty: holds no result file")):
         with pytest.raises(InputError, match=message):
             run("--compare", tmp_path / "a", tmp_path / other)
-    with pytest.raises(InputError, match="--json .*: no such folder"):
-        run("--compare", tmp_path / "a", tmp_path / "a", "--json", tmp_path / "nowhere" / "c.json")
 
 
-def test_what_cannot_be_compared_is_left_out_and_named_where_that_is_asked_for(tmp_path, capsys):
-    """x lacks one clip on each side, y is in one folder only, z has no text, w other texts."""
+def test_what_cannot_be_compared_is_left_out_where_that_is_asked_for(tmp_path, capsys):
+    """x has a clip that neither side decoded, v one that A did; y is in one folder, w has other texts."""
     a, b = tmp_path / "a", tmp_path / "b"
     lines = [result_line(f"../{i}", 2 + i) for i in range(3)]
-    third, fourth = (result_line(f"../{i}", text="anna") for i in (3, 4))
-    write_lines(a / "x.jsonl", [*lines, failed_line("../3"), fourth])
-    write_lines(b / "x.jsonl", [*lines, third, failed_line("../4")])
+    for folder, last in ((a, lines[:1]), (b, [result_line("../0", error="bad")])):
+        write_lines(folder / "x.jsonl", [*lines, failed_line("../3"), result_line("../4", text=None)])
+        write_lines(folder / "v.jsonl", last)
+        write_lines(folder / "w.jsonl", [result_line("../0", text=str(folder))])
     write_lines(a / "y.jsonl", lines)
-    for folder, text in ((a, "anna"), (b, "bert")):
-        write_lines(folder / "z.jsonl", [result_line("../0", text=None)])
-        write_lines(folder / "w.jsonl", [result_line("../0", text=text)])
     comparison = evaluation.compare_folders(str(a), str(b), strict=False)
     assert list(comparison["sets"]) == ["x"] and comparison["sets"]["x"]["n"] == 3
     assert comparison["sets"]["x"]["p"] == 1 and comparison["macro"]["stems"] == ["x"]
     left_out = comparison["left_out"]
-    assert sorted(left_out) == ["w", "x", "y", "z"]
-    assert left_out["x"] == "2 clip(s) that one side could not score"
-    assert "y.jsonl" in left_out["y"] and "no reference has a unit" in left_out["z"]
-    assert "0.wav has another text" in left_out["w"]
+    assert sorted(left_out) == ["v", "w", "y"]
+    assert "y.jsonl" in left_out["y"] and "0.wav is not in" in left_out["w"]
     evaluation.print_comparison(comparison, "before", "after")
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0].split() == "set metric clips before % after % change 95 % p".split()
-    assert sorted(printed[-4:]) == [f"{stem}: left out: {left_out[stem]}" for stem in "wxyz"]
-
-    os.remove(a / "x.jsonl")
-    evaluation.print_comparison(evaluation.compare_folders(str(a), str(b), strict=False))
-    assert len(capsys.readouterr().out.splitlines()) == 4  # nothing but what was left out
+    assert printed[0].split() == "set metric clips before % after % change % 95 % p".split()
+    assert sorted(printed[-3:]) == [f"{stem}: left out: {left_out[stem]}" for stem in "vwy"]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -656,15 +591,15 @@ def test_intervals_cover_the_truth(n_speakers, is_balanced):
 # ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "options, errors, units, names",
-    [
-        ([], 3, 7, f"{ENGLISH}, zh/1"),
-        (["--normalizer", "paper"], 5, 6, "paper/2"),
-        (["--simplify"], 0, 7, f"{ENGLISH}, zh/1+t2s/2"),
-        (["--simplify", "--normalizer", "paper"], 2, 6, "paper/2, paper/2+t2s/2"),
-    ],
-)
+OPTIONS = [  # flags, errors, units, normalizer
+    ([], 3, 7, f"{ENGLISH}, zh/1"),
+    (["--normalizer", "paper"], 5, 6, "paper/2"),
+    (["--simplify"], 0, 7, f"{ENGLISH}, zh/1+t2s/2"),
+    (["--simplify", "--normalizer", "paper"], 2, 6, "paper/2, paper/2+t2s/2"),
+]
+
+
+@pytest.mark.parametrize("options, errors, units, names", OPTIONS)
 def test_score_takes_normalizer_and_simplify(tmp_path, options, errors, units, names):
     """Three errors are traditional characters; don't against do not is two where contractions stay."""
     lines = [
@@ -678,19 +613,15 @@ def test_score_takes_normalizer_and_simplify(tmp_path, options, errors, units, n
 
 def test_score_refuses_equal_stems(tmp_path):
     paths = [write_lines(tmp_path / name / "r.jsonl", [result_line(0)]) for name in "ab"]
-    with pytest.raises(InputError, match="'r'"):
-        run("--score", *paths, "--out", tmp_path / "out")
+    with pytest.raises(InputError, match="a/r.jsonl and .*b/r.jsonl have the same name"):
+        run("--score", *paths)
 
 
 FLAGS = """--data x.jsonl
 --model m
 --score x.jsonl --compare x.jsonl x.jsonl
---score x.jsonl --data x.jsonl
 --score x.jsonl --language en
---compare x.jsonl x.jsonl --out y
---score x.jsonl --normalizer other
---model m --data x.jsonl --max-new-tokens 0
---model m --data x.jsonl --overwrite"""
+--score x.jsonl --out y"""
 
 
 @pytest.mark.parametrize("argv", FLAGS.splitlines())
