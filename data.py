@@ -1076,6 +1076,10 @@ def english_names():
     return {**tokenization_whisper.TO_LANGUAGE_CODE, **names}
 
 
+# Tags that corpora and models write into a text, such as <|zh|>, <|NEUTRAL|> or <COMMA>: no words.
+MARKUP = re.compile(r"<\|[^<>|]*\|>|<[^<>\s]{1,40}>")
+
+
 def script_language(text, default=None):
     """The language that the script of a text decides, or None.
 
@@ -1084,7 +1088,7 @@ def script_language(text, default=None):
     decide nothing.
     Han is no objection to a default of Cantonese or Japanese. Control tokens do not count.
     """
-    text = unicodedata.normalize("NFKC", re.sub(r"<[^<>\s]{1,40}>", "", text))
+    text = unicodedata.normalize("NFKC", MARKUP.sub(" ", text))
     scripts = [unicodedata.name(c, "?").split()[0] for c in text if c.isalpha()]
     if "HIRAGANA" in scripts or "KATAKANA" in scripts:
         return "ja"

@@ -286,7 +286,10 @@ def print_transcripts(clips, answers):
 CHARACTER_LANGUAGES = ("zh", "yue", "ja", "ko", "th", "lo", "my", "km", "bo")
 CHINESE = ("zh", "yue")
 DOTTED_I_LANGUAGES = ("tr", "az")
-APOSTROPHES = str.maketrans(dict.fromkeys("’‘ʼʻ`´′", "'"))
+# One apostrophe for every sign that is typed for it. Accents that stand alone go, before NFKC makes a blank and
+# a mark of them, and the Arabic tatweel, which only stretches a word.
+SIGNS = str.maketrans({**dict.fromkeys("’‘ʼʻʹ`´′＇", "'"), **dict.fromkeys("¨¯¸˜\u0640")})
+ROMANIAN = str.maketrans("şţŞŢ", "șțȘȚ")  # cedillas, as old keyboards have them, are commas below
 VARIATION = re.compile("[\ufe00-\ufe0f\U000e0100-\U000e01ef]")  # selectors of a character's glyph
 
 # hk2s leaves Taiwan's forms. The mainland has 著 too (著名), and its 幺 (the digit one) is Taiwan's 么: such
@@ -300,20 +303,21 @@ hk2s = opencc.OpenCC("hk2s")
 def normalize(text, language, style="default", simplify=False):
     """The units of a text: a list of words, or of characters for CHARACTER_LANGUAGES.
 
-    Format characters, variation selectors and enclosing marks go first, whatever the style. Then
+    Markup (`data.MARKUP`), format characters, variation selectors and enclosing marks go first, and signs
+    are made one (SIGNS), whatever the style. Then
 
     - default, English: NFKC, then Whisper's English normaliser;
     - default, others and None: NFKC, lower case, punctuation and symbols as blanks;
-    - paper: lower case, punctuation and symbols deleted.
+    - paper: NFC, lower case, punctuation and symbols deleted.
     """
-    if language == "en":
-        text = text.translate(APOSTROPHES)  # before NFKC, which makes a blank and an accent of ´
+    text = data.MARKUP.sub(" ", text).translate(SIGNS)
     text = "".join(c for c in text if unicodedata.category(c) not in ("Cf", "Me") and not VARIATION.match(c))
-    if style == "default":
-        text = unicodedata.normalize("NFKC", text)
-        if language == "en":
-            text = re.sub(r"\.{2,}", " ", text)  # Whisper's would leave a dot of "Wait…"
-            return english(text).split()
+    text = unicodedata.normalize("NFKC" if style == "default" else "NFC", text)
+    if style == "default" and language == "en":
+        text = re.sub(r"\.{2,}", " ", text)  # Whisper's would leave a dot of "Wait…"
+        return english(text).split()
+    if language == "ro":
+        text = text.translate(ROMANIAN)
 
     if language in DOTTED_I_LANGUAGES:
         text = text.replace("İ", "i").replace("I", "ı")  # I is the capital of ı
@@ -337,13 +341,13 @@ def normalize(text, language, style="default", simplify=False):
 def normalizer_name(language, style="default", simplify=False):
     """Name and version of what `normalize` does; a change of its results changes the version."""
     if style == "paper":
-        name = "paper/2"
+        name = "paper/3"
     elif language == "en":
-        name = f"en/2-whisper-{importlib.metadata.version('whisper-normalizer')}"
+        name = f"en/3-whisper-{importlib.metadata.version('whisper-normalizer')}"
     elif language in CHARACTER_LANGUAGES:
-        name = "zh/1"
+        name = "zh/2"
     else:
-        name = "words/2"
+        name = "words/3"
     return f"{name}+t2s/2" if simplify and language in CHINESE else name
 
 
