@@ -286,8 +286,8 @@ def print_transcripts(clips, answers):
 CHARACTER_LANGUAGES = ("zh", "yue", "ja", "ko", "th", "lo", "my", "km", "bo")
 CHINESE = ("zh", "yue")
 DOTTED_I_LANGUAGES = ("tr", "az")
-# One apostrophe for every sign that is typed for it. Accents that stand alone go before NFKC makes a blank and a
-# mark of them, and the Arabic tatweel goes, which only stretches a word.
+# One apostrophe for every sign that is typed for it. Accents that stand alone go before NFKC makes a blank
+# and a mark of them. So does the Arabic tatweel, which only stretches a word.
 SIGNS = str.maketrans({**dict.fromkeys("’‘ʼʻʹ`´′＇", "'"), **dict.fromkeys("¨¯¸˜\u0640")})
 ROMANIAN = str.maketrans("şţŞŢ", "șțȘȚ")  # cedillas, as old keyboards have them, are commas below
 VARIATION = re.compile("[\ufe00-\ufe0f\U000e0100-\U000e01ef]")  # selectors of a character's glyph
