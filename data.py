@@ -35,6 +35,7 @@ import unicodedata
 import av
 import langcodes
 import numpy as np
+import safetensors
 import soundfile
 import torch
 import torch.distributed as dist
@@ -82,6 +83,7 @@ class Clip:
     offset: int | None = None  # the clip's bytes inside `audio`; None: the whole file
     nbytes: int | None = None
     context: str | None = None  # words that the prompt gives beforehand, such as names
+    had_prefix: bool = False  # of Qwen3-ASR's own fine-tuning data, see `without_prefix`
 
     @property
     def key(self):
@@ -118,7 +120,7 @@ def parse_line(raw, where, folder, text_field="text"):
     if not isinstance(fields, dict):
         raise InputError(f"{where}: expected a JSON object, found {type(fields).__name__}")
 
-    values = {}
+    values = {"had_prefix": text_field is not None and without_prefix(fields, (text_field, "hyp"))}
     for name, kind in KINDS.items():
         key = text_field if name == "text" else name
         value = fields.get(key)
@@ -147,6 +149,36 @@ def parse_line(raw, where, folder, text_field="text"):
     return clip
 
 
+# Qwen3-ASR's own fine-tuning data begin a text with this; "None" where there is no speech.
+PREFIX = re.compile(r"\s*language ([A-Za-z]+)\s*<asr_text>\s*")
+# Tags that corpora and models write into a text, such as <|zh|>, <|NEUTRAL|> or <COMMA>: no words. Scoring
+# passes over them, and none is learned.
+MARKUP = re.compile(r"<\|[^<>|]*\|>|<[^<>\s]{1,40}>")
+
+
+def without_prefix(fields, keys):
+    """Takes `language English<asr_text>` off texts of a line, and names its language so where it names none.
+
+    → True where there was one. The prompt has these words already.
+    """
+    has_prefix = False
+    for key in keys:
+        match = PREFIX.match(fields[key]) if isinstance(fields.get(key), str) else None
+        if match:
+            has_prefix = True
+            fields[key] = fields[key][match.end() :]
+            if match[1] != "None" and not fields.get("language"):
+                fields["language"] = match[1]
+    return has_prefix
+
+
+def say_prefixes(path, n_prefixed):
+    if n_prefixed and rank_and_world()[0] == 0:
+        print(
+            f'{path}: {n_prefixed} texts began with "language …<asr_text>", which was taken off', flush=True
+        )
+
+
 def manifest_lines(path):
     """Yields (byte offset, line number, bytes) of each line that is not blank.
 
@@ -170,6 +202,7 @@ def read_manifest(path, text_field="text"):
     clips = [parse_line(raw, f"{path}:{n}", folder, text_field) for _, n, raw in manifest_lines(path)]
     if not clips:
         raise InputError(f"manifest {path}: holds no clip")
+    say_prefixes(path, sum(clip.had_prefix for clip in clips))
     return clips
 
 
@@ -181,7 +214,8 @@ class Clips:
     (n_unwanted).
 
     seconds: (n,) float32, durations. languages: {code, or None where a line names none: first clip with it}.
-    Raises InputError where a line has no `text_field` (None: no transcript is needed or read).
+    Raises InputError where a line has no `text_field`, or markup in it, which would be learned as speech
+    (None: no transcript is needed or read).
     """
 
     def __init__(self, paths, max_seconds, text_field=None, is_wanted=None):
@@ -194,8 +228,14 @@ class Clips:
         places = array.array("d")  # of each clip: number of its file, byte offset, line number, seconds
         for file, path in enumerate(paths):
             folder = os.path.dirname(os.path.abspath(path))
+            n_prefixed = 0
             for offset, number, raw in manifest_lines(path):
                 clip = parse_line(raw, f"{path}:{number}", folder, text_field)
+                n_prefixed += clip.had_prefix
+                markup = MARKUP.search(clip.text or "")
+                if markup:
+                    tag = f'"{text_field}" holds {markup[0]}, which would be learned as speech'
+                    raise InputError(f"{clip.where}: {tag}; remove such tags from the manifest")
                 if text_field and clip.text is None:
                     if "error" not in clip.fields:
                         raise InputError(f'{clip.where}: no "{text_field}", which every line needs here')
@@ -207,6 +247,7 @@ class Clips:
                 else:
                     places.extend((file, offset, number, clip.duration))
                     self.languages.setdefault(clip.language, clip)
+            say_prefixes(path, n_prefixed)
         if not places:
             raise InputError(f"{', '.join(paths)}: no clip of at most --max-seconds {max_seconds:g}")
         self.places = np.frombuffer(places).reshape(-1, 4)
@@ -704,7 +745,15 @@ def step_batches(dataset, first_step, last_step, workers):
         multiprocessing_context="fork" if workers else None,
         worker_init_fn=lambda worker: torch.set_num_threads(1),
     )
-    for step, item in zip(range(first_step, last_step), loader):
+    items = iter(loader)
+    for step in range(first_step, last_step):
+        try:
+            item = next(items)
+        except RuntimeError as error:
+            if "exited unexpectedly" not in str(error):
+                raise
+            remedy = "if memory was short, give fewer --workers; go on by --resume"
+            raise AudioError(f"step {step + 1}: a data worker was killed; {remedy}") from error
         if isinstance(item, InputError):
             raise item
         yield step, *item
@@ -834,6 +883,10 @@ def look_at_run(args, script, inputs):
             raise InputError(f"{change}; keep it")
 
     steps = complete_steps(out)
+    while steps and not is_readable(steps[max(steps)]):
+        damaged = steps.pop(max(steps))
+        print(f"{damaged} cannot be read, and is left aside as {damaged}.damaged", flush=True)
+        os.rename(damaged, damaged + ".damaged")
     step = max(steps, default=0)
     if "summary.json" in names:
         print(f"{out}: finished at step {step}; nothing to do", flush=True)
@@ -880,6 +933,16 @@ def complete_steps(out):
         if re.fullmatch(r"step-\d+", name):
             steps[int(name.removeprefix("step-"))] = os.path.join(out, name)
     return dict(sorted(steps.items()))
+
+
+def is_readable(checkpoint):
+    """Are both files of tensors there, and as long as their headers say?"""
+    try:
+        for name in ("state.safetensors", os.path.join("model", "model.safetensors")):
+            safetensors.safe_open(os.path.join(checkpoint, name), framework="pt")
+    except (OSError, safetensors.SafetensorError):
+        return False
+    return True
 
 
 def begin_run(out, config, first_step):
@@ -1026,7 +1089,8 @@ def run_script(main, args):
             raise
         is_shared = isinstance(error, InputError) and not isinstance(error, AudioError)
         if int(os.environ.get("LOCAL_RANK", 0)) == 0 or not is_shared:
-            tqdm.write(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+            remedy = "" if isinstance(error, InputError) else "; give a path that can be used, or make room"
+            tqdm.write(f"{os.path.basename(sys.argv[0])}: error: {error}{remedy}", file=sys.stderr)
         sys.exit(3 if isinstance(error, NonFiniteError) else 2)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -1074,10 +1138,6 @@ def english_names():
 
     names = {name.lower(): code for code, name in LANGUAGES.items()}
     return {**tokenization_whisper.TO_LANGUAGE_CODE, **names}
-
-
-# Tags that corpora and models write into a text, such as <|zh|>, <|NEUTRAL|> or <COMMA>: no words.
-MARKUP = re.compile(r"<\|[^<>|]*\|>|<[^<>\s]{1,40}>")
 
 
 def script_language(text, default=None):

@@ -1,0 +1,145 @@
+"""What would pass in silence: tags taken for words, signs typed in several ways, damaged checkpoints."""
+
+import json
+import os
+import signal
+import unicodedata
+
+import pytest
+import torch
+from runs import argv_of, lines_of, run_on_cpu, write_stage
+
+import data
+import eval
+import opd
+import sft
+
+on_cpu = pytest.fixture(autouse=True, scope="module")(run_on_cpu)
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory):
+    return write_stage(tmp_path_factory.mktemp("stage"))
+
+
+# ---- texts -------------------------------------------------------------------------------------------------
+
+PREFIXED = [  # text, language of the line → text and language as they are read
+    ("language English<asr_text>call david", None, "call david", "en"),
+    ("language Chinese<asr_text>打开", "zh", "打开", "zh"),
+    ("language None<asr_text>", None, "", None),
+    ("language models are good", None, "language models are good", None),
+]
+
+
+def line_of(text, language=None, **fields):
+    return {"audio": "a.wav", "duration": 1.0, "text": text, "language": language, **fields}
+
+
+@pytest.mark.parametrize("text, language, read_text, read_language", PREFIXED)
+def test_the_prefix_of_qwen3_asrs_training_data_is_no_text(text, language, read_text, read_language):
+    raw = json.dumps(line_of(text, language, hyp=text)).encode()
+    clip = data.parse_line(raw, "m.jsonl:1", "")
+    assert (clip.text, clip.language) == (read_text, read_language)
+    assert clip.fields["text"] == clip.fields["hyp"] == read_text
+    assert clip.had_prefix == (text != read_text)
+
+
+def test_prefixes_are_counted_and_said(tmp_path, capsys):
+    path = tmp_path / "m.jsonl"
+    data.add_lines(path, [line_of(text, language) for text, language, _, _ in PREFIXED])
+    data.read_manifest(str(path))
+    data.Clips([str(path)], 30.0, "text")
+    said = f'{path}: 3 texts began with "language …<asr_text>", which was taken off\n'
+    assert capsys.readouterr().out == 2 * said
+
+
+def test_markup_is_not_learned(tmp_path):
+    path = tmp_path / "m.jsonl"
+    data.add_lines(path, [line_of("a <b c"), line_of("<|zh|><|NEUTRAL|>打开")])
+    with pytest.raises(data.InputError, match=r'm.jsonl:2: "text" holds <\|zh\|>, which would be learned'):
+        data.Clips([str(path)], 30.0, "text")
+    assert len(data.Clips([str(path)], 30.0)) == 2  # where no text is learned
+
+
+SAME = [  # language, two ways to write the same units
+    ("zh", "<|zh|><|NEUTRAL|><|Speech|><|woitn|>打开", "打开"),
+    ("en", "call <COMMA> david <PERIOD>", "call david"),
+    ("fr", "appelle <COMMA> david", "appelle david"),
+    ("fr", "l´eau d´aujourd´hui", "l'eau d’aujourd`hui"),
+    ("uk", "п'ять", "пʼять"),
+    ("en", "don＇t", "don't"),
+    ("de", "¨ja¸ ¯nein˜", "ja nein"),
+    ("fr", unicodedata.normalize("NFD", "élève noël"), "élève noël"),
+    ("ar", "اللـــه", "الله"),
+    ("ro", "ştiinţă", "știință"),
+]
+
+
+@pytest.mark.parametrize("language, one, other", SAME)
+@pytest.mark.parametrize("style", ["default", "paper"])
+def test_the_same_units_in_every_style(language, one, other, style):
+    units = eval.normalize(other, language, style)
+    assert units and eval.normalize(one, language, style) == units
+
+
+def test_turkish_keeps_its_cedillas_and_a_comparison_its_signs():
+    assert eval.normalize("ş < 3 > 2", "tr") == ["ş", "3", "2"]
+
+
+# ---- runs --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["state.safetensors", "model/model.safetensors"])
+def test_a_damaged_checkpoint_is_left_aside_and_the_one_before_goes_on(stage, tmp_path, capsys, name):
+    """Bit for bit as if the newer one had not been."""
+    flags = ["--steps", 4, "--save-every", 1]
+    for out in ("straight", "damaged"):
+        sft.main(sft.parse_args(argv_of(sft, stage, tmp_path / out, *flags)))
+    out = tmp_path / "damaged"
+    os.remove(out / "summary.json")
+    os.truncate(out / "step-4" / name, 1000)
+    sft.main(sft.parse_args(argv_of(sft, stage, out, *flags, "--resume")))
+    said = capsys.readouterr().out
+    assert f"{out}/step-4 cannot be read, and is left aside as {out}/step-4.damaged" in said
+    assert f"{out}: goes on from step 3" in said
+    for folder in ("step-4/model", "model"):
+        own = (out / folder / "model.safetensors").read_bytes()
+        assert own == (tmp_path / "straight" / folder / "model.safetensors").read_bytes()
+    assert [line["step"] for line in lines_of(out / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+class Deadly(torch.utils.data.Dataset):
+    def __getitem__(self, step):
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return [], []
+
+
+def test_a_data_worker_that_is_killed_is_one_line():
+    steps = data.step_batches(Deadly(), 0, 3, workers=1)
+    with pytest.raises(data.AudioError, match="a data worker was killed; .* --workers; go on by --resume"):
+        list(steps)
+
+
+def test_a_path_that_cannot_be_written_is_one_line(stage, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "gone" / "away")
+    for out in (tmp_path / "file" / "run", tmp_path / "link"):
+        with pytest.raises(SystemExit) as stop:
+            data.run_script(opd.main, opd.parse_args(argv_of(opd, stage, out, "--steps", 1)))
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert stop.value.code == 2 and str(out) in error and "give a path that can be used" in error
+
+
+def test_a_full_disk_leaves_nothing_half_written(stage, tmp_path, monkeypatch):
+    import model
+
+    def full(*args, **kwargs):
+        raise model.SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(model, "save_file", full)
+    with pytest.raises(OSError, match="No space left") as error:
+        sft.main(sft.parse_args(argv_of(sft, stage, tmp_path / "run", "--steps", 1)))
+    assert str(tmp_path / "run" / "step-1") in str(error.value)
+    assert not [name for name in os.listdir(tmp_path / "run") if name.startswith("step-")]
