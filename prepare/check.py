@@ -14,6 +14,7 @@ a day of training.
 
 import collections
 import os
+import re
 import sys
 
 import numpy as np
@@ -25,6 +26,7 @@ import eval
 import model
 
 K = 32  # top-k ids of each model, with --models
+LIKE_MARKUP = re.compile(r"\[[^\[\]]{1,40}\]|\{[^{}]{1,40}\}|\([^()\s]{1,40}\)|\*[^*\s]{1,40}\*")
 MAX_NEW_TOKENS = 256  # of a transcript that --models shows
 
 
@@ -55,6 +57,8 @@ def check(path, max_seconds):
     n_texts = 0
     seconds = 0.0
     languages = collections.Counter()
+    n_prefixed = 0
+    markup = collections.Counter()  # what looks like it
     first_lines = {}  # clip key: the line with it
 
     for _, number, raw in tqdm(data.manifest_lines(path), desc=path, unit=" clips", disable=None):
@@ -66,6 +70,8 @@ def check(path, max_seconds):
             n_texts += clip.text is not None
             seconds += clip.duration
             languages[clip.language or "(none)"] += 1
+            n_prefixed += clip.had_prefix
+            markup.update(LIKE_MARKUP.findall(clip.text or ""))
         except data.InputError as error:
             defects = [str(error)]
         for defect in defects:
@@ -78,6 +84,10 @@ def check(path, max_seconds):
     totals = f"{n_clips} clips, {seconds / 3600:.3f} hours, {n_texts} with text"
     counts = ", ".join(f"{language} {n}" for language, n in languages.most_common())
     print(f"{path}: {totals}, languages: {counts or 'none'}; {n_defects} defects")
+    data.say_prefixes(path, n_prefixed)
+    if markup:
+        shown = ", ".join(f"{tag} {n}" for tag, n in markup.most_common(20))
+        print(f"{path}: looks like markup, and is scored and learned as words: {shown}")
     return n_defects
 
 
@@ -96,6 +106,9 @@ def clip_defects(clip, max_seconds, first_lines):
         return defects
     if len(waveform) < data.N_FFT:
         defects.append(f"{where}: {len(waveform)} samples, less than a window of 25 ms")
+    tag = data.MARKUP.search(clip.text or "")
+    if tag:
+        defects.append(f"{clip.where}: text holds {tag[0]}, which no training takes; remove such tags")
     if clip.text != "" and not waveform.any():  # silence with an empty text is a fair clip
         defects.append(f"{where}: every sample is zero")
     return defects

@@ -6,6 +6,7 @@ import signal
 import unicodedata
 
 import pytest
+import soundfile
 import torch
 from runs import argv_of, lines_of, run_on_cpu, write_stage
 
@@ -13,6 +14,7 @@ import data
 import eval
 import opd
 import sft
+from prepare import check
 
 on_cpu = pytest.fixture(autouse=True, scope="module")(run_on_cpu)
 
@@ -60,6 +62,20 @@ def test_markup_is_not_learned(tmp_path):
     with pytest.raises(data.InputError, match=r'm.jsonl:2: "text" holds <\|zh\|>, which would be learned'):
         data.Clips([str(path)], 30.0, "text")
     assert len(data.Clips([str(path)], 30.0)) == 2  # where no text is learned
+
+
+def test_the_check_lists_markup(tmp_path, capsys):
+    texts = ["language English<asr_text>call david", "call <COMMA> david", "[laughter] well [laughter] (hm)"]
+    lines = []
+    for i, text in enumerate(texts):
+        soundfile.write(tmp_path / f"{i}.wav", torch.rand(16_000).numpy(), 16_000)
+        lines.append({**line_of(text, "en"), "audio": f"{i}.wav"})
+    data.add_lines(tmp_path / "m.jsonl", lines)
+    n_defects = check.check(str(tmp_path / "m.jsonl"), 30.0)
+    said = capsys.readouterr().out
+    assert n_defects == 1 and "m.jsonl:2: text holds <COMMA>, which no training takes" in said
+    assert '1 texts began with "language …<asr_text>"' in said
+    assert "looks like markup, and is scored and learned as words: [laughter] 2, (hm) 1" in said
 
 
 SAME = [  # language, two ways to write the same units
