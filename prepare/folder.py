@@ -8,12 +8,16 @@ UTF-8, if there is one.
 
 import os
 
-from data import language_code, run_script
+import data
 from prepare.manifest import LeftOut, corpus_parser, write_manifest
 
-READABLE = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".au", ".caf", ".w64", ".sph")
-UNREADABLE = (".m4a", ".aac", ".mp4", ".webm", ".wma")  # by libsndfile: counted as left out, not passed over
-LAYOUT = f"audio files ({' '.join(READABLE)})"
+# What libsndfile or FFmpeg reads, films for their sound too.
+SUFFIXES = """
+    .wav .flac .ogg .oga .opus .spx .mp3 .mp2 .m4a .m4b .aac .mp4 .m4v .mov .3gp .3g2 .webm .mka .mkv .wma
+    .wmv .asf .amr .ac3 .aiff .aif .aifc .au .snd .caf .w64 .rf64 .sph .nist .voc .ape .wv .tta .avi .flv .mpg
+    .mpeg .ogv
+""".split()
+LAYOUT = f"audio files ({' '.join(SUFFIXES)})"
 
 
 def parse_args(argv=None):
@@ -23,9 +27,12 @@ def parse_args(argv=None):
 
 
 def clips(args):
-    language = language_code(args.language) if args.language else None
+    language = data.language_code(args.language) if args.language else None
     real_files = set()
     for path in audio_files(args.root, set()):
+        if isinstance(path, LeftOut):
+            yield path
+            continue
         real_file = os.path.realpath(path)
         if real_file in real_files:
             yield LeftOut("a link to a file that is a clip already", path)
@@ -33,23 +40,32 @@ def clips(args):
         real_files.add(real_file)
         try:
             text = text_beside(path)
-        except UnicodeDecodeError:
-            yield LeftOut("its .txt is not UTF-8", path)
+        except (UnicodeDecodeError, OSError) as error:
+            reason = "cannot be read" if isinstance(error, OSError) else "is not UTF-8"
+            yield LeftOut(f"its .txt {reason}", path)
             continue
         yield {"id": os.path.relpath(path, args.root), "audio": path, "text": text, "language": language}
 
 
 def audio_files(folder, real_folders):
-    """Yields the audio files below a folder, in order. Links may form a cycle: a folder is entered once."""
+    """Yields the audio files below a folder, in order, and a `LeftOut` for a folder that cannot be read.
+
+    Links may form a cycle: a folder is entered once.
+    """
     real_folder = os.path.realpath(folder)
     if real_folder in real_folders:
         return
     real_folders.add(real_folder)
-    for name in sorted(os.listdir(folder)):
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        yield LeftOut(f"a folder that cannot be read ({error.strerror})", folder)
+        return
+    for name in names:
         path = os.path.join(folder, name)
         if os.path.isdir(path):
             yield from audio_files(path, real_folders)
-        elif os.path.isfile(path) and os.path.splitext(name)[1].lower() in READABLE + UNREADABLE:
+        elif os.path.isfile(path) and os.path.splitext(name)[1].lower() in SUFFIXES:
             yield path
 
 
@@ -68,4 +84,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run_script(main, parse_args())
+    data.run_script(main, parse_args())

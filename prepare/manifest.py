@@ -19,14 +19,13 @@ import typing
 
 import soundfile
 
-from data import SAMPLE_RATE, InputError, argument_parser, audio_duration, load_audio, parse_line
+import data
 
 SHARD_BYTES = 10**9  # a shard ends with the first clip beyond this
-LONGEST_S = 10**7  # a header that states more was left unfinished by a streaming writer
 
 
 class LeftOut(typing.NamedTuple):
-    """A clip that cannot be used. Counted by its reason, and shown by the first one of each."""
+    """A clip that cannot be used. Counted by its reason, and listed in a file beside the manifest."""
 
     reason: str
     which: str
@@ -35,7 +34,7 @@ class LeftOut(typing.NamedTuple):
 def corpus_parser(name, docstring, root="ROOT", root_help="folder of the corpus, as it is distributed"):
     """The flags that all corpora have."""
     script = f"python -m prepare.{name}"
-    parser = argument_parser(script, docstring)
+    parser = data.argument_parser(script, docstring)
     parser.usage = f"{script} {root} --out m.jsonl [--flag value …]"
     parser.add_argument("root", metavar=root, help=root_help)
     parser.add_argument("--out", required=True, metavar="m.jsonl", help="manifest to write")
@@ -51,9 +50,9 @@ def write_manifest(args, clips, layout, is_folder=True):
     Raises InputError; nothing is left behind then.
     """
     if os.path.exists(args.out):
-        raise InputError(f"--out {args.out} exists; remove it, or choose another name")
+        raise data.InputError(f"--out {args.out} exists; remove it, or choose another name")
     if is_folder and not os.path.isdir(args.root):
-        raise InputError(f"{args.root}: no such folder")
+        raise data.InputError(f"{args.root}: no such folder")
     folder = os.path.dirname(os.path.abspath(args.out))
     os.makedirs(folder, exist_ok=True)
     shards = Shards(args.pack) if args.pack else None
@@ -61,14 +60,13 @@ def write_manifest(args, clips, layout, is_folder=True):
     n_clips = 0
     n_untexted = 0
     seconds = 0.0
-    n_left_out = collections.Counter()  # by reason
-    first_left_out = {}
+    left_out = []
     with complete_or_absent(args.out, shards) as file:
         for clip in clips:
             line = clip if isinstance(clip, LeftOut) else manifest_line(clip, shards)
             if isinstance(line, LeftOut):
-                n_left_out[line.reason] += 1
-                first_left_out.setdefault(line.reason, line.which)
+                which = line.which.encode("utf-8", "replace").decode()  # not every file name is UTF-8
+                left_out.append({"reason": line.reason, "which": which})
                 continue
             line["audio"] = relative_where_below(line["audio"], folder)
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -76,17 +74,18 @@ def write_manifest(args, clips, layout, is_folder=True):
             n_untexted += "text" not in line
             seconds += line["duration"]
 
-        left_out = []
-        for reason, n in n_left_out.items():
-            which = first_left_out[reason].encode("utf-8", "replace").decode()  # not every file name is UTF-8
-            left_out.append(f"left out: {n} × {reason} (first: {which})")
+        counts = collections.Counter(clip["reason"] for clip in left_out)
+        counts = ", ".join(f"{n} × {reason}" for reason, n in counts.most_common())
         if n_clips == 0:
-            raise InputError("; ".join([f"{args.root}: no usable clip; looked for {layout}", *left_out]))
+            first = f"; left out: {counts} (first: {left_out[0]['which']})" if left_out else ""
+            raise data.InputError(f"{args.root}: no usable clip; looked for {layout}{first}")
 
     packed = f", {len(shards.paths)} shard(s)" if shards is not None else ""
     print(f"{args.out}: {n_clips} clips, {seconds / 3600:.3f} hours, {n_untexted} without text{packed}")
-    for line in left_out:
-        print(f"  {line}")
+    if left_out:
+        list_path = os.path.splitext(args.out)[0] + ".left-out.jsonl"
+        data.add_lines(list_path, left_out, mode="w")
+        print(f"left out: {counts}; all of them are in {list_path}")
 
 
 @contextlib.contextmanager
@@ -99,11 +98,13 @@ def complete_or_absent(path, shards):
         if shards is not None:
             shards.close()
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as error:
         if os.path.exists(partial):
             os.remove(partial)
         if shards is not None:
             shards.remove()
+        if isinstance(error, OSError) and error.filename is None:  # such as a full disk
+            error.filename = path
         raise
 
 
@@ -115,18 +116,18 @@ def manifest_line(clip, shards):
     suffix = os.path.splitext(line["audio"])[1]
     try:
         line["duration"] = duration_s(line, content, name)
-        if not 0 < line["duration"] < LONGEST_S:
-            return LeftOut("lasts 0 s or less, or its header states no length", name)
-        readable = parse_line(json.dumps(line).encode(), name, "")
+        if line["duration"] <= 0:
+            return LeftOut("lasts 0 s or less", name)
+        readable = data.parse_line(json.dumps(line).encode(), name, "")
         if shards is None:
             return line
         if content is None and "end_time" in line:
-            content = flac(load_audio(readable))
+            content = flac(data.load_audio(readable))
             suffix = ".flac"
         elif content is None:
             with open(line["audio"], "rb") as file:
                 content = file.read()
-    except (InputError, OSError) as error:
+    except (data.InputError, OSError) as error:
         return LeftOut("cannot be used", str(error))
     line.update(shards.add(content, suffix))
     line.pop("begin_time", None)
@@ -135,18 +136,18 @@ def manifest_line(clip, shards):
 
 
 def duration_s(line, content, name):
-    """Seconds of a clip: of a segment by its times, else of its file. Nothing is decoded."""
+    """Seconds of a clip: of a segment by its times, else of its file."""
     begin_s = max(line.get("begin_time", 0), 0)
     end_s = line.get("end_time", -1)
     if end_s < 0:
-        end_s = audio_duration(content or line["audio"], name)
+        end_s = data.audio_duration(content or line["audio"], name)
     return round(end_s - begin_s, 4)
 
 
 def flac(waveform):
     """The bytes of a FLAC file, 16 bit at 16 kHz, of a waveform (samples,)."""
     file = io.BytesIO()
-    soundfile.write(file, waveform.numpy(), SAMPLE_RATE, subtype="PCM_16", format="FLAC")
+    soundfile.write(file, waveform.numpy(), data.SAMPLE_RATE, subtype="PCM_16", format="FLAC")
     return file.getvalue()
 
 
@@ -184,7 +185,7 @@ class Shards:
         try:
             self.tar = tarfile.TarFile(path, "x", format=tarfile.USTAR_FORMAT)
         except FileExistsError:
-            raise InputError(f"--pack: {path} exists; remove it, or choose another name") from None
+            raise data.InputError(f"--pack: {path} exists; remove it, or choose another name") from None
         self.paths.append(path)
 
     def close(self):
@@ -192,7 +193,8 @@ class Shards:
             self.tar.close()
 
     def remove(self):
-        self.close()
+        with contextlib.suppress(OSError):  # a full disk refuses a tar's last block, and the tar goes anyway
+            self.close()
         for path in self.paths:
             os.remove(path)
 
@@ -212,12 +214,12 @@ def keyed_lines(path):
                 if not words:
                     continue
                 if words[0] in rests:
-                    raise InputError(f"{path}: {words[0]} is there twice; remove one of the lines")
+                    raise data.InputError(f"{path}: {words[0]} is there twice; remove one of the lines")
                 rests[words[0]] = words[1].strip() if len(words) == 2 else ""
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 (byte {error.start}); convert it") from None
+        raise data.InputError(f"{path}: not UTF-8 (byte {error.start}); convert it") from None
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; is ROOT the folder of this corpus?") from None
+        raise data.InputError(f"{path}: {error.strerror}; is ROOT the folder of this corpus?") from None
     return rests
 
 
@@ -227,7 +229,7 @@ def chosen_splits(folder, wanted):
     for split in wanted:
         if split not in splits:
             names = ", ".join(splits) or "none"
-            raise InputError(f"--split {split}: no such folder in {folder}; it has {names}")
+            raise data.InputError(f"--split {split}: no such folder in {folder}; it has {names}")
     return sorted(set(wanted)) or splits
 
 

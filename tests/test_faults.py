@@ -1,8 +1,11 @@
 """What would pass in silence: tags taken for words, signs typed in several ways, damaged checkpoints."""
 
+import builtins
+import errno
 import json
 import os
 import signal
+import tarfile
 import unicodedata
 
 import pytest
@@ -15,6 +18,7 @@ import eval
 import opd
 import sft
 from prepare import check
+from prepare import folder as folder_script
 
 on_cpu = pytest.fixture(autouse=True, scope="module")(run_on_cpu)
 
@@ -159,3 +163,52 @@ def test_a_full_disk_leaves_nothing_half_written(stage, tmp_path, monkeypatch):
         sft.main(sft.parse_args(argv_of(sft, stage, tmp_path / "run", "--steps", 1)))
     assert str(tmp_path / "run" / "step-1") in str(error.value)
     assert not [name for name in os.listdir(tmp_path / "run") if name.startswith("step-")]
+
+
+# ---- importers ----------------------------------------------------------------------------------------------
+
+
+def denied(plain, suffix):
+    """A function of a path that may not look at those with this end. (Nothing is denied to root.)"""
+
+    def looked(path, *args, **kwargs):
+        if str(path).endswith(suffix):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return plain(path, *args, **kwargs)
+
+    return looked
+
+
+def test_what_prepare_folder_cannot_read_is_counted_and_listed(tmp_path, capsys, monkeypatch):
+    root = tmp_path / "root"
+    (root / "lost+found").mkdir(parents=True)
+    for name in "ab":
+        soundfile.write(root / f"{name}.wav", torch.rand(16_000).numpy(), 16_000)
+        (root / f"{name}.txt").write_text(name)
+    (root / "c.wav").write_bytes(b"no sound")
+    monkeypatch.setattr(os, "listdir", denied(os.listdir, "lost+found"))
+    monkeypatch.setattr(builtins, "open", denied(open, "b.txt"))
+    folder_script.main(folder_script.parse_args([str(root), "--out", str(tmp_path / "m.jsonl")]))
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith(f"{tmp_path}/m.jsonl: 1 clips") and "m.left-out.jsonl" in said[-1]
+    left_out = lines_of(tmp_path / "m.left-out.jsonl")
+    assert [line["reason"] for line in left_out] == [
+        "its .txt cannot be read",
+        "cannot be used",
+        "a folder that cannot be read (Permission denied)",
+    ]
+    assert str(root / "c.wav") in left_out[1]["which"]
+
+
+def test_a_full_disk_leaves_no_shard_behind(tmp_path, monkeypatch):
+    soundfile.write(tmp_path / "a.wav", torch.rand(16_000).numpy(), 16_000)
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tarfile.TarFile, "addfile", full)
+    monkeypatch.setattr(tarfile.TarFile, "close", full)
+    flags = [str(tmp_path), "--out", str(tmp_path / "m.jsonl"), "--pack", str(tmp_path / "m.tar")]
+    with pytest.raises(OSError, match="No space left on device: .*m.jsonl"):
+        folder_script.main(folder_script.parse_args(flags))
+    assert os.listdir(tmp_path) == ["a.wav"]
