@@ -30,6 +30,7 @@ TEXT_NAMES = (
 LANGUAGE_NAMES = ("language", "locale", "lang")
 SPEAKER_NAMES = ("speaker_id", "speaker", "client_id")
 ID_NAMES = ("id", "__key__")  # __key__: of a tar in the layout of WebDataset
+DATA_SUFFIXES = (".parquet", ".arrow", ".jsonl", ".json", ".csv", ".tsv")
 SAVED_NAMES = ("state.json", "dataset_dict.json")  # files that only `save_to_disk` writes
 
 
@@ -55,19 +56,16 @@ def parse_args(argv=None):
 
 def clips(args):
     language = data.language_code(args.language) if args.language else None
+    folders = sorted({os.path.dirname(path) for path in data_files(args.root)})
     for split, rows in chosen_splits(args).items():
-        features = rows.features
-        if not features:
-            raise data.InputError(
-                f"{args.root}: {split} does not state its columns; store it by save_to_disk first"
-            )
+        features = rows.features or features_of_first_row(args.root, rows)
         audio_column = chosen_audio_column(args, features)
         text_column = None if args.no_text else chosen_text_column(args, features)
         language_column = first_column(LANGUAGE_NAMES, features)
         speaker_column = first_column(SPEAKER_NAMES, features)
         id_column = first_column(ID_NAMES, features)
 
-        for number, row in enumerate(stored_rows(rows)):
+        for number, row in enumerate(stored_rows(args.root, rows)):
             clip_id = string_of(row, id_column, features) or f"{split}-{number}"
             text = string_of(row, text_column, features)
             text = None if text is None else text.rstrip("\r\n")  # the end of a .txt in a tar
@@ -77,7 +75,7 @@ def clips(args):
             path, content = stored_audio(row.get(audio_column))
             if content is None and path:
                 try:
-                    content = bytes_of_file(path)
+                    content = bytes_of_file(beside_data(path, folders))
                 except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError):
                     yield LeftOut("no audio file that can be read", f"{clip_id} {path}")
                     continue
@@ -105,6 +103,7 @@ def chosen_splits(args):
         import datasets
     except ImportError as error:
         raise data.InputError(f"needs the package datasets ({error}): pip install datasets") from None
+    datasets.utils.logging.set_verbosity(50)  # what it logs as an error it raises too
 
     is_saved = any(os.path.exists(os.path.join(args.root, name)) for name in SAVED_NAMES)
     if is_saved and args.config is not None:
@@ -139,15 +138,67 @@ def saved_splits(root):
     return {split: rows.to_iterable_dataset() for split, rows in saved.items()}
 
 
-def stored_rows(rows):
+def features_of_first_row(root, rows):
+    """The columns of a split that states none, such as one of JSON or CSV files."""
+    import datasets
+    import pyarrow
+
+    for row in stored_rows(root, rows):
+        return datasets.Features.from_arrow_schema(pyarrow.Table.from_pylist([row]).schema)
+    raise data.InputError(f"{root}: has no row")
+
+
+def stored_rows(root, rows):
     """Yields the rows of a split as dicts of what is stored, without decoding anything.
 
     Features are taken away, because the package would apply them: it encodes and decodes by torchcodec, even
-    where an audio file is only passed on.
+    where an audio file is only passed on. Raises InputError that names a file which cannot be read.
     """
     import datasets
 
-    yield from rows.cast(datasets.Features())
+    try:
+        yield from rows.cast(datasets.Features())
+    except (datasets.exceptions.DatasetsError, ValueError, TypeError, RuntimeError, OSError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        remedy = "fetch the file anew, or take it away"
+        raise data.InputError(f"{faulty_file(root) or f'{root}: {reason}'}; {remedy}") from None
+
+
+def data_files(root):
+    """The files with rows below a local folder, in order; none where it is a name on the hub."""
+    paths = []
+    for folder, _, names in os.walk(root):
+        paths += [os.path.join(folder, name) for name in names if name.endswith(DATA_SUFFIXES)]
+    return sorted(paths)
+
+
+def faulty_file(root):
+    """The first data file of a local folder that cannot be read like the others, and why; None if all can."""
+    import pyarrow.parquet
+
+    columns = None
+    for path in data_files(root):
+        with open(path, "rb") as file:
+            if file.read(20).startswith(b"version https://git"):
+                return f"{path}: is a pointer of git lfs, not the data"
+        if not path.endswith(".parquet"):
+            continue
+        try:
+            own_columns = set(pyarrow.parquet.read_schema(path).names)
+        except (ValueError, OSError):
+            return f"{path}: is cut off, or no parquet file"
+        columns = columns or own_columns
+        if own_columns != columns:
+            return f"{path}: has the columns {sorted(own_columns)}, the files before {sorted(columns)}"
+    return None
+
+
+def beside_data(path, folders):
+    """A path of an audio file; a relative one starts at the data file that names it."""
+    for folder in folders:
+        if os.path.exists(os.path.join(folder, path)):
+            return os.path.join(folder, path)
+    return path
 
 
 def stored_audio(value):
