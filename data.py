@@ -41,6 +41,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchaudio
+from langcodes.data_dicts import MACROLANGUAGES
 from tqdm import tqdm
 
 SAMPLE_RATE = 16_000  # Hz
@@ -153,7 +154,7 @@ def parse_line(raw, where, folder, text_field="text"):
 PREFIX = re.compile(r"\s*language ([A-Za-z]+)\s*<asr_text>\s*")
 # Tags that corpora and models write into a text, such as <|zh|>, <|NEUTRAL|> or <COMMA>: no words. Scoring
 # passes over them, and none is learned.
-MARKUP = re.compile(r"<\|[^<>|]*\|>|<[^<>\s]{1,40}>")
+MARKUP = re.compile(r"<[^<>\s]{1,40}>")
 
 
 def without_prefix(fields, keys):
@@ -348,7 +349,11 @@ def decode(clip, file):
         end_s = min(end_s, clip.end_time)
 
     audio = sound_file(file)
-    if audio is not None and audio.format == "OGG" and clip.end_time > audio.frames / audio.samplerate:
+    if (
+        audio is not None
+        and audio.format in ("OGG", "FLAC")
+        and clip.end_time > audio.frames / audio.samplerate
+    ):
         audio = None  # perhaps in a second stream, which FFmpeg alone reads
     if audio is None:
         channels, rate = ffmpeg_samples(file, begin_s, end_s)
@@ -388,9 +393,7 @@ def sound_file(file):
         if not page[5] & 4 or len(page) < 27 + page[26] + sum(page[27 : 27 + page[26]]):
             raise InputError("is cut off: its last page is not the end; get it whole, or re-encode it")
     counts = re.search(rb"(?:Xing|Info)\0\0\0[\3\7\x0b\x0f].{4}(.{4})", raw[:100_000], re.DOTALL)
-    if (
-        counts and int.from_bytes(counts[1]) > len(raw) + 1000
-    ):  # the first frame of an MP3 may count the bytes
+    if counts and int.from_bytes(counts[1]) > len(raw) + 64:  # the first frame of an MP3 may count the bytes
         raise InputError(f"is cut off: {len(raw)} of {int.from_bytes(counts[1])} bytes; get it whole")
 
     try:
@@ -433,9 +436,9 @@ def ffmpeg_frames(file, begin_s=0.0):
         start = stream.start_time or 0
         # Times are exact where their unit is no longer than a sample: not in webm and wma (ms), and in Ogg
         # each stream has its own. There frames are counted from the first on.
-        is_timed = stream.time_base * stream.rate <= 1 and container.format.name != "ogg"
-        if is_timed and begin_s > 0.25:  # early, because a codec needs a few frames to be itself again
-            container.seek(start + int((begin_s - 0.25) / stream.time_base), stream=stream)
+        is_timed = stream.time_base * stream.rate <= 1 and container.format.name not in ("ogg", "flac")
+        if is_timed and begin_s > 1:  # early: a frame of MP3 at 8 kbit/s may need the data of 0.4 s before it
+            container.seek(start + int((begin_s - 1) / stream.time_base), stream=stream)
         as_float = av.AudioResampler(format="fltp")
         kind = None
         position = 0
@@ -1120,15 +1123,15 @@ def language_code(name):
     """
     first, *tags = re.split("[-_]", name.strip().lower())
     if not re.fullmatch("[a-z]{2,3}", first):
-        first = english_names().get(first, "")
+        first = english_names().get(first, "und")
     language = langcodes.Language.get(first)
     are_tags = all(re.fullmatch("[a-z0-9]{2,8}", tag) for tag in tags)
     if language.language is None or not language.is_valid() or not are_tags:
         raise InputError(f"language {name!r} is not known; give a code of ISO 639 such as en, zh or yue")
-    is_chinese = language.prefer_macrolanguage().language == "zh"  # zh, cmn, wuu, nan, hak, gan, …
-    if is_chinese and (first == "yue" or "hk" in tags or "yue" in tags):
-        return "yue"
-    return "zh" if is_chinese else language.language
+    code = language.language
+    if code != "yue" and MACROLANGUAGES.get(code) == "zh":  # cmn, wuu, nan, hak, gan, …
+        code = "zh"
+    return "yue" if code == "zh" and ("hk" in tags or "yue" in tags) else code
 
 
 @functools.cache

@@ -60,13 +60,19 @@ def write_manifest(args, clips, layout, is_folder=True):
     n_clips = 0
     n_untexted = 0
     seconds = 0.0
-    left_out = []
-    with complete_or_absent(args.out, shards) as file:
+    left_out = collections.Counter()  # reason → clips
+    first_left_out = None
+    list_path = os.path.splitext(args.out)[0] + ".left-out.jsonl"
+    with complete_or_absent(list_path) as list_file, complete_or_absent(args.out, shards) as file:
         for clip in clips:
             line = clip if isinstance(clip, LeftOut) else manifest_line(clip, shards)
             if isinstance(line, LeftOut):
                 which = line.which.encode("utf-8", "replace").decode()  # not every file name is UTF-8
-                left_out.append({"reason": line.reason, "which": which})
+                list_file.write(
+                    json.dumps({"reason": line.reason, "which": which}, ensure_ascii=False) + "\n"
+                )
+                left_out[line.reason] += 1
+                first_left_out = first_left_out or which
                 continue
             line["audio"] = relative_where_below(line["audio"], folder)
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -74,22 +80,21 @@ def write_manifest(args, clips, layout, is_folder=True):
             n_untexted += "text" not in line
             seconds += line["duration"]
 
-        counts = collections.Counter(clip["reason"] for clip in left_out)
-        counts = ", ".join(f"{n} × {reason}" for reason, n in counts.most_common())
+        counts = ", ".join(f"{n} × {reason}" for reason, n in left_out.most_common())
         if n_clips == 0:
-            first = f"; left out: {counts} (first: {left_out[0]['which']})" if left_out else ""
+            first = f"; left out: {counts} (first: {first_left_out})" if left_out else ""
             raise data.InputError(f"{args.root}: no usable clip; looked for {layout}{first}")
 
     packed = f", {len(shards.paths)} shard(s)" if shards is not None else ""
     print(f"{args.out}: {n_clips} clips, {seconds / 3600:.3f} hours, {n_untexted} without text{packed}")
     if left_out:
-        list_path = os.path.splitext(args.out)[0] + ".left-out.jsonl"
-        data.add_lines(list_path, left_out, mode="w")
         print(f"left out: {counts}; all of them are in {list_path}")
+    else:
+        os.remove(list_path)
 
 
 @contextlib.contextmanager
-def complete_or_absent(path, shards):
+def complete_or_absent(path, shards=None):
     """A file to write, which gets its name when all is written. On failure it is removed, and the shards."""
     partial = path + ".partial"
     try:

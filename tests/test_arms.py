@@ -27,6 +27,8 @@ from runs import (
     write_stage,
 )
 
+import data
+import model
 import opd
 import sft
 from data import collate, load_audio, read_manifest
@@ -100,7 +102,7 @@ def arm_step(
             transcript = student.front_end.transcripts([clip.text])
         else:
             writer = student if states == "student" else teacher
-            transcript = writer.sample(batch, cap, k=1)  # the stage's models share their token ids
+            transcript = writer.sample(batch, cap)  # the stage's models share their token ids
         student_logits = student.head(student(batch, transcript))
         teacher_logits = teacher.head(teacher(batch, transcript)).detach()
         tokens = transcript.ids[transcript.row_mask()]
@@ -222,15 +224,15 @@ def test_arms_see_the_same_clips_and_differ_in_their_flag_only(stage, tmp_path, 
         seen[arm].append((groups, list(args[0])))
         return optimizer
 
-    original = opd.step_batches
-    original_optimizer = opd.make_optimizer
-    monkeypatch.setattr(opd, "make_optimizer", make_optimizer)
+    original = data.step_batches
+    original_optimizer = model.make_optimizer
+    monkeypatch.setattr(model, "make_optimizer", make_optimizer)
     rates = {}
     configs = {}
     starts = {}
     for arm, flags in ARMS.items():
         seen[arm] = []
-        monkeypatch.setattr(opd, "step_batches", record(arm))
+        monkeypatch.setattr(data, "step_batches", record(arm))
         out = tmp_path / arm
         lines = train(opd, stage, out, "--steps", 2, "--batch-size", 6, "--micro-seconds", 2, *flags)
         rates[arm] = [line["lr"] for line in lines]
@@ -268,9 +270,9 @@ REFUSED = {
     "--states reference --student-share 1.5": "--student-share",
     "--beta 0.5": "--beta",
     "--divergence reverse --beta 0.5": "--beta",
-    "--divergence jsd --beta 0": "--divergence reverse and forward",
-    "--divergence jsd --beta 1": "--divergence reverse and forward",
-    "--divergence jsd --beta nan": "--divergence reverse and forward",
+    "--divergence jsd --beta 0": "its ends are reverse and forward",
+    "--divergence jsd --beta 1": "its ends are reverse and forward",
+    "--divergence jsd --beta nan": "its ends are reverse and forward",
     "--k 1 --support intersection": "--k 1",
     "--train-parts head": "--train-parts",
     "--support all": "--support",

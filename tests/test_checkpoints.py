@@ -328,7 +328,7 @@ def test_a_checkpoint_killed_while_written_is_never_picked_up(tmp_path, monkeypa
             patch.setattr(f"model.{place}", killed)
             with pytest.raises(KeyboardInterrupt):
                 m.save_checkpoint(out, 2, speech_lm, trained, optimizer, keep=1)
-        assert list(data.complete_steps(out)) == [1] and len(os.listdir(out)) == 2
+        assert list(data.complete_steps(out)) == [1]
     m.save_checkpoint(out, 3, speech_lm, trained, optimizer, keep=1)  # clears away what was left
     assert os.listdir(out) == ["step-3"]
 

@@ -165,7 +165,7 @@ def test_a_full_disk_leaves_nothing_half_written(stage, tmp_path, monkeypatch):
     assert not [name for name in os.listdir(tmp_path / "run") if name.startswith("step-")]
 
 
-# ---- importers ----------------------------------------------------------------------------------------------
+# ---- importers ---------------------------------------------------------------------------------------------
 
 
 def denied(plain, suffix):

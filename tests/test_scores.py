@@ -12,7 +12,7 @@ from coverage import simulate_pairs
 import eval as evaluation
 from data import Clip, InputError
 
-ENGLISH = f"en/2-whisper-{importlib.metadata.version('whisper-normalizer')}"
+ENGLISH = f"en/3-whisper-{importlib.metadata.version('whisper-normalizer')}"
 FAMILY = "\U0001f468\u200d\U0001f469\u200d\U0001f467"  # man, woman, girl, joined by ZWJ
 KEYCAP = "5\ufe0f\u20e3"  # the 5 key
 THUMB = "\U0001f44d\U0001f3fd"  # thumbs up with a skin tone
@@ -64,7 +64,7 @@ ZH = [
     (ENGLAND + "赢了🇨🇳", "赢 了"),
     ("𠮷野家", "𠮷 野 家"),  # beyond U+FFFF, one unit
     ("\uf90a\u2f00", "金 一"),  # compatibility ideograph, radical
-    ("<unk>嗯", "u n k 嗯"),  # Whisper's brackets and fillers are en's only
+    ("<unk>[嗯]", "嗯"),  # a tag is no word, and what is in other brackets stays
     ("", ""),
 ]
 OTHERS = [
@@ -96,7 +96,7 @@ PAPER = [
     ("en", "wait…what", "waitwhat"),
     ("en", "hel\u200blo " + THUMB + " " + KEYCAP, "hello 5"),
     ("en", "ＯＫ", "ｏｋ"),  # no NFKC
-    ("fr", "e\u0301te\u0301", "e\u0301te\u0301"),
+    ("fr", "e\u0301te\u0301", "été"),
     ("zh", "你好，世界！ OK", "你 好 世 界 o k"),
     ("zh", "５０％", "５ ０"),
     ("zh", "臺灣《》" + FAMILY, "臺 灣"),
@@ -266,7 +266,7 @@ def test_score_recounts_and_sums_up(tmp_path, capsys):
         "looping": 1,
         "capped": 1,
         "hours": pytest.approx(0.09),
-        "normalizer": f"{ENGLISH}, words/2, zh/1",
+        "normalizer": f"{ENGLISH}, words/3, zh/2",
         "rtf": None,
         "clusters": 7,
         "cluster_key": "audio+offset",
@@ -275,7 +275,7 @@ def test_score_recounts_and_sums_up(tmp_path, capsys):
     assert header.split()[:4] == ["set", "metric", "%", "95"]
     assert row.split() == f"mixed MER 366.67 {low:.2f} to {high:.2f} 0 5 61 9 0.09 2 1 1 1 –".split()
     assert notes == [
-        f"normalizer: {ENGLISH}, words/2, zh/1",
+        f"normalizer: {ENGLISH}, words/3, zh/2",
         "clusters: mixed 7 by audio+offset (few, so intervals are rough)",
     ]
 
@@ -592,10 +592,10 @@ def test_intervals_cover_the_truth(n_speakers, is_balanced):
 
 
 OPTIONS = [  # flags, errors, units, normalizer
-    ([], 3, 7, f"{ENGLISH}, zh/1"),
-    (["--normalizer", "paper"], 5, 6, "paper/2"),
-    (["--simplify"], 0, 7, f"{ENGLISH}, zh/1+t2s/2"),
-    (["--simplify", "--normalizer", "paper"], 2, 6, "paper/2, paper/2+t2s/2"),
+    ([], 3, 7, f"{ENGLISH}, zh/2"),
+    (["--normalizer", "paper"], 5, 6, "paper/3"),
+    (["--simplify"], 0, 7, f"{ENGLISH}, zh/2+t2s/2"),
+    (["--simplify", "--normalizer", "paper"], 2, 6, "paper/3, paper/3+t2s/2"),
 ]
 
 

@@ -153,10 +153,8 @@ TEXTS = [
     " \t ",
     "?!… ，。「」—",
     "€ ± 🙂 👩‍👩‍👧",
-    "<|im_end|>",
-    "a<|audio|>b<|endoftext|>",
-    "language English<asr_text>hi",
-    "<|im_end| >|im_end|><|<|im_end|>|>",
+    "a < b > c <| im_end |>",
+    "language English",
     "مرحبا بالعالم",
     "नमस्ते",
     "สวัสดีชาวโลก",
@@ -169,7 +167,7 @@ TEXTS = [
 
 
 def test_any_text_is_learned_byte_for_byte(stage, tmp_path):
-    """Every byte counts once, and one stop token a clip: control tokens stay text."""
+    """Every byte counts once, and one stop token a clip."""
     audio = lines_of(stage / "m.jsonl")
     lines = [{**audio[i % 12], "text": text} for i, text in enumerate(TEXTS)]
     path = write_lines(tmp_path / "m.jsonl", lines)
