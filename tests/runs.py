@@ -79,9 +79,8 @@ def run_on_cpu():
     """The body of a fixture: these tests compare to the last bits, so they run on the CPU everywhere."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
-        patch.setattr(
-            overlap, "draw_report", lambda *args: None
-        )  # it takes longer than the run; test_report.py
+        # The picture takes longer than the run: test_report.py.
+        patch.setattr(overlap, "draw_report", lambda *args: None)
         # transformers writes every config out for a log that is off: a quarter of a tiny run's time.
         patch.setattr(transformers.PreTrainedConfig, "__repr__", object.__repr__)
         yield
