@@ -386,11 +386,14 @@ def sound_file(file):
         file.getvalue() if isinstance(file, io.BytesIO) else b""
     )  # the recording of a segment is not searched
     streams = re.findall(rb"OggS\0[\2\6].{8}(.{4})|fLaC[\0\x80]\0\0\x22", raw, re.DOTALL)
+    has_tag = False  # behind Ogg, where libsndfile stumbles over it in Opus
     if raw.startswith(b"OggS"):
         if len(set(streams)) < len(streams):
             raise InputError("is joined from streams of one number; decode each by itself")
         page = raw[raw.rfind(b"OggS") :].ljust(28, b"\0")  # byte 5: flags, 4 is the end; from 27 on: sizes
-        if not page[5] & 4 or len(page) < 27 + page[26] + sum(page[27 : 27 + page[26]]):
+        n_bytes = 27 + page[26] + sum(page[27 : 27 + page[26]])
+        has_tag = len(page) > n_bytes
+        if not page[5] & 4 or len(page) < n_bytes:
             raise InputError("is cut off: its last page is not the end; get it whole, or re-encode it")
     counts = re.search(rb"(?:Xing|Info)\0\0\0[\3\7\x0b\x0f].{4}(.{4})", raw[:100_000], re.DOTALL)
     if counts and int.from_bytes(counts[1]) > len(raw) + 64:  # the first frame of an MP3 may count the bytes
@@ -402,6 +405,8 @@ def sound_file(file):
         return None
     # Of MP3 libsndfile knows the length by its first frame only. Streaming writers leave it 0 or all ones.
     if audio.format == "MP3" or len(streams) > 1 or not 0 < audio.frames < 2**36 - 1:
+        return None
+    if audio.subtype == "OPUS" and has_tag:
         return None
     # Some writers count the header too, and what is written to a pipe states 2 or 4 GB.
     sizes = r"(?:data|SSND|Data Size|riff|Riff size) *: (\d+) \(should be (\d+)\)"
@@ -434,9 +439,15 @@ def ffmpeg_frames(file, begin_s=0.0):
             raise InputError("holds no audio")
         stream = container.streams.audio[0]
         start = stream.start_time or 0
+        decoder = stream.codec_context
+        if decoder.name == "opus":  # FFmpeg's own is far too loud for some changes of Opus' mode
+            decoder = av.CodecContext.create("libopus", "r")
+            decoder.extradata = stream.codec_context.extradata
         # Times are exact where their unit is no longer than a sample: not in webm and wma (ms), and in Ogg
         # each stream has its own. There frames are counted from the first on.
+        # And AMR goes on from all that was before.
         is_timed = stream.time_base * stream.rate <= 1 and container.format.name not in ("ogg", "flac")
+        is_timed = is_timed and not stream.codec_context.name.startswith(("amr", "libopencore_amr"))
         if is_timed and begin_s > 1:  # early: a frame of MP3 at 8 kbit/s may need the data of 0.4 s before it
             container.seek(start + int((begin_s - 1) / stream.time_base), stream=stream)
         as_float = av.AudioResampler(format="fltp")
@@ -445,7 +456,7 @@ def ffmpeg_frames(file, begin_s=0.0):
         damage = None
         for packet in container.demux(stream):
             try:
-                frames = packet.decode()
+                frames = decoder.decode(packet)
             except av.InvalidDataError as error:
                 if container.format.name != "mp3":
                     raise
