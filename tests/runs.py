@@ -1,6 +1,8 @@
-"""What the tests of whole runs share: a tiny stage, a run in this process, and runs of several processes."""
+"""What the tests of whole runs share: a tiny stage, a step of opd.py by its definition, and runs of one or
+several processes."""
 
 import json
+import math
 import os
 import signal
 import socket
@@ -14,13 +16,18 @@ import numpy as np
 import pytest
 import safetensors.torch
 import soundfile
+import tokenizers
 import torch
+import torch.nn.functional as F
 import transformers
-from conftest import ROOT, noise, tiny_model
+from conftest import ROOT, byte_tokenizer, noise, tiny_model
 
+import data
+import eval
+import model
 import opd
+import overlap
 import sft
-from data import run_script
 
 BOTH = pytest.mark.parametrize("script", [opd, sft], ids=["opd", "sft"])
 
@@ -38,28 +45,43 @@ def write_clip(path, seconds, seed, **fields):
     """An audio file. → its manifest line"""
     wave = noise(seconds, seed).numpy()
     soundfile.write(path, wave, 16_000, subtype="FLOAT", format="WAV")
-    return {
-        "audio": str(path),
-        "duration": len(wave) / 16_000,
-        "text": f"clip {seed}",
-        "language": "en",
-        **fields,
-    }
+    line = {"audio": str(path), "duration": len(wave) / 16_000, "text": f"clip {seed}", "language": "en"}
+    return {**line, **fields}
+
+
+def with_other_ids(tokenizer):
+    """The same tokens, but the 256 bytes have their ids in reverse order."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["model"]["vocab"] = {token: 255 - i for token, i in state["model"]["vocab"].items()}
+    reversed_bytes = tokenizers.Tokenizer.from_str(json.dumps(state))
+    specials = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=reversed_bytes, **specials)
 
 
 def write_stage(folder):
-    """12 clips of 0.3 to 1.2 s in m.jsonl, a student and a larger teacher. → the folder
+    """12 clips of 0.3 to 1.2 s in m.jsonl, a student, and a larger teacher with other ids. → the folder
 
-    The student's row of the stop token is turned round, so that its rollouts are of all kinds: empty, stopped
-    after some tokens, and cut by a cap of 12.
+    The student's row of the stop token is made such that its rollouts are of all kinds: empty, stopped after
+    some tokens, and cut by a cap of 12.
     """
     lines = [write_clip(folder / f"{i}.wav", 0.3 + 0.08 * i, seed=7 * i % 12) for i in range(12)]
     write_lines(folder / "m.jsonl", lines)
     student = tiny_model(2, spread=0.1)
-    student.head.weight.data[student.front_end.stop_id] *= -3
+    waveforms = [noise(line["duration"], 7 * i % 12) for i, line in enumerate(lines)]
+    batch = data.collate(waveforms, student.front_end, ["en"] * 12)
+    first_hidden = student(batch, student.front_end.transcripts([""] * 12)).detach()  # (12, H)
+    toward_clip_10 = F.normalize(first_hidden[10] - first_hidden.mean(dim=0), dim=0)
+    student.head.weight.data[student.front_end.stop_id] = 2.8 * toward_clip_10
     student.save_pretrained(folder / "student")
-    tiny_model(1, width=48, hidden=64, spread=0.1).save_pretrained(folder / "teacher")
+    teacher = tiny_model(1, with_other_ids(byte_tokenizer()), width=48, hidden=64, spread=0.1)
+    teacher.save_pretrained(folder / "teacher")
     return folder
+
+
+def longest_clips(stage, n):
+    """The first batch of a run holds the longest clips, longest first."""
+    clips = data.read_manifest(stage / "m.jsonl")
+    return sorted(clips, key=lambda clip: -clip.duration)[:n]
 
 
 def argv_of(script, stage, out, *more):
@@ -78,10 +100,133 @@ def run_on_cpu():
     """The body of a fixture: these tests compare to the last bits, so they run on the CPU everywhere."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
-        patch.setattr(opd, "draw_report", lambda *args: None)  # it takes longer than the run; test_report.py
+        # The picture takes longer than the run. test_report.py draws it.
+        patch.setattr(overlap, "draw_report", lambda *args: None)
         # transformers writes every config out for a log that is off: a quarter of a tiny run's time.
         patch.setattr(transformers.PreTrainedConfig, "__repr__", object.__repr__)
         yield
+
+
+# ---- a step of opd.py by its definition --------------------------------------------------------------------
+
+
+def divergence_of(divergence, p, q, beta=0.5):
+    """The divergences of two distributions, by their formulas; "both" is no flag, but a fork's."""
+    if divergence == "forward":
+        return (p * (p.log() - q.log())).sum()
+    if divergence == "reverse":
+        return (q * (q.log() - p.log())).sum()
+    if divergence == "both":
+        return ((p - q) * (p.log() - q.log())).sum()
+    m = beta * p + (1 - beta) * q
+    return beta * (p * (p.log() - m.log())).sum() + (1 - beta) * (q * (q.log() - m.log())).sum()
+
+
+def support_of(support, student_ids, teacher_ids, allowed_ids=()):
+    """The ids of a support, ascending, from two sets of top-k ids."""
+    supports = {
+        "union": student_ids | teacher_ids,
+        "teacher": teacher_ids,
+        "student": student_ids,
+        "intersection": student_ids & teacher_ids,
+        "full": set(allowed_ids),
+    }
+    return sorted(supports[support])
+
+
+def opd_step(
+    stage,
+    n,
+    teacher="teacher",
+    states="student",
+    objective="kl",
+    support="union",
+    divergence="forward",
+    beta=0.5,
+    tau=1.0,
+    k=8,
+    cap=12,
+):
+    """Equation 1, or what the flags put in its place, on the n longest clips: one row at a time, all logits.
+
+    → metrics, gradient {name: tensor}, and for each clip what samples.jsonl says of it
+    """
+    student = model.SpeechLM.from_pretrained(stage / "student").train()
+    teacher = model.SpeechLM.from_pretrained(stage / teacher).eval()
+    teacher_vocabulary = teacher.front_end.tokenizer.get_vocab()
+    vocabulary = student.front_end.tokenizer.convert_ids_to_tokens(range(len(student.forbidden)))
+    in_teacher = torch.tensor([teacher_vocabulary[token] for token in vocabulary])  # none is missing
+    allowed_ids = (~student.forbidden).nonzero()[:, 0].tolist()
+
+    def top_ids(logits):
+        return logits.masked_fill(student.forbidden, -math.inf).topk(k).indices.tolist()
+
+    def loss_of_row(ids, z_teacher, z_student, tau, divergence):
+        p = (z_teacher[ids] / tau).softmax(dim=0)
+        q = (z_student[ids] / tau).softmax(dim=0)
+        return tau**2 * divergence_of(divergence, p, q, beta)
+
+    rows = []
+    losses = []
+    samples = []
+    for clip in longest_clips(stage, n):
+        waveform = data.load_audio(clip)
+        batch = data.collate([waveform], student.front_end, [clip.language])
+        teacher_batch = data.collate([waveform], teacher.front_end, [clip.language])
+        written = teacher.sample(teacher_batch, cap)
+        if states == "student":
+            rollout = student.sample(batch, cap)
+        elif states == "reference":
+            rollout = student.front_end.transcripts([clip.text])
+        else:
+            rollout = model.Rollout(in_teacher.argsort()[written.ids], written.lens, written.stopped)
+        same_rollout = model.Rollout(in_teacher[rollout.ids], rollout.lens, rollout.stopped)
+        student_logits = student.head(student(batch, rollout))
+        teacher_logits = teacher.head(teacher(teacher_batch, same_rollout))[:, in_teacher].detach()
+        clip_kl = []
+        tokens = rollout.ids[rollout.row_mask()]
+        for z_student, z_teacher, token in zip(student_logits, teacher_logits, tokens):
+            student_topk = top_ids(z_student)
+            teacher_topk = top_ids(z_teacher)
+            union = support_of("union", set(student_topk), set(teacher_topk))
+            measures = {"vuss": len(union), "n_student": k, "n_teacher": k}
+            measures["overlap_ratio"] = (2 * k - len(union)) / k
+            measures["jaccard"] = (2 * k - len(union)) / len(union)
+            measures["top1"] = float(student_topk[0] == teacher_topk[0])
+            for nested_k in (1, 2, 4):
+                if nested_k < k:
+                    nested = {*student_topk[:nested_k], *teacher_topk[:nested_k]}
+                    measures[f"vuss_{nested_k}"] = len(nested)
+            rows.append(measures)
+            clip_kl.append(loss_of_row(union, z_teacher, z_student, 1.0, "forward").item())
+            ids = support_of(support, set(student_topk), set(teacher_topk), allowed_ids)
+            if objective == "ce":
+                losses.append(-z_student.log_softmax(dim=0)[token])
+            elif len(ids) > 1:
+                losses.append(loss_of_row(ids, z_teacher, z_student, tau, divergence))
+        sample = {
+            "transcript": student.front_end.texts(rollout)[0],
+            "teacher": teacher.front_end.texts(written)[0],
+            "stopped": bool(rollout.stopped[0]),
+            "n_tokens": int(rollout.lens[0]),
+            "kl": clip_kl,
+        }
+        samples.append(sample)
+
+    loss = sum(losses) / len(losses)
+    loss.backward()
+    gradient = {name: parameter.grad for name, parameter in student.named_parameters()}
+    metrics = {key: mean(row[key] for row in rows) for key in rows[0]}
+    kl_rows = sum(row["vuss"] > 1 for row in rows)
+    metrics["kl"] = sum(sum(sample["kl"]) for sample in samples) / kl_rows
+    metrics["loss"] = loss.item()
+    metrics["positions"] = len(losses)
+    metrics["grad_norm"] = math.sqrt(sum(g.square().sum().item() for g in gradient.values()))
+    metrics["mean_tokens"] = mean(sample["n_tokens"] for sample in samples)
+    metrics["empty"] = mean(sample["n_tokens"] == 0 for sample in samples)
+    metrics["capped"] = mean(not sample["stopped"] for sample in samples)
+    metrics["looping"] = mean(eval.looping(sample["transcript"]) for sample in samples)
+    return metrics, gradient, samples
 
 
 # ---- runs --------------------------------------------------------------------------------------------------
@@ -92,7 +237,7 @@ def status_of(script, argv):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{script.__name__}.py"])  # names the script in an error
         try:
-            run_script(script.main, script.parse_args(argv))
+            data.run_script(script.main, script.parse_args(argv))
         except SystemExit as error:
             return error.code
     return 0

@@ -7,311 +7,242 @@ import torch
 import torch.nn.functional as F
 import transformers
 from conftest import QWEN3_ASR_TOKENS, QWEN_SPECIALS, byte_tokenizer, noise, qwen3_asr_folder, tiny_model
+from runs import divergence_of, support_of
 from torch.testing import assert_close
 
-import model as m
-from data import InputError, collate
-from model import SpeechLM, support_kl, support_scores, teacher_support, union_support
+import data
+import model
+
+# ---- supports ----------------------------------------------------------------------------------------------
 
 
-def brute_force(student_ids, teacher_ids, student_logits, teacher_logits, tau):
-    """Eq. 1 row by row in plain Python, over logits of the whole vocabulary: [(kl, counted)]."""
-    values = []
-    for row in range(len(student_ids)):
-        support = sorted({i for i in student_ids[row].tolist() + teacher_ids[row].tolist() if i >= 0})
-        if len(support) < 2:
-            values.append((0.0, False))
-            continue
-        p = [math.exp(teacher_logits[row, u].item() / tau) for u in support]
-        q = [math.exp(student_logits[row, u].item() / tau) for u in support]
-        kl = sum(a / sum(p) * math.log((a / sum(p)) / (b / sum(q))) for a, b in zip(p, q))
-        values.append((tau**2 * kl, True))
-    return values
-
-
-def random_ids(n, k, vocab_size, generator):
-    """(n, k) ids with duplicates and about a third invalid."""
-    return torch.randint(-vocab_size // 2, vocab_size, (n, k), generator=generator).clamp(min=-1)
-
-
-# ---- union_support -----------------------------------------------------------------------------------------
-
-
-def test_union_support_against_sets():
-    generator = torch.Generator().manual_seed(0)
-    student_ids, teacher_ids = random_ids(200, 6, 12, generator), random_ids(200, 6, 12, generator)
-    before = student_ids.clone(), teacher_ids.clone()
-    ids, mask = union_support(student_ids, teacher_ids)
+@pytest.mark.parametrize("support", ["union", "teacher", "student", "intersection"])
+def test_supports_against_sets(support):
+    """(N, K) ids with duplicates and about a third invalid; ids ascend, and inputs stay."""
+    generator = torch.Generator().manual_seed(3)
+    student_topk = torch.randint(-6, 12, (200, 6), generator=generator).clamp(min=-1)
+    teacher_topk = torch.randint(-6, 12, (200, 6), generator=generator).clamp(min=-1)
+    before = student_topk.clone(), teacher_topk.clone()
+    ids, union_mask = model.union_support(student_topk, teacher_topk)
+    mask = model.narrow_support(support, ids, union_mask, student_topk, teacher_topk)
     for row in range(200):
-        union = {*student_ids[row].tolist(), *teacher_ids[row].tolist()} - {-1}
-        assert ids[row][mask[row]].tolist() == sorted(union)
-    assert ids.shape == mask.shape == (200, 12) and ids.dtype == torch.int64 and (ids[~mask] == -1).all()
-    assert torch.equal(student_ids, before[0]) and torch.equal(teacher_ids, before[1])
+        student_ids = set(student_topk[row].tolist()) - {-1}
+        teacher_ids = set(teacher_topk[row].tolist()) - {-1}
+        assert ids[row][mask[row]].tolist() == support_of(support, student_ids, teacher_ids)
+    assert ids.shape == mask.shape == (200, 12) and (ids[~union_mask] == -1).all()
+    assert torch.equal(student_topk, before[0]) and torch.equal(teacher_topk, before[1])
+
+
+def head_of(weight):
+    """What `topk_ids` reads of a model: its head."""
+    head = torch.nn.Linear(weight.shape[1], len(weight), bias=False)
+    head.weight.data = weight
+    return type("Model", (), {"head": head})()
+
+
+def test_topk_ids_are_the_best_allowed_ones_of_each_row():
+    """Best first, −1 where fewer than k are allowed, in the other vocabulary by token; 2,500 rows."""
+    V, H = 20, 6
+    generator = torch.Generator().manual_seed(0)
+    teacher = head_of(torch.randn(V, H, generator=generator))
+    hidden = torch.randn(2500, H, generator=generator)
+    # The teacher's vocabulary is the student's in reverse order, without the student's ids 0 and 1.
+    to_teacher = torch.arange(V - 1, -1, -1)
+    to_teacher[:2] = -1
+    to_student = torch.arange(V - 1, -1, -1)
+    to_student[V - 2 :] = -1
+    alignment = model.Alignment(to_teacher, to_student, to_teacher < 0, to_student < 0)
+    order = teacher.head(hidden)[:, : V - 2].argsort(dim=1, descending=True)
+    for k in (1, 4, V - 2, V, 50):
+        ids = model.topk_ids(teacher, hidden, alignment.teacher_forbidden, k)
+        n_allowed = min(k, V - 2)
+        assert torch.equal(ids[:, :n_allowed], order[:, :n_allowed]) and not ids.requires_grad
+        assert ids.shape[1] == min(k, V) and (ids[:, n_allowed:] == -1).all()
+        student_ids = alignment.in_student(ids)
+        assert torch.equal(student_ids, torch.where(ids >= 0, V - 1 - ids, -1))
+        assert torch.equal(alignment.in_teacher(student_ids), ids)
+    assert alignment.in_teacher(torch.tensor([0, 1, 2, -1])).tolist() == [-1, -1, V - 3, -1]
+    assert model.topk_ids(teacher, hidden[:0], alignment.teacher_forbidden, 4).shape == (0, 4)
 
 
 # ---- support_kl --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tau", [0.5, 1.0, 3.0])
-def test_kl_against_brute_force(tau):
-    generator = torch.Generator().manual_seed(1)
-    n, k, V = 300, 5, 14
-    student_ids, teacher_ids = random_ids(n, k, V, generator), random_ids(n, k, V, generator)
-    student = 3 * torch.randn(n, V, generator=generator, dtype=torch.float64)
-    teacher = 3 * torch.randn(n, V, generator=generator, dtype=torch.float64)
-    ids, mask = union_support(student_ids, teacher_ids)
-    columns = ids.clamp(min=0)
-    kl, counted = support_kl(student.gather(1, columns), teacher.gather(1, columns), mask, tau)
-    expected = brute_force(student_ids, teacher_ids, student, teacher, tau)
-    assert counted.tolist() == [is_counted for _, is_counted in expected]
-    assert 0 < counted.sum() < n
-    values = torch.tensor([value for value, _ in expected], dtype=torch.float64)
-    assert_close(kl, values, rtol=1e-12, atol=1e-12)
+@pytest.mark.parametrize("tau", [0.7, 1.0, 3.0])
+@pytest.mark.parametrize("divergence, beta", [("forward", 0.5), ("reverse", 0.5), ("jsd", 0.1), ("jsd", 0.8)])
+def test_divergences_and_their_gradients_against_brute_force(divergence, beta, tau):
+    """In float64, on random supports, some of no id or one; what is not counted may hold NaN and ∞."""
+    generator = torch.Generator().manual_seed(4)
+    n, U = 100, 9
+    student = 3 * torch.randn(n, U, generator=generator, dtype=torch.float64)
+    teacher = 3 * torch.randn(n, U, generator=generator, dtype=torch.float64)
+    mask = torch.rand(n, U, generator=generator) < 0.4
+    is_counted = mask.sum(dim=1) >= 2
+    assert 0 < is_counted.sum() < n
+    garbage = torch.tensor([math.nan, math.inf, -math.inf]).repeat(3)
+    student = torch.where(mask & is_counted[:, None], student, garbage).requires_grad_()
+    teacher = torch.where(mask & is_counted[:, None], teacher, garbage.flip(0)).requires_grad_()
+    values, counted = model.support_kl(student, teacher, mask, tau, divergence, beta)
+    values.sum().backward()
+    assert torch.equal(counted, is_counted) and counted.dtype == torch.bool and teacher.grad is None
+    for row in range(n):
+        inside = mask[row]
+        expected = torch.zeros((), dtype=torch.float64)
+        expected_gradient = torch.zeros(U, dtype=torch.float64)
+        if is_counted[row]:
+            z = student[row].detach()[inside].requires_grad_()
+            p = (teacher[row].detach()[inside] / tau).softmax(dim=0)
+            q = (z / tau).softmax(dim=0)
+            expected = tau**2 * divergence_of(divergence, p, q, beta)
+            expected_gradient[inside] = torch.autograd.grad(expected, z)[0]
+        assert_close(values[row], expected.detach(), rtol=1e-10, atol=1e-12)
+        assert_close(student.grad[row], expected_gradient, rtol=1e-9, atol=1e-12)
 
 
 def test_direction_is_teacher_to_student():
     """p = (3/4, 1/4), q = (1/2, 1/2): KL(p‖q) = 0.1308, the other way round 0.1438."""
-    uneven, even = torch.tensor([[math.log(3.0), 0.0]]), torch.zeros(1, 2)
+    uneven = torch.tensor([[math.log(3.0), 0.0]])
+    even = torch.zeros(1, 2)
     mask = torch.ones(1, 2, dtype=torch.bool)
-    forward = support_kl(even, uneven, mask)[0].item()
-    backward = support_kl(uneven, even, mask)[0].item()
-    assert forward == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5), abs=1e-7)
-    assert backward == pytest.approx(0.5 * math.log(2 / 3) + 0.5 * math.log(2), abs=1e-7)
+    forward = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    backward = 0.5 * math.log(2 / 3) + 0.5 * math.log(2)
+    assert model.support_kl(even, uneven, mask)[0].item() == pytest.approx(forward, abs=1e-7)
+    assert model.support_kl(uneven, even, mask)[0].item() == pytest.approx(backward, abs=1e-7)
+    assert model.support_kl(even, uneven, mask, 1.0, "reverse")[0].item() == pytest.approx(backward, abs=1e-7)
+    assert model.support_kl(uneven, uneven, mask)[0].item() == 0
 
 
-@pytest.mark.parametrize("tau", [0.7, 1.0, 2.0])
-def test_gradcheck(tau):
-    generator = torch.Generator().manual_seed(2)
-    student = torch.randn(6, 8, generator=generator, dtype=torch.float64, requires_grad=True)
-    teacher = torch.randn(6, 8, generator=generator, dtype=torch.float64)
-    mask = torch.rand(6, 8, generator=generator) < 0.6
-    mask[0] = False
-    mask[1] = torch.arange(8) == 3
-    assert torch.autograd.gradcheck(lambda x: support_kl(x, teacher, mask, tau)[0], (student,))
-    support_kl(student, teacher, mask, tau)[0].sum().backward()
-    assert (student.grad[~mask] == 0).all() and (student.grad[:2] == 0).all()
-    p, q = ((x / tau).masked_fill(~mask, -torch.inf).softmax(1) for x in (teacher, student.detach()))
-    assert_close(student.grad[2:], (tau * (q - p))[2:])
-
-
-def test_teacher_gets_no_gradient_and_inputs_stay():
-    student, teacher = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
-    mask = torch.tensor([[True] * 4, [True, False, False, False], [False] * 4])
-    before = student.detach().clone(), teacher.detach().clone(), mask.clone()
-    support_kl(student, teacher, mask)[0].sum().backward()
-    assert teacher.grad is None and student.grad[0].abs().sum() > 0
-    for tensor, copy in zip((student, teacher, mask), before):
-        assert torch.equal(tensor.detach(), copy)
-
-
-def test_same_logits_give_zero():
-    logits = 20 * torch.randn(50, 7)
-    assert support_kl(logits, logits.clone(), torch.rand(50, 7) < 0.5)[0].abs().max() == 0
-
-
-def test_rows_with_fewer_than_two_ids_are_zero_whatever_they_hold():
-    garbage = torch.tensor([[float("nan"), float("inf"), -float("inf")]] * 3).requires_grad_()
-    mask = torch.tensor([[False, False, False], [True, False, False], [False, False, True]])
-    kl, counted = support_kl(garbage, garbage.detach(), mask)
-    kl.sum().backward()
-    assert kl.tolist() == [0, 0, 0] and counted.tolist() == [False] * 3
-    assert (garbage.grad == 0).all()
-
-
-def test_masked_entries_never_matter():
-    student, teacher = torch.randn(2, 4), torch.randn(2, 4)
-    mask = torch.tensor([[True, True, False, True], [False, True, True, False]])
-    expected = support_kl(student, teacher, mask)[0]
-    dirty_student = student.masked_fill(~mask, float("nan")).requires_grad_()
-    dirty_teacher = teacher.masked_fill(~mask, float("inf"))
-    kl, _ = support_kl(dirty_student, dirty_teacher, mask)
-    kl.sum().backward()
-    assert torch.equal(kl, expected)
-    assert dirty_student.grad.isfinite().all() and (dirty_student.grad[~mask] == 0).all()
+@pytest.mark.parametrize("divergence, expected", [("forward", 4e4), ("reverse", 4e4), ("jsd", math.log(2))])
+def test_divergences_stay_finite_at_scores_far_apart(divergence, expected):
+    student = torch.tensor([[2e4, -2e4, 0.0]], requires_grad=True)
+    teacher = torch.tensor([[-2e4, 2e4, 0.0]])
+    mask = torch.tensor([[True, True, False]])
+    values, _ = model.support_kl(student, teacher, mask, 1.0, divergence)
+    values.sum().backward()
+    assert values.item() == pytest.approx(expected, rel=1e-6)
+    assert student.grad.isfinite().all() and student.grad[0, 2] == 0
 
 
 @pytest.mark.parametrize(
-    "dtypes", ["float32 float32 float32", "float16 bfloat16 float32", "bfloat16 float64 float64"]
+    "student_dtype, teacher_dtype, expected_dtype",
+    [
+        (torch.float32, torch.float32, torch.float32),
+        (torch.float16, torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.float64, torch.float64),
+    ],
 )
-def test_dtypes(dtypes):
-    """Of the student, of the teacher, and of the result."""
-    student, teacher, expected = dtypes.split()
-    student_logits = torch.randn(3, 4, dtype=getattr(torch, student))
-    teacher_logits = torch.randn(3, 4, dtype=getattr(torch, teacher))
+def test_dtypes_and_no_rows(student_dtype, teacher_dtype, expected_dtype):
+    student_logits = torch.randn(3, 4, dtype=student_dtype, requires_grad=True)
+    teacher_logits = torch.randn(3, 4, dtype=teacher_dtype)
     mask = torch.ones(3, 4, dtype=torch.bool)
-    kl, counted = support_kl(student_logits, teacher_logits, mask)
-    assert kl.dtype == getattr(torch, expected) and counted.dtype == torch.bool
-    exact = support_kl(student_logits.double(), teacher_logits.double(), mask)[0]
+    kl, _ = model.support_kl(student_logits, teacher_logits, mask)
+    assert kl.dtype == expected_dtype
+    exact = model.support_kl(student_logits.double(), teacher_logits.double(), mask)[0]
     assert_close(kl.double(), exact, rtol=1e-5, atol=1e-6)
+    no_rows, counted = model.support_kl(student_logits[:0], teacher_logits[:0], mask[:0])
+    no_rows.sum().backward()
+    assert no_rows.shape == counted.shape == (0,) and not student_logits.grad.any()
 
 
-def test_no_rows():
-    no_ids = torch.empty(0, 3, dtype=torch.int64)
-    ids, mask = union_support(no_ids, no_ids)
-    student = torch.empty(0, 6, requires_grad=True)
-    kl, counted = support_kl(student, torch.empty(0, 6), mask)
-    kl.sum().backward()
-    assert ids.shape == (0, 6) and kl.shape == counted.shape == (0,)
+# ---- scores without all logits -----------------------------------------------------------------------------
 
 
-def test_large_scores_do_not_overflow():
-    logits = torch.tensor([[0.0, 1e4]])
-    kl, _ = support_kl(logits, logits.flip(1), torch.ones(1, 2, dtype=torch.bool))
-    assert kl.item() == pytest.approx(1e4)
-
-
-# ---- the teacher's side ------------------------------------------------------------------------------------
-
-
-def random_teacher(V, H, seed=0):
-    """What `teacher_support` reads of a teacher: its head."""
-    torch.manual_seed(seed)
-    return type("Teacher", (), {"head": torch.nn.Linear(H, V, bias=False)})()
-
-
-def test_k_at_least_v_is_the_full_vocabulary_kl():
-    V, H = 11, 6
-    teacher, hidden, student_logits = random_teacher(V, H), torch.randn(9, H), torch.randn(9, V)
-    same, none = torch.arange(V), torch.zeros(V, dtype=torch.bool)
-    alignment = m.Alignment(same, same, none, none)
-    student_topk = student_logits.topk(V).indices
-    ids, mask, scores, _ = teacher_support(teacher, hidden, student_topk, alignment, k=50)
-    kl, counted = support_kl(student_logits.gather(1, ids.clamp(min=0)), scores, mask)
-    log_p, log_q = teacher.head(hidden).log_softmax(1), student_logits.log_softmax(1)
-    expected = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(1)
-    assert_close(kl, expected.detach())
-    assert counted.all() and (mask.sum(1) == V).all()
-
-
-def test_teacher_support_in_chunks_equals_one_piece_and_skips_forbidden_ids():
-    """The teacher's vocabulary is the student's in reverse order, without its ids 0 and 1."""
-    V, H, n, k = 20, 6, 23, 4
-    teacher, hidden = random_teacher(V, H), torch.randn(n, H)
-    to_teacher = torch.arange(V - 1, -1, -1)
-    to_teacher[:2] = -1
-    to_student = torch.arange(V - 1, -1, -1)
-    to_student[V - 2 :] = -1
-    alignment = m.Alignment(to_teacher, to_student, to_teacher < 0, to_student < 0)
-    student_topk = torch.randint(2, V, (n, k))
-    whole = teacher_support(teacher, hidden, student_topk, alignment, k, chunk=1000)
-    for chunk in (1, 5, 23):
-        parts = teacher_support(teacher, hidden, student_topk, alignment, k, chunk)
-        for part, piece in zip(parts, whole):
-            assert_close(part, piece)
-    ids, mask, scores, teacher_topk = whole
-    logits = teacher.head(hidden)
-    for row in range(n):
-        best = [u for u in logits[row].argsort(descending=True).tolist() if u < V - 2][:k]
-        assert teacher_topk[row].tolist() == [V - 1 - u for u in best]
-        support = ids[row][mask[row]]
-        assert support.tolist() == sorted({*student_topk[row].tolist(), *teacher_topk[row].tolist()})
-        assert_close(scores[row][mask[row]], logits[row][V - 1 - support])
-    assert not (ids[mask] < 2).any() and not scores.requires_grad
-    empty = teacher_support(teacher, hidden[:0], student_topk[:0], alignment, k)
-    assert [len(part) for part in empty] == [0, 0, 0, 0]
-
-
-def test_alignment_is_the_identity_for_one_tokenizer_and_an_error_for_two():
-    student, teacher = tiny_model(0), tiny_model(1)
-    alignment = m.align_vocabularies(student, teacher)
-    text = ~student.forbidden
-    assert torch.equal(alignment.to_teacher[text], text.nonzero()[:, 0])
-    assert (alignment.to_teacher[~text] == -1).all()
-    assert torch.equal(alignment.student_forbidden, student.forbidden)
-    other = {("x" + token if i < 256 else token): i for token, i in byte_tokenizer().get_vocab().items()}
-    teacher.front_end.tokenizer.get_vocab = lambda: other
-    with pytest.raises(InputError, match="--student, --teacher: only 1 of the student's 257"):
-        m.align_vocabularies(student, teacher)
-
-
-def test_ids_go_to_the_teacher_as_they_are_and_stop_where_one_has_no_counterpart():
-    """The teacher lacks the byte "b". Ids map by token string, and the stop token by its role."""
-    student = tiny_model(0)
-    specials = ["<|more|>", *m.PROMPT_TOKENS, m.PAD_TOKEN, m.STOP_TOKEN]
-    teacher = tiny_model(1, byte_tokenizer(specials=specials))
-    vocabulary = teacher.front_end.tokenizer.get_vocab()
-    vocabulary["x"] = vocabulary.pop("b")
-    teacher.front_end.tokenizer.get_vocab = lambda: vocabulary
-    alignment = m.align_vocabularies(student, teacher)
-    rollout = student.front_end.transcripts(["ac", "今"])
-    mapped = m.teacher_rollout(rollout, alignment)
-    a, c = (vocabulary[letter] for letter in "ac")
-    assert mapped.ids[0, :3].tolist() == [a, c, teacher.front_end.stop_id]
-    assert mapped.ids[1, 3] == teacher.front_end.stop_id != student.front_end.stop_id
-    assert torch.equal(mapped.row_mask(), rollout.row_mask())
-    assert alignment.student_forbidden[student.front_end.encode_text("b")].all()
-    with pytest.raises(AssertionError, match="transcript token has no counterpart in the teacher's"):
-        m.teacher_rollout(student.front_end.transcripts(["ac", "abc"]), alignment)
-
-
-# ---- the student's side ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("rows_at_a_time", [1, 3, 100])
-def test_scores_and_gradients_of_the_support_are_those_of_all_logits(rows_at_a_time, monkeypatch):
-    """Ids that repeat within a row and between rows, some not counted; chunks that do not divide the rows."""
-    monkeypatch.setattr(m.SupportScores, "cpu_chunk_floats", rows_at_a_time * 6 * 4)
-    torch.manual_seed(0)
-    weight, hidden = torch.randn(11, 4, dtype=torch.float64), torch.randn(7, 4, dtype=torch.float64)
-    ids = torch.randint(-1, 11, (7, 6))
+def test_scores_and_gradients_of_the_support_are_those_of_all_logits():
+    """Ids that repeat within a row and between rows, some not counted; more rows than go at once."""
+    n, U, V, H = 600, 64, 90, 64
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(V, H, generator=generator, dtype=torch.float64, requires_grad=True)
+    hidden = torch.randn(n, H, generator=generator, dtype=torch.float64, requires_grad=True)
+    ids = torch.randint(-9, V, (n, U), generator=generator).clamp(min=-1)
     ids[0] = 5
-    ids[1, :3] = 5
-    upstream = torch.randn(7, 6, dtype=torch.float64).masked_fill(ids < 0, 0)
-    chunks = m.SupportScores.chunks(hidden, ids)
-    assert max(len(ids[rows]) for rows in chunks) == min(rows_at_a_time, 7)
-    assert torch.equal(torch.cat([ids[rows] for rows in chunks]), ids)
-    trained = weight.requires_grad_(), hidden.requires_grad_()
-    ours = support_scores(weight, hidden, ids)
+    upstream = torch.randn(n, U, generator=generator, dtype=torch.float64).masked_fill(ids < 0, 0)
+    ours = model.support_scores(weight, hidden, ids)
     plain = (hidden @ weight.T).gather(1, ids.clamp(min=0))
     assert_close(ours[ids >= 0], plain[ids >= 0], rtol=1e-12, atol=1e-12)
-    gradients = [torch.autograd.grad((scores * upstream).sum(), trained) for scores in (ours, plain)]
-    for our_grad, plain_grad in zip(*gradients):
-        assert_close(our_grad, plain_grad, rtol=1e-12, atol=1e-12)
-    assert support_scores(weight, hidden[:0], ids[:0]).shape == (0, 6)
+    gradients = [torch.autograd.grad((scores * upstream).sum(), (weight, hidden)) for scores in (ours, plain)]
+    for our_gradient, plain_gradient in zip(*gradients):
+        assert_close(our_gradient, plain_gradient, rtol=1e-12, atol=1e-12)
+    assert model.support_scores(weight, hidden[:0], ids[:0]).shape == (0, U)
 
 
-# ---- the full vocabulary -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "chunk, temperature, divergence", [(2, 1.0, "forward"), (256, 2.0, "forward"), (2, 2.0, "reverse")]
-)
-def test_full_kl_is_exact_whatever_the_chunk_and_honours_the_divergence(chunk, temperature, divergence):
-    """Against the definition over the allowed ids, written out in float64; the teacher has other ids."""
+@pytest.mark.parametrize("tau, divergence", [(1.0, "forward"), (2.0, "reverse"), (2.0, "jsd")])
+def test_losses_of_the_whole_vocabulary_are_exact(tau, divergence):
+    """`full_kl` and `token_ce`, and their gradients, in float64; more rows than go at once, and other ids."""
     student = tiny_model(0).double()
     teacher = tiny_model(1, byte_tokenizer(["<|more|>"]), hidden=48).double().requires_grad_(False)
-    alignment = m.align_vocabularies(student, teacher)
+    alignment = model.align_vocabularies(student, teacher)
     allowed = (~alignment.student_forbidden).nonzero()[:, 0]
     torch.manual_seed(0)
-    student_rows, teacher_rows = torch.randn(5, 32).double().requires_grad_(), torch.randn(5, 48).double()
-    kl, counted = m.full_kl(
-        student, student_rows, teacher, teacher_rows, alignment, temperature, divergence, chunk=chunk
-    )
-    assert counted.tolist() == [True] * 5
-    log_q = (student.head(student_rows)[:, allowed] / temperature).log_softmax(1)
-    log_p = (teacher.head(teacher_rows)[:, alignment.to_teacher[allowed]] / temperature).log_softmax(1)
-    a, b = (log_q, log_p) if divergence == "reverse" else (log_p, log_q)
-    expected = temperature**2 * (a.exp() * (a - b)).sum(1)
-    assert_close(kl.double(), expected, rtol=1e-5, atol=1e-6)
+    student_rows = torch.randn(300, 32).double().requires_grad_()
+    teacher_rows = torch.randn(300, 48).double()
+    ids = torch.randint(257, (300,))
+    kl, counted = model.full_kl(student, student_rows, teacher, teacher_rows, alignment, tau, divergence, 0.3)
+    cross_entropy = model.token_ce(student, student_rows, ids)
+    q = (student.head(student_rows)[:, allowed] / tau).softmax(dim=1)
+    p = (teacher.head(teacher_rows)[:, alignment.to_teacher[allowed]] / tau).softmax(dim=1)
+    expected = torch.stack([tau**2 * divergence_of(divergence, *row, 0.3) for row in zip(p, q)])
+    expected_entropy = -student.head(student_rows).log_softmax(dim=1).gather(1, ids[:, None])[:, 0]
+    assert counted.all()
     trained = (student_rows, student.head.weight)
-    gradients = torch.autograd.grad(kl.sum(), trained), torch.autograd.grad(expected.sum(), trained)
-    for ours, plain in zip(*gradients):
-        assert_close(ours, plain, rtol=1e-4, atol=1e-6)
+    for ours, plain in ((kl, expected), (cross_entropy, expected_entropy)):
+        assert_close(ours.double(), plain, rtol=1e-5, atol=1e-6)
+        gradients = torch.autograd.grad(ours.sum(), trained), torch.autograd.grad(plain.sum(), trained)
+        for our_gradient, plain_gradient in zip(*gradients):
+            assert_close(our_gradient, plain_gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_full_kl_of_a_teacher_in_bf16_does_not_round_its_logits():
     """As on the union, its weights and rows are bf16 and its logits float32."""
     student = tiny_model(0)
     teacher = tiny_model(1, hidden=48).to(torch.bfloat16).requires_grad_(False)
-    alignment = m.align_vocabularies(student, teacher)
+    alignment = model.align_vocabularies(student, teacher)
     torch.manual_seed(0)
-    student_rows, teacher_rows = torch.randn(5, 32), (9 * torch.randn(5, 48)).bfloat16()
-    kl, _ = m.full_kl(student, student_rows, teacher, teacher_rows, alignment)
+    student_rows = torch.randn(5, 32)
+    teacher_rows = (9 * torch.randn(5, 48)).bfloat16()
+    kl, _ = model.full_kl(student, student_rows, teacher, teacher_rows, alignment)
     ids = (~alignment.student_forbidden).nonzero()[:, 0].expand(5, -1)
-    student_logits = support_scores(student.head.weight, student_rows, ids)
-    teacher_logits = support_scores(teacher.head.weight, teacher_rows, ids)
-    on_all_ids, _ = support_kl(student_logits, teacher_logits, torch.ones_like(ids, dtype=torch.bool))
+    student_logits = model.support_scores(student.head.weight, student_rows, ids)
+    teacher_logits = model.support_scores(teacher.head.weight, teacher_rows, ids)
+    on_all_ids, _ = model.support_kl(student_logits, teacher_logits, torch.ones_like(ids, dtype=torch.bool))
     assert_close(kl, on_all_ids, rtol=1e-5, atol=1e-6)
+
+
+# ---- two vocabularies --------------------------------------------------------------------------------------
+
+
+def test_alignment_is_the_identity_for_one_tokenizer_and_an_error_for_two():
+    student = tiny_model(0)
+    teacher = tiny_model(1)
+    alignment = model.align_vocabularies(student, teacher)
+    is_text = ~student.forbidden
+    assert torch.equal(alignment.to_teacher[is_text], is_text.nonzero()[:, 0])
+    assert (alignment.to_teacher[~is_text] == -1).all()
+    assert torch.equal(alignment.student_forbidden, student.forbidden)
+    other = {("x" + token if i < 256 else token): i for token, i in byte_tokenizer().get_vocab().items()}
+    teacher.front_end.tokenizer.get_vocab = lambda: other
+    with pytest.raises(data.InputError, match="--student, --teacher: only 1 of the student's 257"):
+        model.align_vocabularies(student, teacher)
+
+
+def test_ids_go_to_the_teacher_as_they_are_and_stop_where_one_has_no_counterpart():
+    """The teacher lacks the byte "b". Ids map by token string, and the stop token by its role."""
+    student = tiny_model(0)
+    specials = ["<|more|>", *model.PROMPT_TOKENS, model.PAD_TOKEN, model.STOP_TOKEN]
+    teacher = tiny_model(1, byte_tokenizer(specials=specials))
+    vocabulary = teacher.front_end.tokenizer.get_vocab()
+    vocabulary["x"] = vocabulary.pop("b")
+    teacher.front_end.tokenizer.get_vocab = lambda: vocabulary
+    alignment = model.align_vocabularies(student, teacher)
+    rollout = student.front_end.transcripts(["ac", "今"])
+    mapped = model.mapped_rollout(rollout, alignment.to_teacher)
+    a, c, stop = vocabulary["a"], vocabulary["c"], teacher.front_end.stop_id
+    assert mapped.ids[0, :3].tolist() == [a, c, stop] and mapped.ids[1, 3] == stop
+    assert stop != student.front_end.stop_id and torch.equal(mapped.row_mask(), rollout.row_mask())
+    back = model.mapped_rollout(mapped, alignment.to_student)
+    assert torch.equal(back.ids[back.row_mask()], rollout.ids[rollout.row_mask()])
+    assert alignment.student_forbidden[student.front_end.encode_text("b")].all()
+    with pytest.raises(AssertionError, match="a transcript token has no counterpart"):
+        model.mapped_rollout(student.front_end.transcripts(["ac", "abc"]), alignment.to_teacher)
 
 
 # ---- one whole step ----------------------------------------------------------------------------------------
@@ -345,34 +276,38 @@ def test_one_step_in_float64_equals_stock_and_the_definition(tmp_path, tied, mod
     tiny_model(5, spread=0.1, tied=tied, model_type=model_type).save_pretrained(tmp_path / "student")
     words = byte_tokenizer(specials=[*QWEN3_ASR_TOKENS, *QWEN_SPECIALS])
     qwen3_asr_folder(tmp_path / "teacher", words, seed=1)
-    student = SpeechLM.from_pretrained(tmp_path / "student", torch.float64).train()
-    teacher = SpeechLM.from_pretrained(tmp_path / "teacher", torch.float64).eval().requires_grad_(False)
-    alignment = m.align_vocabularies(student, teacher)
+    from_pretrained = model.SpeechLM.from_pretrained
+    student = from_pretrained(tmp_path / "student", torch.float64).train()
+    teacher = from_pretrained(tmp_path / "teacher", torch.float64).eval().requires_grad_(False)
+    alignment = model.align_vocabularies(student, teacher)
     waves = [noise(0.4), noise(2.24, seed=1), noise(1.12, seed=2)]  # whole audio tokens of 80 ms
-    batch = collate(waves, student.front_end, ["en"] * 3)
-    teacher_batch = collate(waves, teacher.front_end, ["en"] * 3)
+    batch = data.collate(waves, student.front_end, ["en"] * 3)
+    teacher_batch = data.collate(waves, teacher.front_end, ["en"] * 3)
 
     # The block of opd.py.
     encoded = student.encode(batch)
-    rollout = student.sample(batch, 12, k=k, forbidden=alignment.student_forbidden, encoded=encoded)
+    rollout = student.sample(batch, 12, forbidden=alignment.student_forbidden, encoded=encoded)
     rollout.ids[1, 4] = student.front_end.stop_id  # the second transcript stops after four tokens
     rollout.lens[1] = 4
     rollout.stopped[1] = True
-    student_topk = rollout.topk_ids[rollout.row_mask()]
-    teacher_hidden = teacher(teacher_batch, m.teacher_rollout(rollout, alignment))
-    support_ids, mask, teacher_logits, _ = teacher_support(
-        teacher, teacher_hidden, student_topk, alignment, k
-    )
     student_hidden = student(batch, rollout, encoded)
-    student_logits = support_scores(student.head.weight, student_hidden, support_ids)
-    kl, counted = support_kl(student_logits, teacher_logits, mask, tau)
+    teacher_hidden = teacher(teacher_batch, model.mapped_rollout(rollout, alignment.to_teacher))
+    student_topk = model.topk_ids(student, student_hidden, alignment.student_forbidden, k)
+    teacher_topk = model.topk_ids(teacher, teacher_hidden, alignment.teacher_forbidden, k)
+    support_ids, mask = model.union_support(student_topk, alignment.in_student(teacher_topk))
+    student_logits = model.support_scores(student.head.weight, student_hidden, support_ids)
+    teacher_ids = alignment.in_teacher(support_ids)
+    teacher_logits = model.support_scores(teacher.head.weight, teacher_hidden, teacher_ids)
+    kl, counted = model.support_kl(student_logits, teacher_logits, mask, tau)
     kl.sum().backward()
 
     # The same by stock classes, clip by clip and position by position.
-    stock_student = transformers.GlmAsrForConditionalGeneration.from_pretrained(tmp_path / "student").double()
-    stock_teacher = transformers.Qwen3ASRForConditionalGeneration.from_pretrained(
-        tmp_path / "teacher"
-    ).double()
+    stock_classes = (
+        transformers.GlmAsrForConditionalGeneration,
+        transformers.Qwen3ASRForConditionalGeneration,
+    )
+    stock_student = stock_classes[0].from_pretrained(tmp_path / "student").double()
+    stock_teacher = stock_classes[1].from_pretrained(tmp_path / "teacher").double()
     stop = words.convert_tokens_to_ids("<|im_end|>")
     pairs = {i: i for i in range(256)} | {student.front_end.stop_id: stop}  # student id → teacher id
     terms = []
@@ -384,7 +319,8 @@ def test_one_step_in_float64_equals_stock_and_the_definition(tmp_path, tied, mod
             theirs = stock_logits(stock_teacher, teacher_batch, b, teacher_ids)[:, list(pairs.values())]
         for row in range(len(ids)):
             support = sorted({*ours[row].topk(k).indices.tolist(), *theirs[row].topk(k).indices.tolist()})
-            q, p = (ours[row, support] / tau).softmax(0), (theirs[row, support] / tau).softmax(0)
+            p = (theirs[row, support] / tau).softmax(dim=0)
+            q = (ours[row, support] / tau).softmax(dim=0)
             terms.append(tau**2 * (p * (p.log() - q.log())).sum())
     torch.stack(terms).sum().backward()
 
