@@ -30,7 +30,6 @@ import overlap
 import sft
 
 BOTH = pytest.mark.parametrize("script", [opd, sft], ids=["opd", "sft"])
-DRAW_REPORT = overlap.draw_report
 
 
 # ---- the stage: clips and models, which no test changes ----------------------------------------------------
@@ -101,7 +100,7 @@ def run_on_cpu():
     """The body of a fixture: these tests compare to the last bits, so they run on the CPU everywhere."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
-        # The picture takes longer than the run; test_report.py puts DRAW_REPORT back.
+        # The picture takes longer than the run. test_report.py draws it.
         patch.setattr(overlap, "draw_report", lambda *args: None)
         # transformers writes every config out for a log that is off: a quarter of a tiny run's time.
         patch.setattr(transformers.PreTrainedConfig, "__repr__", object.__repr__)

@@ -12,7 +12,6 @@ import transformers
 from conftest import ROOT, qwen3_asr_folder, tiny_model
 from runs import (
     BOTH,
-    DRAW_REPORT,
     argv_of,
     assert_same_gradient,
     assert_same_metrics,
@@ -93,7 +92,7 @@ def test_rows_whose_support_is_one_id_do_not_count(stage, tmp_path):
     near = model.SpeechLM.from_pretrained(stage / "student")
     torch.manual_seed(0)
     for parameter in near.parameters():
-        parameter.data += 0.03 * torch.randn(parameter.shape)
+        parameter.data += 0.06 * torch.randn(parameter.shape)
     near.save_pretrained(tmp_path / "near")
     out = tmp_path / "run"
     flags = ["--teacher", tmp_path / "near", "--k", 1, "--batch-size", 12, "--clip", 0]
@@ -379,7 +378,7 @@ def test_a_refused_run_leaves_no_folder_behind(script, mistake, stage, tmp_path,
         "train": (["--train", "nowhere.jsonl"], "nowhere.jsonl"),
         "short": (["--max-seconds", 0.1], "m.jsonl: no clip of at most --max-seconds 0.1"),
         "eval": (["--eval", "nowhere.jsonl"], "nowhere.jsonl"),
-        "model": (["--student" if script is opd else "--model", "nowhere"], "nowhere is no model folder"),
+        "model": (["--student" if script is opd else "--model", "nowhere"], "nowhere"),
         "language": (["--language", "cn"], "'cn'"),
         "speaker": (["--eval", one_speaker], 'one.jsonl:2: no "speaker"'),
     }[mistake]
@@ -447,14 +446,12 @@ def write_bad_clips(folder):
 
 
 @BOTH
-def test_bad_clips_are_left_out_counted_and_listed(script, stage, tmp_path, capsys, monkeypatch):
+def test_bad_clips_are_left_out_counted_and_listed(script, stage, tmp_path, capsys):
     """A step without a usable clip on any rank changes no weight; two ranks do what one does."""
     path = write_bad_clips(tmp_path)
     flags = ["--train", path, "--batch-size", 2, "--steps", 3, "--lr", 1e-5, "--on-bad-audio", "skip"]
     flags += ["--save-every", 1, "--keep", 3, "--weight-decay", 1]
     one = tmp_path / "one"
-    if script is opd:
-        monkeypatch.setattr(overlap, "draw_report", DRAW_REPORT)
     lines = train(script, stage, one, *flags)
     shown = capsys.readouterr().out
     assert f"skipped: 3 clips that could not be used, listed in {one}/bad.jsonl" in shown
@@ -462,8 +459,7 @@ def test_bad_clips_are_left_out_counted_and_listed(script, stage, tmp_path, caps
 
     # The first step holds the two longest clips, which are bad. What is a mean over clips or rows is absent.
     n_rows = "positions" if script is opd else "tokens"
-    keys = {"step", "skipped", n_rows, "grad_norm", "lr", "clips_per_s"}
-    assert timeless(lines)[0].keys() == keys - {"clips_per_s"}
+    assert timeless(lines)[0].keys() == {"step", "skipped", n_rows, "grad_norm", "lr"}
     assert [lines[0][key] for key in ("step", "skipped", n_rows, "grad_norm")] == [1, 2, 0, 0]
     start = weights_of(stage / "student")
     end = weights_of(one / "step-1/model")
