@@ -40,6 +40,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchaudio
+from langcodes.data_dicts import MACROLANGUAGES
 from tqdm import tqdm
 
 SAMPLE_RATE = 16_000  # Hz
@@ -307,7 +308,11 @@ def decode(clip, file):
         end_s = min(end_s, clip.end_time)
 
     audio = sound_file(file)
-    if audio is not None and audio.format == "OGG" and clip.end_time > audio.frames / audio.samplerate:
+    if (
+        audio is not None
+        and audio.format in ("OGG", "FLAC")
+        and clip.end_time > audio.frames / audio.samplerate
+    ):
         audio = None  # perhaps in a second stream, which FFmpeg alone reads
     if audio is None:
         channels, rate = ffmpeg_samples(file, begin_s, end_s)
@@ -340,16 +345,17 @@ def sound_file(file):
         file.getvalue() if isinstance(file, io.BytesIO) else b""
     )  # the recording of a segment is not searched
     streams = re.findall(rb"OggS\0[\2\6].{8}(.{4})|fLaC[\0\x80]\0\0\x22", raw, re.DOTALL)
+    has_tag = False  # behind Ogg, where libsndfile stumbles over it in Opus
     if raw.startswith(b"OggS"):
         if len(set(streams)) < len(streams):
             raise InputError("is joined from streams of one number; decode each by itself")
         page = raw[raw.rfind(b"OggS") :].ljust(28, b"\0")  # byte 5: flags, 4 is the end; from 27 on: sizes
-        if not page[5] & 4 or len(page) < 27 + page[26] + sum(page[27 : 27 + page[26]]):
+        n_bytes = 27 + page[26] + sum(page[27 : 27 + page[26]])
+        has_tag = len(page) > n_bytes
+        if not page[5] & 4 or len(page) < n_bytes:
             raise InputError("is cut off: its last page is not the end; get it whole, or re-encode it")
     counts = re.search(rb"(?:Xing|Info)\0\0\0[\3\7\x0b\x0f].{4}(.{4})", raw[:100_000], re.DOTALL)
-    if (
-        counts and int.from_bytes(counts[1]) > len(raw) + 1000
-    ):  # the first frame of an MP3 may count the bytes
+    if counts and int.from_bytes(counts[1]) > len(raw) + 64:  # the first frame of an MP3 may count the bytes
         raise InputError(f"is cut off: {len(raw)} of {int.from_bytes(counts[1])} bytes; get it whole")
 
     try:
@@ -358,6 +364,8 @@ def sound_file(file):
         return None
     # Of MP3 libsndfile knows the length by its first frame only. Streaming writers leave it 0 or all ones.
     if audio.format == "MP3" or len(streams) > 1 or not 0 < audio.frames < 2**36 - 1:
+        return None
+    if audio.subtype == "OPUS" and has_tag:
         return None
     # Some writers count the header too, and what is written to a pipe states 2 or 4 GB.
     sizes = r"(?:data|SSND|Data Size|riff|Riff size) *: (\d+) \(should be (\d+)\)"
@@ -390,18 +398,22 @@ def ffmpeg_frames(file, begin_s=0.0):
             raise InputError("holds no audio")
         stream = container.streams.audio[0]
         start = stream.start_time or 0
+        decoder = stream.codec_context
+        if decoder.name == "opus":  # FFmpeg's own is far too loud for some changes of Opus' mode
+            decoder = av.CodecContext.create("libopus", "r")
+            decoder.extradata = stream.codec_context.extradata
         # Times are exact where their unit is no longer than a sample: not in webm and wma (ms), and in Ogg
         # each stream has its own. There frames are counted from the first on.
-        is_timed = stream.time_base * stream.rate <= 1 and container.format.name != "ogg"
-        if is_timed and begin_s > 0.25:  # early, because a codec needs a few frames to be itself again
-            container.seek(start + int((begin_s - 0.25) / stream.time_base), stream=stream)
+        is_timed = stream.time_base * stream.rate <= 1 and container.format.name not in ("ogg", "flac")
+        if is_timed and begin_s > 1:  # early: a frame of MP3 at 8 kbit/s may need the data of 0.4 s before it
+            container.seek(start + int((begin_s - 1) / stream.time_base), stream=stream)
         as_float = av.AudioResampler(format="fltp")
         kind = None
         position = 0
         damage = None
         for packet in container.demux(stream):
             try:
-                frames = packet.decode()
+                frames = decoder.decode(packet)
             except av.InvalidDataError as error:
                 if container.format.name != "mp3":
                     raise
@@ -1056,15 +1068,15 @@ def language_code(name):
     """
     first, *tags = re.split("[-_]", name.strip().lower())
     if not re.fullmatch("[a-z]{2,3}", first):
-        first = english_names().get(first, "")
+        first = english_names().get(first, "und")
     language = langcodes.Language.get(first)
     are_tags = all(re.fullmatch("[a-z0-9]{2,8}", tag) for tag in tags)
     if language.language is None or not language.is_valid() or not are_tags:
         raise InputError(f"language {name!r} is not known; give a code of ISO 639 such as en, zh or yue")
-    is_chinese = language.prefer_macrolanguage().language == "zh"  # zh, cmn, wuu, nan, hak, gan, …
-    if is_chinese and (first == "yue" or "hk" in tags or "yue" in tags):
-        return "yue"
-    return "zh" if is_chinese else language.language
+    code = language.language
+    if code != "yue" and MACROLANGUAGES.get(code) == "zh":  # cmn, wuu, nan, hak, gan, …
+        code = "zh"
+    return "yue" if code == "zh" and ("hk" in tags or "yue" in tags) else code
 
 
 @functools.cache

@@ -8,7 +8,7 @@ come from a word segmenter and are removed.
 
 from pathlib import Path
 
-from data import run_script
+import data
 from prepare.manifest import (
     LeftOut,
     chosen_splits,
@@ -49,4 +49,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run_script(main, parse_args())
+    data.run_script(main, parse_args())

@@ -8,12 +8,16 @@ UTF-8, if there is one.
 
 import os
 
-from data import language_code, run_script
+import data
 from prepare.manifest import LeftOut, corpus_parser, write_manifest
 
-READABLE = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".au", ".caf", ".w64", ".sph")
-UNREADABLE = (".m4a", ".aac", ".mp4", ".webm", ".wma")  # by libsndfile: counted as left out, not passed over
-LAYOUT = f"audio files ({' '.join(READABLE)})"
+# What libsndfile or FFmpeg reads, films for their sound too.
+SUFFIXES = """
+    .wav .flac .ogg .oga .opus .spx .mp3 .mp2 .m4a .m4b .aac .mp4 .m4v .mov .3gp .3g2 .webm .mka .mkv .wma
+    .wmv .asf .amr .ac3 .aiff .aif .aifc .au .snd .caf .w64 .rf64 .sph .nist .voc .ape .wv .tta .avi .flv .mpg
+    .mpeg .ogv
+""".split()
+LAYOUT = f"audio files ({' '.join(SUFFIXES)})"
 
 
 def parse_args(argv=None):
@@ -23,7 +27,7 @@ def parse_args(argv=None):
 
 
 def clips(args):
-    language = language_code(args.language) if args.language else None
+    language = data.language_code(args.language) if args.language else None
     real_files = set()
     for path in audio_files(args.root, set()):
         real_file = os.path.realpath(path)
@@ -49,7 +53,7 @@ def audio_files(folder, real_folders):
         path = os.path.join(folder, name)
         if os.path.isdir(path):
             yield from audio_files(path, real_folders)
-        elif os.path.isfile(path) and os.path.splitext(name)[1].lower() in READABLE + UNREADABLE:
+        elif os.path.isfile(path) and os.path.splitext(name)[1].lower() in SUFFIXES:
             yield path
 
 
@@ -68,4 +72,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run_script(main, parse_args())
+    data.run_script(main, parse_args())

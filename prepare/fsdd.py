@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import SAMPLE_RATE, InputError, at_least, clip_from_file, load_audio, run_script
+import data
 from prepare.manifest import LeftOut, corpus_parser, flac, folder_or_itself, write_manifest
 
 LAYOUT = "recordings/digit_speaker_take.wav"
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-LONGEST_PAUSE = int(0.15 * SAMPLE_RATE)  # samples
+LONGEST_PAUSE = int(0.15 * data.SAMPLE_RATE)  # samples
 PEAK = 0.9
 
 
@@ -27,10 +27,12 @@ def parse_args(argv=None):
     parser.add_argument(
         "--split", nargs="+", default=["train", "test"], choices=["train", "test"], help="takes to use"
     )
-    parser.add_argument("--count", type=at_least(1, int), default=1_000, help="strings to make")
-    parser.add_argument("--max-digits", type=at_least(1, int), default=6, help="digits of the longest string")
+    parser.add_argument("--count", type=data.at_least(1, int), default=1_000, help="strings to make")
+    parser.add_argument(
+        "--max-digits", type=data.at_least(1, int), default=6, help="digits of the longest string"
+    )
     parser.add_argument("--speakers", nargs="+", default=[], metavar="NAME", help="only these; else all")
-    parser.add_argument("--seed", type=at_least(0, int), default=0, help="seed of the strings")
+    parser.add_argument("--seed", type=data.at_least(0, int), default=0, help="seed of the strings")
     args = parser.parse_args(argv)
     if args.pack is None:
         args.pack = os.path.splitext(args.out)[0]
@@ -54,8 +56,8 @@ def clips(args):
         if args.speakers and speaker not in args.speakers:
             continue
         try:
-            waveform = load_audio(clip_from_file(str(path))).numpy()
-        except InputError as error:
+            waveform = data.load_audio(data.clip_from_file(str(path))).numpy()
+        except data.InputError as error:
             yield LeftOut("cannot be used", str(error))
             continue
         if not waveform.any():
@@ -66,7 +68,7 @@ def clips(args):
 
     for speaker in args.speakers:
         if speaker not in takes:
-            raise InputError(f"--speakers {speaker}: {root} has {', '.join(sorted(names)) or 'none'}")
+            raise data.InputError(f"--speakers {speaker}: {root} has {', '.join(sorted(names)) or 'none'}")
     speakers = args.speakers or sorted(takes)
     rng = np.random.default_rng(args.seed)
     for n in range(args.count if speakers else 0):
@@ -99,4 +101,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run_script(main, parse_args())
+    data.run_script(main, parse_args())

@@ -13,7 +13,7 @@ written as they are. A clip without a column `id` gets the name of its split and
 
 import os
 
-from data import InputError, language_code, run_script
+import data
 from prepare.manifest import LeftOut, corpus_parser, write_manifest
 
 LAYOUT = "rows with audio"
@@ -54,11 +54,11 @@ def parse_args(argv=None):
 
 
 def clips(args):
-    language = language_code(args.language) if args.language else None
+    language = data.language_code(args.language) if args.language else None
     for split, rows in chosen_splits(args).items():
         features = rows.features
         if not features:
-            raise InputError(
+            raise data.InputError(
                 f"{args.root}: {split} does not state its columns; store it by save_to_disk first"
             )
         audio_column = chosen_audio_column(args, features)
@@ -104,19 +104,19 @@ def chosen_splits(args):
     try:
         import datasets
     except ImportError as error:
-        raise InputError(f"needs the package datasets ({error}): pip install datasets") from None
+        raise data.InputError(f"needs the package datasets ({error}): pip install datasets") from None
 
     is_saved = any(os.path.exists(os.path.join(args.root, name)) for name in SAVED_NAMES)
     if is_saved and args.config is not None:
-        raise InputError(f"--config: {args.root} was written by save_to_disk and has none; leave it out")
+        raise data.InputError(f"--config: {args.root} was written by save_to_disk and has none; leave it out")
     try:
         splits = saved_splits(args.root) if is_saved else streamed_splits(args.root, args.config)
     except (datasets.exceptions.DatasetsError, ValueError, RuntimeError, OSError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{args.root}: {reason}") from None
+        raise data.InputError(f"{args.root}: {reason}") from None
     for split in args.split:
         if split not in splits:
-            raise InputError(f"--split {split}: {args.root} has {', '.join(splits)}")
+            raise data.InputError(f"--split {split}: {args.root} has {', '.join(splits)}")
     return {split: splits[split] for split in args.split or splits}
 
 
@@ -194,11 +194,11 @@ def chosen_text_column(args, features):
     column = only_column(args, features, "text", args.text_column, columns_named(TEXT_NAMES, features))
     feature = features[column]
     if not holds_strings(feature):
-        raise InputError(f"--text-column {column}: {args.root} has no text there, but {feature}")
+        raise data.InputError(f"--text-column {column}: {args.root} has no text there, but {feature}")
     if args.text_column is None and not is_string(feature):
         # Numbers may be what the package guesses from a metadata.csv: 007 has become 7.
         remedy = f"give --text-column {column}, or store strings, for instance in a metadata.jsonl"
-        raise InputError(f"{args.root}: column {column} is {feature}, and not of strings; {remedy}")
+        raise data.InputError(f"{args.root}: column {column} is {feature}, and not of strings; {remedy}")
     return column
 
 
@@ -207,13 +207,13 @@ def only_column(args, features, kind, wanted, columns):
     names = ", ".join(features) or "none"
     if wanted is not None:
         if wanted not in features:
-            raise InputError(f"--{kind}-column {wanted}: no such column; {args.root} has {names}")
+            raise data.InputError(f"--{kind}-column {wanted}: no such column; {args.root} has {names}")
         return wanted
     if len(columns) == 1:
         return columns[0]
     problem = f"{kind} may be {' or '.join(columns)}" if columns else f"no column is known as {kind}"
     flags = "--text-column or --no-text" if kind == "text" else "--audio-column"
-    raise InputError(f"{args.root}: {problem}; choose by {flags}; the columns are {names}")
+    raise data.InputError(f"{args.root}: {problem}; choose by {flags}; the columns are {names}")
 
 
 def first_column(names, features):
@@ -251,4 +251,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run_script(main, parse_args())
+    data.run_script(main, parse_args())

@@ -11,7 +11,7 @@ import os
 
 import soundfile
 
-from data import InputError, language_code, run_script
+import data
 from prepare.manifest import LeftOut, corpus_parser, keyed_lines, write_manifest
 
 LAYOUT = "wav.scp with the paths of audio files"
@@ -24,7 +24,7 @@ def parse_args(argv=None):
 
 
 def clips(args):
-    language = language_code(args.language) if args.language else None
+    language = data.language_code(args.language) if args.language else None
     wav_scp = keyed_lines(os.path.join(args.root, "wav.scp"))
     texts = lines_if_there(args.root, "text")
     speakers = lines_if_there(args.root, "utt2spk") or {}
@@ -52,7 +52,7 @@ def clips(args):
         elif texts is not None and clip_id not in texts:
             yield LeftOut("no transcript", clip_id)
         elif channel is not None and not is_only_channel(path, channel):
-            yield LeftOut("one of several channels; split the recording into a file for each first", clip_id)
+            yield LeftOut("perhaps one of several channels; split the recording first", clip_id)
         else:
             yield {**line, "audio": path}
 
@@ -69,7 +69,7 @@ def parse_segment(segment, where):
         begin = float(words[1])
         end = float(words[2])
     except (IndexError, ValueError):
-        raise InputError(f"{where}: expected recording, begin and end in s, found {segment!r}") from None
+        raise data.InputError(f"{where}: expected recording, begin and end in s, found {segment!r}") from None
     channel = words[3] if len(words) > 3 else None
     return words[0], begin, end, channel
 
@@ -80,7 +80,7 @@ def is_only_channel(path, channel):
     try:
         return channel in ("0", "1") and soundfile.info(path).channels == 1
     except soundfile.LibsndfileError:
-        return True  # left out by write_manifest, with that reason
+        return False
 
 
 def main(args):
@@ -88,4 +88,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run_script(main, parse_args())
+    data.run_script(main, parse_args())

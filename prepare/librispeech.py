@@ -7,7 +7,7 @@ ROOT is the folder LibriSpeech or the one above. Texts are written as they are, 
 
 from pathlib import Path
 
-from data import run_script
+import data
 from prepare.manifest import (
     LeftOut,
     chosen_splits,
@@ -61,4 +61,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run_script(main, parse_args())
+    data.run_script(main, parse_args())

@@ -19,10 +19,9 @@ import typing
 
 import soundfile
 
-from data import SAMPLE_RATE, InputError, argument_parser, audio_duration, load_audio, parse_line
+import data
 
 SHARD_BYTES = 10**9  # a shard ends with the first clip beyond this
-LONGEST_S = 10**7  # a header that states more was left unfinished by a streaming writer
 
 
 class LeftOut(typing.NamedTuple):
@@ -35,7 +34,7 @@ class LeftOut(typing.NamedTuple):
 def corpus_parser(name, docstring, root="ROOT", root_help="folder of the corpus, as it is distributed"):
     """The flags that all corpora have."""
     script = f"python -m prepare.{name}"
-    parser = argument_parser(script, docstring)
+    parser = data.argument_parser(script, docstring)
     parser.usage = f"{script} {root} --out m.jsonl [--flag value …]"
     parser.add_argument("root", metavar=root, help=root_help)
     parser.add_argument("--out", required=True, metavar="m.jsonl", help="manifest to write")
@@ -51,9 +50,9 @@ def write_manifest(args, clips, layout, is_folder=True):
     Raises InputError; nothing is left behind then.
     """
     if os.path.exists(args.out):
-        raise InputError(f"--out {args.out} exists; remove it, or choose another name")
+        raise data.InputError(f"--out {args.out} exists; remove it, or choose another name")
     if is_folder and not os.path.isdir(args.root):
-        raise InputError(f"{args.root}: no such folder")
+        raise data.InputError(f"{args.root}: no such folder")
     folder = os.path.dirname(os.path.abspath(args.out))
     os.makedirs(folder, exist_ok=True)
     shards = Shards(args.pack) if args.pack else None
@@ -81,7 +80,7 @@ def write_manifest(args, clips, layout, is_folder=True):
             which = first_left_out[reason].encode("utf-8", "replace").decode()  # not every file name is UTF-8
             left_out.append(f"left out: {n} × {reason} (first: {which})")
         if n_clips == 0:
-            raise InputError("; ".join([f"{args.root}: no usable clip; looked for {layout}", *left_out]))
+            raise data.InputError("; ".join([f"{args.root}: no usable clip; looked for {layout}", *left_out]))
 
     packed = f", {len(shards.paths)} shard(s)" if shards is not None else ""
     print(f"{args.out}: {n_clips} clips, {seconds / 3600:.3f} hours, {n_untexted} without text{packed}")
@@ -115,18 +114,18 @@ def manifest_line(clip, shards):
     suffix = os.path.splitext(line["audio"])[1]
     try:
         line["duration"] = duration_s(line, content, name)
-        if not 0 < line["duration"] < LONGEST_S:
-            return LeftOut("lasts 0 s or less, or its header states no length", name)
-        readable = parse_line(json.dumps(line).encode(), name, "")
+        if line["duration"] <= 0:
+            return LeftOut("lasts 0 s or less", name)
+        readable = data.parse_line(json.dumps(line).encode(), name, "")
         if shards is None:
             return line
         if content is None and "end_time" in line:
-            content = flac(load_audio(readable))
+            content = flac(data.load_audio(readable))
             suffix = ".flac"
         elif content is None:
             with open(line["audio"], "rb") as file:
                 content = file.read()
-    except (InputError, OSError) as error:
+    except (data.InputError, OSError) as error:
         return LeftOut("cannot be used", str(error))
     line.update(shards.add(content, suffix))
     line.pop("begin_time", None)
@@ -135,18 +134,18 @@ def manifest_line(clip, shards):
 
 
 def duration_s(line, content, name):
-    """Seconds of a clip: of a segment by its times, else of its file. Nothing is decoded."""
+    """Seconds of a clip: of a segment by its times, else of its file."""
     begin_s = max(line.get("begin_time", 0), 0)
     end_s = line.get("end_time", -1)
     if end_s < 0:
-        end_s = audio_duration(content or line["audio"], name)
+        end_s = data.audio_duration(content or line["audio"], name)
     return round(end_s - begin_s, 4)
 
 
 def flac(waveform):
     """The bytes of a FLAC file, 16 bit at 16 kHz, of a waveform (samples,)."""
     file = io.BytesIO()
-    soundfile.write(file, waveform.numpy(), SAMPLE_RATE, subtype="PCM_16", format="FLAC")
+    soundfile.write(file, waveform.numpy(), data.SAMPLE_RATE, subtype="PCM_16", format="FLAC")
     return file.getvalue()
 
 
@@ -184,7 +183,7 @@ class Shards:
         try:
             self.tar = tarfile.TarFile(path, "x", format=tarfile.USTAR_FORMAT)
         except FileExistsError:
-            raise InputError(f"--pack: {path} exists; remove it, or choose another name") from None
+            raise data.InputError(f"--pack: {path} exists; remove it, or choose another name") from None
         self.paths.append(path)
 
     def close(self):
@@ -212,12 +211,12 @@ def keyed_lines(path):
                 if not words:
                     continue
                 if words[0] in rests:
-                    raise InputError(f"{path}: {words[0]} is there twice; remove one of the lines")
+                    raise data.InputError(f"{path}: {words[0]} is there twice; remove one of the lines")
                 rests[words[0]] = words[1].strip() if len(words) == 2 else ""
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 (byte {error.start}); convert it") from None
+        raise data.InputError(f"{path}: not UTF-8 (byte {error.start}); convert it") from None
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; is ROOT the folder of this corpus?") from None
+        raise data.InputError(f"{path}: {error.strerror}; is ROOT the folder of this corpus?") from None
     return rests
 
 
@@ -227,7 +226,7 @@ def chosen_splits(folder, wanted):
     for split in wanted:
         if split not in splits:
             names = ", ".join(splits) or "none"
-            raise InputError(f"--split {split}: no such folder in {folder}; it has {names}")
+            raise data.InputError(f"--split {split}: no such folder in {folder}; it has {names}")
     return sorted(set(wanted)) or splits
 
 

@@ -10,7 +10,7 @@ import os
 
 import ijson
 
-from data import InputError, run_script
+import data
 from prepare.manifest import LeftOut, corpus_parser, write_manifest
 
 LAYOUT = "WenetSpeech.json and the recordings that it names"
@@ -48,7 +48,7 @@ def clips(args):
             }
     for split in args.split:
         if split not in subsets:
-            raise InputError(
+            raise data.InputError(
                 f"--split {split}: no such subset in {path}; it has {', '.join(sorted(subsets))}"
             )
 
@@ -59,10 +59,10 @@ def recordings(path):
         with open(path, "rb") as file:
             yield from ijson.items(file, "audios.item", use_float=True)
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; is ROOT the folder of this corpus?") from None
+        raise data.InputError(f"{path}: {error.strerror}; is ROOT the folder of this corpus?") from None
     except ijson.JSONError as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"{path}: cut off, or not JSON ({reason})") from None
+        raise data.InputError(f"{path}: cut off, or not JSON ({reason})") from None
 
 
 def main(args):
@@ -70,4 +70,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run_script(main, parse_args())
+    data.run_script(main, parse_args())

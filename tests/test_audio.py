@@ -1,6 +1,5 @@
-"""Audio of data.py: formats, codecs, segments, tars, and files that are damaged, joined or count wrong."""
+"""Audio of data.py: formats, codecs, segments, tars; files that are cut off, joined or count wrong."""
 
-import contextlib
 import io
 import json
 import math
@@ -8,6 +7,7 @@ import os
 import pathlib
 import tarfile
 
+import av
 import numpy as np
 import pytest
 import soundfile
@@ -32,6 +32,27 @@ def encoded(wave, rate=16_000, fmt="WAV", subtype=None, **options):
     file = io.BytesIO()
     soundfile.write(file, wave, rate, format=fmt, subtype=subtype, **options)
     return file.getvalue()
+
+
+def likeness(waveform, wave):
+    """The largest correlation of a waveform with another as long as it, over shifts of up to 0.15 s."""
+    spectrum = np.fft.rfft(waveform, 2 * len(wave)) * np.fft.rfft(wave, 2 * len(wave)).conj()
+    products = np.fft.irfft(spectrum) / np.sqrt(np.square(wave).sum() * np.square(waveform).sum())
+    return max(products[:2400].max(), products[-2400:].max())
+
+
+def by_ffmpeg(path, wave, codec, rate):
+    """Writes a sound file by FFmpeg, in the format that its name says."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate, layout="mono")
+        stream.bit_rate = 12_200 if "amr" in codec else 64_000
+        frame = av.AudioFrame.from_ndarray(wave[None], format="fltp", layout="mono")
+        frame.sample_rate = rate
+        size = stream.codec_context.frame_size or 1024
+        frames = av.AudioResampler(stream.codec_context.format, "mono", rate, size)
+        for piece in [*frames.resample(frame), *frames.resample(None), None]:
+            container.mux(stream.encode(piece))
+    return path
 
 
 def clip_of(path, duration, content=None, **times):
@@ -83,20 +104,35 @@ def test_resampling_keeps_pitch_phase_and_length(tmp_path, rate):
     assert (waveform - expected)[100:-100].abs().max() < 3e-3
 
 
-@pytest.mark.parametrize("kind", ["OGG VORBIS", "OGG OPUS", "MP3 MPEG_LAYER_III"])
-@pytest.mark.parametrize("rate", [16_000, 48_000])
-def test_lossy_formats_give_the_same_sound_in_place_and_in_part(tmp_path, kind, rate):
-    """libsndfile's own seek is off by up to 0.2 s in Vorbis and spoils the first frame in MP3."""
-    content = encoded(chirp(4.0, rate), rate, *kind.split())
-    waveform = load_audio(clip_of(tmp_path / "a", 4.0, content))
-    assert len(waveform) == 64_000
-    assert np.corrcoef(waveform.numpy(), chirp(4.0))[0, 1] > 0.98
-    whole = torch.from_numpy(soundfile.read(tmp_path / "a", dtype="float32")[0])
-    for begin, end in ((0.5, 1.0), (2.5, 3.0), (3.0, 4.0)):
-        part = whole[round(begin * rate) : round(end * rate)]
-        part = part if rate == 16_000 else data.resampler(rate)(part)
-        waveform = load_audio(clip_of(tmp_path / "a", end - begin, begin_time=begin, end_time=end))
-        torch.testing.assert_close(waveform, part, atol=2e-3, rtol=0)
+BY_LIBSNDFILE = (
+    "OGG VORBIS 16000,OGG OPUS 16000,OGG OPUS 48000,MP3 MPEG_LAYER_III 16000,MP3 MPEG_LAYER_III 44100"
+)
+BY_FFMPEG = (
+    "m4a aac 16000,m4a aac 44100,mp4 alac 16000,mov pcm_s16le 16000,webm libopus 48000,wma wmav2 16000,"
+    "amr libopencore_amrnb 8000,3gp aac 16000,aac aac 16000,mp2 mp2 44100,wv wavpack 16000"
+)
+
+
+@pytest.mark.parametrize("kind", [*BY_LIBSNDFILE.split(","), *BY_FFMPEG.split(",")])
+def test_codecs_give_the_same_sound_in_place_and_segments_to_the_sample(tmp_path, kind):
+    """Whatever a seek misplaces or spoils: Vorbis, the first frames of MP3, the times of webm."""
+    fmt, codec, rate = kind.split()
+    rate = int(rate)
+    path = tmp_path / f"a.{fmt}"
+    if kind in BY_LIBSNDFILE:
+        path.write_bytes(encoded(chirp(4.0, rate), rate, fmt, codec))
+    else:
+        by_ffmpeg(path, chirp(4.0, rate), codec, rate)
+    assert data.audio_duration(path) == pytest.approx(4.0, abs=0.1)
+    whole = load_audio(clip_of(path, 4.0))
+    assert likeness(whole[:64_000].numpy(), chirp(4.0)) > 0.9
+    for begin, end in ((0.5, 1.0), (1.3, 2.2), (3.0, 3.9)):
+        waveform = load_audio(clip_of(path, end - begin, begin_time=begin, end_time=end))
+        expected = whole[round(begin * 16_000) : round(end * 16_000)]
+        assert len(waveform) == len(expected)
+        tolerance = 0.01 if fmt == "amr" else 2e-4  # a frame of AMR leans on all before it
+        inner = slice(0, None) if rate == 16_000 else slice(100, -100)  # resampled from another first sample
+        torch.testing.assert_close(waveform[inner], expected[inner], atol=tolerance, rtol=0)
 
 
 CANNOT_SEEK = "WAV GSM610,WAV G721_32,AU G723_24,AU G723_40,WAV NMS_ADPCM_16,WAV NMS_ADPCM_32,AIFF GSM610"
@@ -128,7 +164,9 @@ def test_channels_are_averaged_and_opposite_ones_refused(tmp_path):
 @pytest.mark.parametrize("begin, end", [(2.0, -1), (2.5, 3.0), (1.0, 2.2)])
 def test_a_segment_past_the_end_is_an_error(tmp_path, begin, end):
     clip = clip_of(tmp_path / "a.wav", 1.0, encoded(steps(32_000)), begin_time=begin, end_time=end)
-    refused("is outside: the recording (its first stream) has 2.00 s", clip)
+    refused("is outside: the recording ends before", clip)
+    mp3 = encoded(chirp(2.0), fmt="MP3")
+    refused("is outside", clip_of(tmp_path / "a.mp3", 1.0, mp3, begin_time=begin, end_time=end))
 
 
 def test_a_byte_range_of_a_tar_equals_the_file(tmp_path):
@@ -151,7 +189,7 @@ def test_a_byte_range_of_a_tar_equals_the_file(tmp_path):
     offset, nbytes = members[3]
     tar_path.write_bytes(tar_path.read_bytes()[: offset + nbytes - 1])
     refused(f"ends before byte {offset + nbytes}", clip_of(tar_path, 1.0, offset=offset, nbytes=nbytes))
-    refused("cannot read it", clip_of(tar_path, 1.0, offset=3, nbytes=4000))  # not where a member starts
+    refused("cannot be decoded", clip_of(tar_path, 1.0, offset=3, nbytes=4000))  # not where a member starts
 
 
 def test_a_file_that_cannot_be_used_is_an_error_that_names_line_and_file(tmp_path):
@@ -161,12 +199,23 @@ def test_a_file_that_cannot_be_used_is_an_error_that_names_line_and_file(tmp_pat
     for name, reason in (line.split(maxsplit=1) for line in [*reasons, "a" * 300 + " too long"]):
         refused(reason, clip_of(tmp_path / name, 1.0))
     for content in (b"", b"RIFF\x24\x00", b"<html>not found</html>" * 40):
-        refused("cannot read it", clip_of(tmp_path / "b.wav", 1.0, content))
+        refused("cannot be decoded", clip_of(tmp_path / "b.wav", 1.0, content))
+    soundfile.write(tmp_path / "secret.wav", steps(16_000), 16_000)  # a playlist could open any file
+    playlist = (
+        f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{tmp_path}/secret.wav\n#EXT-X-ENDLIST\n".encode()
+    )
+    refused("cannot be decoded", clip_of(tmp_path / "c.m3u8", 1.0, playlist))
     refused("holds no samples", clip_of(tmp_path / "c.wav", 1.0, encoded(np.zeros(0))))
     for value in (np.nan, np.inf, -np.inf):
         x = steps(4000)
         x[1234] = value
         refused("NaN or infinite", clip_of(tmp_path / "d.wav", 0.25, encoded(x, subtype="FLOAT")))
+    for scale, fits in ((12, True), (32_768, False)):  # peaks of 9.4 and 25,600
+        clip = clip_of(tmp_path / "e.wav", 0.25, encoded(scale * steps(4000), subtype="FLOAT"))
+        if fits:
+            assert torch.equal(load_audio(clip), torch.from_numpy(scale * steps(4000)[:, 0]))
+        else:
+            refused("divide by 32768", clip)
 
 
 @pytest.mark.parametrize(
@@ -185,69 +234,79 @@ ID3V2 = b"ID3\x04\0\0\0\0\x10\0" + b"\xff\xfb\x90\x64" * 512  # of 2,048 bytes t
 ID3V1 = b"TAG" + b"x" * 125
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "m4a", "amr"])
 def test_a_file_that_is_cut_off_never_passes_for_a_short_clip(tmp_path, kind):
-    content = encoded(chirp(3.0), 16_000, *kind.split())
-    assert len(load_audio(clip_of(tmp_path / "a", 3.0, content))) == 48_000
+    if kind in ("m4a", "amr"):
+        codec, rate = {"m4a": ("aac", 16_000), "amr": ("libopencore_amrnb", 8000)}[kind]
+        content = by_ffmpeg(tmp_path / f"a.{kind}", chirp(3.0, rate), codec, rate).read_bytes()
+    else:
+        content = encoded(chirp(3.0), 16_000, *kind.split())
+    assert len(load_audio(clip_of(tmp_path / "a", 3.0, content))) == pytest.approx(48_000, abs=1200)
     for share in (0.5, 0.9):
-        cut = content[: int(share * len(content))]
+        cut = content[: int(share * len(content)) | 1]  # no frame of AMR ends at an odd byte
         refused("", clip_of(tmp_path / "a", 3.0, cut))
-        with contextlib.suppress(AudioError):  # nor where the manifest was made of the cut file
-            refused("", clip_of(tmp_path / "a", data.audio_duration(cut)))
+        try:
+            seconds = data.audio_duration(cut)
+        except AudioError:
+            continue
+        refused("", clip_of(tmp_path / "a", seconds))  # nor where the manifest was made of the cut file
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_tags_and_padding_around_the_audio_are_no_defect(tmp_path, kind):
+def test_tags_chunks_and_rubbish_behind_the_audio_are_no_defect(tmp_path, kind):
     content = encoded(chirp(1.0), 16_000, *kind.split())
     alone = load_audio(clip_of(tmp_path / "a", 1.0, content))
-    rest = [ID3V1, b"APETAGEX" + b"x" * 5000, bytes(5000)]
-    if kind.startswith("WAV"):
-        rest.append(b"LIST\xb8\x0b\0\0" + b"x" * 3000)
-    for changed in (ID3V2 + content, *(content + tag for tag in rest)):
-        assert data.audio_duration(changed) == 1.0
-        torch.testing.assert_close(load_audio(clip_of(tmp_path / "a", 1.0, changed)), alone)
+    ends = [ID3V1, b"APETAGEX" + b"x" * 5000, bytes(5000), b"12345678", b"LIST\xb8\x0b\0\0" + b"x" * 3000]
+    changed = [content + end for end in ends]
+    if "FLAC" in kind or "MP3" in kind:
+        changed.append(ID3V2 + content)
+    for content in changed:
+        assert data.audio_duration(content) == pytest.approx(1.0, abs=0.03)
+        waveform = load_audio(clip_of(tmp_path / "a", 1.0, content))
+        assert len(waveform) - 16_000 in range(500)
+        if "OPUS" in kind:  # by FFmpeg
+            assert likeness(waveform.numpy(), alone.numpy()) > 0.95
+        else:
+            torch.testing.assert_close(waveform[:16_000], alone)
 
 
-@pytest.mark.parametrize("kind", KINDS[2:5])
-def test_files_that_were_joined_are_refused(tmp_path, kind):
-    fmt, subtype = kind.split()
-    contents = [encoded(chirp(seconds), 16_000, fmt, subtype) for seconds in (1.0, 0.2, 3.0)]
-    clip = clip_of(tmp_path / "a", 1.0, b"".join(contents))
-    refused("holds 3 streams in a row, of which only the first is read; re-encode it as one", clip)
-    segment = clip_of(tmp_path / "a", 0.5, begin_time=1.1, end_time=1.6)
-    refused("is outside: the recording (its first stream) has 1.00 s", segment)
+@pytest.mark.parametrize("kind", KINDS[2:])
+def test_files_that_were_joined_are_read_whole(tmp_path, kind):
+    waves = [chirp(1.0), chirp(0.2), chirp(3.0)]
+    content = b"".join(encoded(wave, 16_000, *kind.split()) for wave in waves)
+    seconds = data.audio_duration(content)
+    assert seconds == pytest.approx(4.2, abs=0.3)  # each MP3 brings its own padding
+    whole = load_audio(clip_of(tmp_path / "a", seconds, content))
+    assert likeness(whole[:16_000].numpy(), waves[0]) > 0.9
+    assert likeness(whole[-48_000:].numpy(), waves[2]) > 0.9
+    segment = load_audio(clip_of(tmp_path / "a", 0.9, begin_time=2.1, end_time=3.0))
+    torch.testing.assert_close(segment[99:-99], whole[33_699:47_901], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize(
-    "size, reason",
-    [(16_000, "holds 16000 bytes more"), (0, "holds 32000 bytes more"), (64_000, "is cut off")]
-    + [(size, None) for size in (32_000, 31_999, 32_044, 0x7FFF_F000, 0xFFFF_FFFF)],
-)
-def test_the_size_of_wav_data_may_be_unknown_but_not_wrong(tmp_path, size, reason):
-    """sox and ffmpeg write 7ffff000 and ffffffff to a pipe; some writers count the header."""
+def test_ogg_streams_of_one_number_are_refused(tmp_path):
+    """FFmpeg would pass by the second."""
+    content = encoded(chirp(1.0), 16_000, "OGG", "OPUS")
+    refused("streams of one number", clip_of(tmp_path / "a", 2.0, content + content))
+
+
+@pytest.mark.parametrize("size", [0, 31_999, 32_000, 32_044, 0x7FFF_F000, 0xFFFF_FFFF])
+def test_the_size_of_wav_data_may_be_unknown(tmp_path, size):
+    """sox and ffmpeg write 7ffff000 and ffffffff to a pipe, others 0; some writers count the header."""
     content = bytearray(encoded(np.full(16_000, 0.5)))
     content[40:44] = size.to_bytes(4, "little")
-    clip = clip_of(tmp_path / "a", 1.0, content)
-    if reason is None:
-        assert abs(len(load_audio(clip)) - 16_000) <= 1
-    else:
-        refused(reason, clip)
+    assert abs(len(load_audio(clip_of(tmp_path / "a", 1.0, content))) - 16_000) <= 1
+    content[40:44] = (64_000).to_bytes(4, "little")
+    refused("is cut off: 32000 of 64000 bytes", clip_of(tmp_path / "a", 1.0, content))
 
 
-@pytest.mark.parametrize(
-    "total, reason",
-    [(0, "streamed or damaged"), (2**36 - 1, "streamed or damaged"), (80_000, "holds more frames")],
-)
-def test_a_flac_header_may_not_count_wrong(tmp_path, total, reason):
-    """Nor does a count of hours (2^36 samples) or an unknown one (0) take memory."""
-    content = bytearray(encoded(steps(160_000), 16_000, "FLAC"))
+@pytest.mark.parametrize("total", [0, 2**36 - 1])
+def test_the_number_of_flac_samples_may_be_unknown(tmp_path, total):
+    x = steps(160_000)
+    content = bytearray(encoded(x, 16_000, "FLAC"))
     content[21] = content[21] & 0xF0 | total >> 32
     content[22:26] = (total & 0xFFFF_FFFF).to_bytes(4, "big")
-    seconds = 5.0 if total == 80_000 else 10.0
-    refused(reason, clip_of(tmp_path / "a", seconds, content))
-    if total != 80_000:
-        with pytest.raises(AudioError, match="streamed or damaged"):
-            data.audio_duration(bytes(content))
+    assert data.audio_duration(bytes(content)) == pytest.approx(10)
+    assert torch.equal(load_audio(clip_of(tmp_path / "a", 10.0, content)), torch.from_numpy(x[:, 0]))
 
 
 def loud_then_quiet():
@@ -257,61 +316,24 @@ def loud_then_quiet():
     return encoded(wave, 44_100, "MP3", bitrate_mode="VARIABLE")
 
 
-# Without the first frame: the decoder's own delay, 529 samples, is known and left out.
-STREAMED_SAMPLES = 384 * 1152 - 529
-
-
-@pytest.mark.parametrize("tags", [(b"", b""), (ID3V2 + bytes(99), ID3V1)])
-def test_mp3_from_a_streaming_encoder_is_as_long_as_its_frames(tmp_path, tags):
-    """By the size of the first frame libsndfile expects 2.1 s, and reads no more."""
-    content = tags[0] + loud_then_quiet()[417:] + tags[1]
-    assert data.audio_duration(content) == STREAMED_SAMPLES / 44_100
-    waveform = load_audio(clip_of(tmp_path / "a", 10.03, content))
-    assert len(waveform) == math.ceil(STREAMED_SAMPLES * 16_000 / 44_100)
-    segment = load_audio(clip_of(tmp_path / "a", 1.0, begin_time=8.0, end_time=9.0))
-    torch.testing.assert_close(segment[99:-99], waveform[128_099:143_901], atol=1e-5, rtol=0)
-
-
-def test_mp3_from_a_streaming_encoder_holds_the_same_sound(tmp_path):
-    """With 576 samples more in front: the encoder's delay stood in the missing frame."""
-    whole = encoded(chirp(3.0), 16_000, "MP3")
-    expected = load_audio(clip_of(tmp_path / "a", 3.0, whole))
-    streamed = whole[data.mp3_frame_bytes(whole[:4]) :]
-    waveform = load_audio(clip_of(tmp_path / "b", 3.0, streamed))
-    torch.testing.assert_close(waveform[576:48_576], expected, atol=1e-4, rtol=0)
-
-
-def test_mp3_with_a_wrong_count_and_joined_mp3_are_as_long_as_their_frames(tmp_path):
+def test_mp3_is_as_long_as_its_frames(tmp_path):
+    """By the size of the first frame libsndfile expects 2.1 s, by a wrong count what it says."""
     whole = loud_then_quiet()
-    for count in (0, 10, 383, 385, 4000):
-        content = whole[:29] + count.to_bytes(4, "big") + whole[33:]
-        assert data.audio_duration(content) == STREAMED_SAMPLES / 44_100
-    n_samples = 2 * 384 * 1152 + 1152 - 529  # a first frame in the middle is silence
-    (tmp_path / "a").write_bytes(whole + ID3V1 + ID3V2 + whole)
-    assert data.audio_duration(tmp_path / "a") == n_samples / 44_100
-    assert len(load_audio(clip_of(tmp_path / "a", 20.0))) == math.ceil(n_samples * 16_000 / 44_100)
+    contents = [whole[417:], ID3V2 + whole[417:] + ID3V1]  # from a streaming encoder
+    contents += [whole[:29] + count.to_bytes(4, "big") + whole[33:] for count in (0, 385, 4000)]
+    for content in contents:
+        assert data.audio_duration(content) == pytest.approx(10.0, abs=0.04)
+        waveform = load_audio(clip_of(tmp_path / "a", 10.0, content))
+        segment = load_audio(clip_of(tmp_path / "a", 1.0, begin_time=8.0, end_time=9.0))
+        torch.testing.assert_close(segment[99:-99], waveform[128_099:143_901], atol=1e-5, rtol=0)
 
 
-def test_mp3_with_a_hole_or_another_end_or_a_change_of_channels_is_refused(tmp_path):
+def test_mp3_with_a_hole_or_a_change_of_channels_is_refused(tmp_path):
     whole = loud_then_quiet()
-    for content in (whole, whole[417:]):
-        damaged = content[:30_000] + bytes(2000) + content[32_000:]
-        refused("more than its headers count", clip_of(tmp_path / "a", 10.0, damaged))
-        refused("is cut off", clip_of(tmp_path / "b", 10.0, content[:-1]))
+    damaged = whole[:30_000] + bytes(2000) + whole[32_000:]
+    refused("cannot be decoded", clip_of(tmp_path / "a", 10.0, damaged))
     stereo = encoded(steps(44_100, 2), 44_100, "MP3")
-    refused("is damaged: ", clip_of(tmp_path / "c", 11.0, whole + stereo))
-
-
-@pytest.mark.parametrize("channels", [1, 2])
-@pytest.mark.parametrize("rate", [8000, 11_025, 12_000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000])
-def test_frames_are_counted_in_every_kind_of_mp3(rate, channels):
-    frame = 1152 if rate >= 32_000 else 576
-    content = encoded(steps(rate, channels), rate, "MP3")
-    assert data.audio_duration(content) == 1.0
-    streamed = content[data.mp3_frame_bytes(content[:4]) :]
-    n_frames = math.ceil((rate + 1105) / frame)  # the encoder's delay is 1,105 samples
-    lengths = [((n_frames + more) * frame - 529) / rate for more in (0, 1)]
-    assert data.audio_duration(streamed) in lengths
+    refused("changes its sample rate or channels", clip_of(tmp_path / "c", 11.0, whole + stereo))
 
 
 def test_clip_from_file(tmp_path, monkeypatch):
@@ -328,9 +350,8 @@ def test_clip_from_file(tmp_path, monkeypatch):
 # One sentence in 50 formats and defects. Clips that are too short, too long or silent are no defect here.
 EDGE_CASES = json.loads((EDGE / "edge.json").read_text()) if (EDGE / "edge.json").exists() else []
 EDGE_REFUSED = (
-    "stereo_antiphase_44k.wav aac.m4a float_nan.wav zero_samples.wav truncated_half.wav truncated_header.wav "
-    "empty_file.wav not_audio.wav header_zero_len.wav truncated_half.flac truncated_half.opus "
-    "raw_pcm_no_header.pcm"
+    "stereo_antiphase_44k.wav float_nan.wav zero_samples.wav truncated_half.wav truncated_header.wav "
+    "empty_file.wav not_audio.wav truncated_half.flac truncated_half.opus raw_pcm_no_header.pcm"
 ).split()
 EDGE_SECONDS = {
     "silence_3s.wav": 3.0,
@@ -350,7 +371,7 @@ def test_edge_file_loads_as_the_same_speech_or_is_refused(name):
         refused("", clip)
         return
     waveform = load_audio(clip)
-    assert abs(len(waveform) / 16_000 - clip.duration) < 0.05 and waveform.isfinite().all()
+    assert abs(len(waveform) / 16_000 - clip.duration) < 0.07 and waveform.isfinite().all()
     if name == "silence_3s.wav":
         assert not waveform.any()
     elif clip.duration > 1:
