@@ -174,7 +174,7 @@ def test_what_is_no_audio_is_left_out_and_named(run, sounds, tmp_path):
     assert [line["text"] for line in lines] == ["a"]
     reasons = {reason: (n, first) for n, reason, first in left_out}
     n, first = reasons.pop("cannot be used")
-    assert n == 2 and first.startswith("train-1: libsndfile cannot read it")
+    assert n == 2 and first.startswith("train-1: cannot be decoded")
     assert reasons == {
         "no audio": (2, "train-3"),
         "no audio file that can be read": (1, f"train-5 {no_path}"),
