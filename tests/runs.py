@@ -134,34 +134,25 @@ def support_of(support, student_ids, teacher_ids, allowed_ids=()):
     return sorted(supports[support])
 
 
-def opd_step(
-    stage,
-    n,
-    teacher="teacher",
-    states="student",
-    objective="kl",
-    support="union",
-    divergence="forward",
-    beta=0.5,
-    tau=1.0,
-    k=8,
-    cap=12,
-):
+def opd_step(stage, n, k=8, cap=12, **flags):
     """Equation 1, or what the flags put in its place, on the n longest clips: one row at a time, all logits.
 
+    flags: states, objective, support, divergence, beta, tau of opd.py.
     → metrics, gradient {name: tensor}, and for each clip what samples.jsonl says of it
     """
+    states = flags.get("states", "student")
     student = model.SpeechLM.from_pretrained(stage / "student").train()
-    teacher = model.SpeechLM.from_pretrained(stage / teacher).eval()
+    teacher = model.SpeechLM.from_pretrained(stage / "teacher").eval()
     teacher_vocabulary = teacher.front_end.tokenizer.get_vocab()
     vocabulary = student.front_end.tokenizer.convert_ids_to_tokens(range(len(student.forbidden)))
     in_teacher = torch.tensor([teacher_vocabulary[token] for token in vocabulary])  # none is missing
+    loss_flags = {key: value for key, value in flags.items() if key in ("tau", "divergence", "beta")}
     allowed_ids = (~student.forbidden).nonzero()[:, 0].tolist()
 
     def top_ids(logits):
         return logits.masked_fill(student.forbidden, -math.inf).topk(k).indices.tolist()
 
-    def loss_of_row(ids, z_teacher, z_student, tau, divergence):
+    def loss_of_row(ids, z_teacher, z_student, tau=1.0, divergence="forward", beta=0.5):
         p = (z_teacher[ids] / tau).softmax(dim=0)
         q = (z_student[ids] / tau).softmax(dim=0)
         return tau**2 * divergence_of(divergence, p, q, beta)
@@ -198,12 +189,12 @@ def opd_step(
                     nested = {*student_topk[:nested_k], *teacher_topk[:nested_k]}
                     measures[f"vuss_{nested_k}"] = len(nested)
             rows.append(measures)
-            clip_kl.append(loss_of_row(union, z_teacher, z_student, 1.0, "forward").item())
-            ids = support_of(support, set(student_topk), set(teacher_topk), allowed_ids)
-            if objective == "ce":
+            clip_kl.append(loss_of_row(union, z_teacher, z_student).item())
+            ids = support_of(flags.get("support", "union"), set(student_topk), set(teacher_topk), allowed_ids)
+            if flags.get("objective") == "ce":
                 losses.append(-z_student.log_softmax(dim=0)[token])
             elif len(ids) > 1:
-                losses.append(loss_of_row(ids, z_teacher, z_student, tau, divergence))
+                losses.append(loss_of_row(ids, z_teacher, z_student, **loss_flags))
         sample = {
             "transcript": student.front_end.texts(rollout)[0],
             "teacher": teacher.front_end.texts(written)[0],
@@ -329,23 +320,18 @@ def train_on_ranks(script, stage, out, world, *more):
     return lines_of(out / "metrics.jsonl")
 
 
-def start_command(script, argv, nproc=0, nodes=("--standalone",), log=subprocess.PIPE, cwd=ROOT):
-    """Starts a script as a user does, under torchrun where nproc > 0, in a session of its own. → Popen"""
-    torchrun = ["-m", "torch.distributed.run", *nodes, f"--nproc_per_node={nproc}"] if nproc else []
-    return subprocess.Popen(
+def run_command(script, argv, nproc=0, seconds=200):
+    """Runs a script as a user does, under torchrun where nproc > 0. → exit status, both streams"""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc else []
+    process = subprocess.Popen(
         [sys.executable, *torchrun, str(ROOT / script), *map(str, argv)],
-        stdout=log,
+        stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        cwd=cwd,
+        cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
         start_new_session=True,
     )
-
-
-def run_command(script, argv, nproc=0, seconds=200):
-    """`start_command`, to its end. → exit status, both streams"""
-    process = start_command(script, argv, nproc)
     try:
         text, _ = process.communicate(timeout=seconds)
     finally:

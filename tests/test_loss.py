@@ -210,20 +210,6 @@ def test_full_kl_of_a_teacher_in_bf16_does_not_round_its_logits():
 # ---- two vocabularies --------------------------------------------------------------------------------------
 
 
-def test_alignment_is_the_identity_for_one_tokenizer_and_an_error_for_two():
-    student = tiny_model(0)
-    teacher = tiny_model(1)
-    alignment = model.align_vocabularies(student, teacher)
-    is_text = ~student.forbidden
-    assert torch.equal(alignment.to_teacher[is_text], is_text.nonzero()[:, 0])
-    assert (alignment.to_teacher[~is_text] == -1).all()
-    assert torch.equal(alignment.student_forbidden, student.forbidden)
-    other = {("x" + token if i < 256 else token): i for token, i in byte_tokenizer().get_vocab().items()}
-    teacher.front_end.tokenizer.get_vocab = lambda: other
-    with pytest.raises(data.InputError, match="--student, --teacher: only 1 of the student's 257"):
-        model.align_vocabularies(student, teacher)
-
-
 def test_ids_go_to_the_teacher_as_they_are_and_stop_where_one_has_no_counterpart():
     """The teacher lacks the byte "b". Ids map by token string, and the stop token by its role."""
     student = tiny_model(0)
