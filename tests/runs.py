@@ -3,6 +3,7 @@ several processes."""
 
 import json
 import math
+import multiprocessing
 import os
 import signal
 import socket
@@ -10,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 
 import numpy as np
 import pytest
@@ -240,67 +240,45 @@ def train(script, stage, out, *more):
     return lines_of(out / "metrics.jsonl")
 
 
-def start_fork(action, log, **environment):
-    """Runs action() in a fork of this process, its output into the file `log`. → process id
+def start_ranks(action, world, logs):
+    """Starts action() on `world` ranks, whose exit status it returns, with output to files. → processes
 
-    Its exit status is what the action returns. A fork has everything imported: it starts at once.
+    Each is a fork of this process, with everything imported: it starts at once. They meet by gloo.
     """
     if torch.cuda.is_initialized():
         pytest.skip("a process that uses a GPU cannot be forked")
-    pid = os.fork()
-    if pid:
-        return pid
-    status = 99
-    try:
-        os.environ.update(environment)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    def run_rank(rank, log):
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         sys.stdout = open(1, "w", buffering=1, closefd=False)
         sys.stderr = open(2, "w", buffering=1, closefd=False)
-        status = action()
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        sys.exit(action())
+
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=run_rank, args=(rank, logs[rank])) for rank in range(world)]
+    for process in processes:
+        process.start()
+    return processes
 
 
-def wait_for(pids, seconds=100):
-    """Waits for forks; those that are late are killed, and the test fails. → exit statuses (−9: killed)"""
-    statuses = {}
+def wait_for(processes, seconds=100):
+    """Waits for ranks; those that are late are killed, and the test fails. → exit statuses (−9: killed)"""
     deadline = time.monotonic() + seconds
-    while len(statuses) < len(pids):
-        for pid in pids:
-            if pid not in statuses:
-                ended, status = os.waitpid(pid, os.WNOHANG)
-                if ended:
-                    statuses[pid] = os.waitstatus_to_exitcode(status)
-        if time.monotonic() > deadline:
-            for pid in set(pids) - set(statuses):
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-            pytest.fail(f"still running after {seconds} s")
-        time.sleep(0.01)
-    return [statuses[pid] for pid in pids]
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def start_ranks(action, world, logs):
-    """Starts action() on `world` ranks, each a fork that meets the others by gloo. → process ids by rank"""
-    port = str(free_port())
-    pids = []
-    for rank, log in enumerate(logs):
-        environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        pids.append(start_fork(action, log, **environment))
-    return pids
+    for process in processes:
+        process.join(max(deadline - time.monotonic(), 0))
+    late = [process for process in processes if process.is_alive()]
+    for process in late:
+        process.kill()
+        process.join()
+    assert not late, f"still running after {seconds} s"
+    return [process.exitcode for process in processes]
 
 
 def run_ranks(action, world):

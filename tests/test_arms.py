@@ -44,14 +44,7 @@ STEPS = {
     "full, reverse": {"support": "full", "divergence": "reverse"},
     "full, jsd, offline": {"support": "full", "divergence": "jsd", "beta": 0.7, "states": "reference"},
 }
-QUICK_STEPS = [
-    "k = 1",
-    "teacher-kl",
-    "ce-reference",
-    "support of the teacher",
-    "intersection",
-    "full, jsd, offline",
-]
+QUICK_STEPS = ["k = 1", "teacher-kl", "ce-reference", "intersection", "full, jsd, offline"]
 
 
 @pytest.mark.parametrize(
@@ -147,15 +140,6 @@ REFUSED = {
     "--divergence jsd --beta nan": "its ends are reverse and forward",
     "--k 1 --support intersection": "--k 1",
     "--lora-rank 4 --train-parts encoder": "--train-parts",
-    "--train-parts head": "--train-parts",
-    "--support all": "--support",
-    "--k 0": "--k",
-    "--tau 0": "--tau",
-    "--lr nan": "--lr",
-    "--clip -1": "--clip",
-    "--warmup-steps 1.5": "--warmup-steps",
-    "--step 3": "--step",
-    "--resume auto": "auto",
 }
 
 
@@ -198,15 +182,6 @@ def test_parts_that_do_not_train_stay_bit_for_bit(parts, kind, stage, tmp_path):
     state = runs.state_of(tmp_path / "run", 1)
     moments = {key.removeprefix("exp_avg.") for key in state if key.startswith("exp_avg.")}
     assert moments == trained
-
-
-def test_all_parts_are_the_default_and_what_is_frozen_stays_so():
-    student = tiny_model(0)
-    names = [name for name, _ in student.named_parameters()]
-    assert list(model.trained_parameters(student)) == names
-    assert all(name.startswith(sum(model.PARTS.values(), ())) for name in names)
-    student.encoder.conv1.weight.requires_grad_(False)
-    assert set(names) - set(model.trained_parameters(student)) == {"model.audio_tower.conv1.weight"}
 
 
 # ---- references that cannot be used ------------------------------------------------------------------------

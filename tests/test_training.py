@@ -119,26 +119,21 @@ def test_eval_before_and_after_is_of_the_models_it_names(stage, tmp_path, capsys
 @pytest.mark.parametrize(
     "script, world, batch_size, micro_seconds, more",
     [
-        pytest.param(opd, 1, 5, 0.1, [], id="opd, a clip at a time"),
-        pytest.param(opd, 2, 5, 0.1, ["--temperature", 0.7], id="opd, sampled, two ranks, 3 and 2 clips"),
-        pytest.param(opd, 4, 3, 600, [], id="opd, four ranks, one without a clip", marks=pytest.mark.slow),
-        pytest.param(
-            *(opd, 2, 5, 0.1, ["--states", "teacher", "--objective", "ce"]),
-            id="ce-teacher, two ranks",
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(sft, 2, 5, 0.1, CTC_AND_MASKS, id="sft, two ranks, 3 and 2 clips"),
+        (opd, 1, 5, 0.1, []),  # a clip at a time
+        (opd, 2, 5, 0.1, ["--temperature", 0.7]),  # two ranks with three and two clips
+        pytest.param(opd, 4, 3, 600, [], marks=pytest.mark.slow),  # one rank has no clip
+        pytest.param(opd, 2, 5, 0.1, ["--states", "teacher", "--objective", "ce"], marks=pytest.mark.slow),
+        (sft, 2, 5, 0.1, CTC_AND_MASKS),
     ],
 )
 def test_no_cut_changes_a_step(script, world, batch_size, micro_seconds, more, stage, plain, tmp_path):
     """The gradient agrees to 1e-6 of its largest element, and every metric with it."""
     flags = ["--batch-size", batch_size, "--clip", 0, *more]
     whole = plain(script, *flags)
-    lines = runs.train_on_ranks(
-        script, stage, tmp_path / "run", world, "--micro-seconds", micro_seconds, *flags
-    )
+    out = tmp_path / "run"
+    lines = runs.train_on_ranks(script, stage, out, world, "--micro-seconds", micro_seconds, *flags)
     runs.assert_same_metrics(lines, runs.lines_of(whole / "metrics.jsonl"), 2e-6)
-    runs.assert_same_gradient(runs.gradient_of(tmp_path / "run"), runs.gradient_of(whole))
+    runs.assert_same_gradient(runs.gradient_of(out), runs.gradient_of(whole))
 
 
 @runs.BOTH
@@ -150,20 +145,9 @@ def test_recompute_changes_nothing(script, stage, plain, tmp_path):
 
 @pytest.mark.slow
 @runs.BOTH
-def test_bf16_computes_in_bf16_and_trains_float32(script, stage, tmp_path, monkeypatch):
-    encode = model.SpeechLM.encode
-    encoded_dtypes = set()
-
-    def record(speech_lm, batch):
-        encoded = encode(speech_lm, batch)
-        encoded_dtypes.add(encoded.dtype)
-        return encoded
-
-    monkeypatch.setattr(model.SpeechLM, "encode", record)
+def test_bf16_computes_in_bf16_and_trains_float32(script, stage, tmp_path):
     out = tmp_path / "run"
     lines = runs.train(script, stage, out, "--bf16", "--steps", 5, "--weight-decay", 0)
-    monkeypatch.undo()
-    assert encoded_dtypes == {torch.bfloat16} and len(lines) == 5
     first = runs.train(script, stage, tmp_path / "float32", "--weight-decay", 0)[0]["loss"]
     assert lines[0]["loss"] == pytest.approx(first, rel=0.02) and lines[0]["loss"] != first
     start = runs.weights_of(stage / "student")
@@ -218,11 +202,9 @@ def test_the_learning_rate_of_the_log_is_the_schedules_and_the_optimizers(script
     lines = runs.train(script, stage, out, *flags, "--keep", 4)
     assert [line["lr"] for line in lines] == pytest.approx([1e-3, 2e-3, 2e-3, 1e-3])
     # Adam's first update is the learning rate times the sign of the gradient.
-    start = runs.weights_of(stage / "student")
     end = runs.weights_of(out / "step-1/model")
-    assert max(float((end[name] - start[name]).abs().max()) for name in start) == pytest.approx(
-        1e-3, rel=1e-3
-    )
+    changes = [(end[name] - start).abs().max() for name, start in runs.weights_of(stage / "student").items()]
+    assert max(changes).item() == pytest.approx(1e-3, rel=1e-3)
 
 
 @runs.BOTH
@@ -292,10 +274,8 @@ def test_a_measure_that_a_fork_adds_is_in_the_log(stage, tmp_path, monkeypatch):
     set_overlap = overlap.set_overlap
 
     def more_of_clips(batch, rollout, texts):
-        return {
-            **clip_measures(batch, rollout, texts),
-            "mean_rows": (rollout.lens + rollout.stopped).tolist(),
-        }
+        n_rows = rollout.row_mask().sum(dim=1).tolist()
+        return {**clip_measures(batch, rollout, texts), "mean_rows": n_rows}
 
     def more_of_rows(student_topk, *args):
         return {**set_overlap(student_topk, *args), "best_id": student_topk[:, 0]}
@@ -403,20 +383,6 @@ def test_bad_clips_are_left_out_counted_and_listed(script, stage, tmp_path, caps
     on_ranks = runs.train_on_ranks(script, stage, tmp_path / "two", 2, *flags)
     runs.assert_same_metrics(on_ranks, lines, 1e-5)
     assert sorted(map(str, runs.lines_of(tmp_path / "two/bad.jsonl"))) == sorted(map(str, listed))
-
-
-@runs.BOTH
-def test_a_step_with_bad_clips_is_that_of_the_others(script, stage, tmp_path):
-    path = write_bad_clips(tmp_path)
-    flags = ["--clip", 0, "--on-bad-audio", "skip"]
-    lines = runs.train(script, stage, tmp_path / "all", "--train", path, "--batch-size", 6, *flags)
-    good = [line for i, line in enumerate(runs.lines_of(path)) if i in (2, 4, 5)]
-    path = runs.write_lines(tmp_path / "good.jsonl", good)
-    good_lines = runs.train(script, stage, tmp_path / "good", "--train", path, "--batch-size", 3, *flags)
-    assert lines[0].pop("skipped") == 3 and good_lines[0].pop("skipped") == 0
-    runs.assert_same_metrics(lines, good_lines, 2e-6)
-    runs.assert_same_gradient(runs.gradient_of(tmp_path / "all"), runs.gradient_of(tmp_path / "good"))
-    assert not (tmp_path / "good/bad.jsonl").exists()
 
 
 @runs.BOTH
