@@ -3,6 +3,7 @@ several processes."""
 
 import json
 import math
+import multiprocessing
 import os
 import signal
 import socket
@@ -10,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 
 import numpy as np
 import pytest
@@ -134,34 +134,25 @@ def support_of(support, student_ids, teacher_ids, allowed_ids=()):
     return sorted(supports[support])
 
 
-def opd_step(
-    stage,
-    n,
-    teacher="teacher",
-    states="student",
-    objective="kl",
-    support="union",
-    divergence="forward",
-    beta=0.5,
-    tau=1.0,
-    k=8,
-    cap=12,
-):
+def opd_step(stage, n, k=8, cap=12, **flags):
     """Equation 1, or what the flags put in its place, on the n longest clips: one row at a time, all logits.
 
+    flags: states, objective, support, divergence, beta, tau of opd.py.
     → metrics, gradient {name: tensor}, and for each clip what samples.jsonl says of it
     """
+    states = flags.get("states", "student")
     student = model.SpeechLM.from_pretrained(stage / "student").train()
-    teacher = model.SpeechLM.from_pretrained(stage / teacher).eval()
+    teacher = model.SpeechLM.from_pretrained(stage / "teacher").eval()
     teacher_vocabulary = teacher.front_end.tokenizer.get_vocab()
     vocabulary = student.front_end.tokenizer.convert_ids_to_tokens(range(len(student.forbidden)))
     in_teacher = torch.tensor([teacher_vocabulary[token] for token in vocabulary])  # none is missing
+    loss_flags = {key: value for key, value in flags.items() if key in ("tau", "divergence", "beta")}
     allowed_ids = (~student.forbidden).nonzero()[:, 0].tolist()
 
     def top_ids(logits):
         return logits.masked_fill(student.forbidden, -math.inf).topk(k).indices.tolist()
 
-    def loss_of_row(ids, z_teacher, z_student, tau, divergence):
+    def loss_of_row(ids, z_teacher, z_student, tau=1.0, divergence="forward", beta=0.5):
         p = (z_teacher[ids] / tau).softmax(dim=0)
         q = (z_student[ids] / tau).softmax(dim=0)
         return tau**2 * divergence_of(divergence, p, q, beta)
@@ -198,12 +189,12 @@ def opd_step(
                     nested = {*student_topk[:nested_k], *teacher_topk[:nested_k]}
                     measures[f"vuss_{nested_k}"] = len(nested)
             rows.append(measures)
-            clip_kl.append(loss_of_row(union, z_teacher, z_student, 1.0, "forward").item())
-            ids = support_of(support, set(student_topk), set(teacher_topk), allowed_ids)
-            if objective == "ce":
+            clip_kl.append(loss_of_row(union, z_teacher, z_student).item())
+            ids = support_of(flags.get("support", "union"), set(student_topk), set(teacher_topk), allowed_ids)
+            if flags.get("objective") == "ce":
                 losses.append(-z_student.log_softmax(dim=0)[token])
             elif len(ids) > 1:
-                losses.append(loss_of_row(ids, z_teacher, z_student, tau, divergence))
+                losses.append(loss_of_row(ids, z_teacher, z_student, **loss_flags))
         sample = {
             "transcript": student.front_end.texts(rollout)[0],
             "teacher": teacher.front_end.texts(written)[0],
@@ -249,67 +240,45 @@ def train(script, stage, out, *more):
     return lines_of(out / "metrics.jsonl")
 
 
-def start_fork(action, log, **environment):
-    """Runs action() in a fork of this process, its output into the file `log`. → process id
+def start_ranks(action, world, logs):
+    """Starts action() on `world` ranks, whose exit status it returns, with output to files. → processes
 
-    Its exit status is what the action returns. A fork has everything imported: it starts at once.
+    Each is a fork of this process, with everything imported: it starts at once. They meet by gloo.
     """
     if torch.cuda.is_initialized():
         pytest.skip("a process that uses a GPU cannot be forked")
-    pid = os.fork()
-    if pid:
-        return pid
-    status = 99
-    try:
-        os.environ.update(environment)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    def run_rank(rank, log):
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         sys.stdout = open(1, "w", buffering=1, closefd=False)
         sys.stderr = open(2, "w", buffering=1, closefd=False)
-        status = action()
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        sys.exit(action())
+
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=run_rank, args=(rank, logs[rank])) for rank in range(world)]
+    for process in processes:
+        process.start()
+    return processes
 
 
-def wait_for(pids, seconds=100):
-    """Waits for forks; those that are late are killed, and the test fails. → exit statuses (−9: killed)"""
-    statuses = {}
+def wait_for(processes, seconds=100):
+    """Waits for ranks; those that are late are killed, and the test fails. → exit statuses (−9: killed)"""
     deadline = time.monotonic() + seconds
-    while len(statuses) < len(pids):
-        for pid in pids:
-            if pid not in statuses:
-                ended, status = os.waitpid(pid, os.WNOHANG)
-                if ended:
-                    statuses[pid] = os.waitstatus_to_exitcode(status)
-        if time.monotonic() > deadline:
-            for pid in set(pids) - set(statuses):
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-            pytest.fail(f"still running after {seconds} s")
-        time.sleep(0.01)
-    return [statuses[pid] for pid in pids]
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def start_ranks(action, world, logs):
-    """Starts action() on `world` ranks, each a fork that meets the others by gloo. → process ids by rank"""
-    port = str(free_port())
-    pids = []
-    for rank, log in enumerate(logs):
-        environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        pids.append(start_fork(action, log, **environment))
-    return pids
+    for process in processes:
+        process.join(max(deadline - time.monotonic(), 0))
+    late = [process for process in processes if process.is_alive()]
+    for process in late:
+        process.kill()
+        process.join()
+    assert not late, f"still running after {seconds} s"
+    return [process.exitcode for process in processes]
 
 
 def run_ranks(action, world):
@@ -329,23 +298,18 @@ def train_on_ranks(script, stage, out, world, *more):
     return lines_of(out / "metrics.jsonl")
 
 
-def start_command(script, argv, nproc=0, nodes=("--standalone",), log=subprocess.PIPE, cwd=ROOT):
-    """Starts a script as a user does, under torchrun where nproc > 0, in a session of its own. → Popen"""
-    torchrun = ["-m", "torch.distributed.run", *nodes, f"--nproc_per_node={nproc}"] if nproc else []
-    return subprocess.Popen(
+def run_command(script, argv, nproc=0, seconds=200):
+    """Runs a script as a user does, under torchrun where nproc > 0. → exit status, both streams"""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc else []
+    process = subprocess.Popen(
         [sys.executable, *torchrun, str(ROOT / script), *map(str, argv)],
-        stdout=log,
+        stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        cwd=cwd,
+        cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
         start_new_session=True,
     )
-
-
-def run_command(script, argv, nproc=0, seconds=200):
-    """`start_command`, to its end. → exit status, both streams"""
-    process = start_command(script, argv, nproc)
     try:
         text, _ = process.communicate(timeout=seconds)
     finally:
