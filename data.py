@@ -332,11 +332,13 @@ def open_audio(clip):
         if clip.end_time >= 0 and clip.offset is None and size:  # of a long recording: sought, not read whole
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         offset = clip.offset or 0
-        end = offset + (clip.nbytes or size)
-        if end > size:
-            raise InputError(f"ends before byte {end}, where the clip ends by the manifest")
+        nbytes = clip.nbytes or size
+        if offset + nbytes > size:
+            raise InputError(
+                f"ends before byte {offset + nbytes}, where the manifest says that the clip ends"
+            )
         file.seek(offset)
-        return io.BytesIO(file.read(end - offset))
+        return io.BytesIO(file.read(nbytes))
 
 
 def decode(clip, file):
@@ -347,7 +349,11 @@ def decode(clip, file):
         end_s = min(end_s, clip.end_time)
 
     audio = sound_file(file)
-    if audio is not None and clip.end_time * audio.samplerate > audio.frames:
+    if (
+        audio is not None
+        and audio.format in ("OGG", "FLAC")
+        and clip.end_time > audio.frames / audio.samplerate
+    ):
         audio = None  # perhaps in a second stream, which FFmpeg alone reads
     if audio is None:
         channels, rate = ffmpeg_samples(file, begin_s, end_s)
@@ -376,14 +382,18 @@ def sound_file(file):
 
     Raises InputError for a file that is cut off, which decoders pass by in silence.
     """
-    # (The recording of a segment is not searched.)
-    raw = file.getvalue() if isinstance(file, io.BytesIO) else b""
+    raw = (
+        file.getvalue() if isinstance(file, io.BytesIO) else b""
+    )  # the recording of a segment is not searched
     streams = re.findall(rb"OggS\0[\2\6].{8}(.{4})|fLaC[\0\x80]\0\0\x22", raw, re.DOTALL)
+    has_tag = False  # behind Ogg, where libsndfile stumbles over it in Opus
     if raw.startswith(b"OggS"):
         if len(set(streams)) < len(streams):
             raise InputError("is joined from streams of one number; decode each by itself")
         page = raw[raw.rfind(b"OggS") :].ljust(28, b"\0")  # byte 5: flags, 4 is the end; from 27 on: sizes
-        if not page[5] & 4 or len(page) < 27 + page[26] + sum(page[27 : 27 + page[26]]):
+        n_bytes = 27 + page[26] + sum(page[27 : 27 + page[26]])
+        has_tag = len(page) > n_bytes
+        if not page[5] & 4 or len(page) < n_bytes:
             raise InputError("is cut off: its last page is not the end; get it whole, or re-encode it")
     counts = re.search(rb"(?:Xing|Info)\0\0\0[\3\7\x0b\x0f].{4}(.{4})", raw[:100_000], re.DOTALL)
     if counts and int.from_bytes(counts[1]) > len(raw) + 64:  # the first frame of an MP3 may count the bytes
@@ -395,6 +405,8 @@ def sound_file(file):
         return None
     # Of MP3 libsndfile knows the length by its first frame only. Streaming writers leave it 0 or all ones.
     if audio.format == "MP3" or len(streams) > 1 or not 0 < audio.frames < 2**36 - 1:
+        return None
+    if audio.subtype == "OPUS" and has_tag:
         return None
     # Some writers count the header too, and what is written to a pipe states 2 or 4 GB.
     sizes = r"(?:data|SSND|Data Size|riff|Riff size) *: (\d+) \(should be (\d+)\)"
@@ -512,8 +524,10 @@ def log_mel(waveform, padded_samples=None):
     if padded_samples is None:
         padded_samples = max(math.ceil(len(waveform) / BLOCK), 1) * BLOCK
     waveform = F.pad(waveform, (0, padded_samples - len(waveform)))
-    # (N_FFT // 2 + 1, F + 1): centred, with reflection at both ends
-    spectrum = torch.stft(waveform, N_FFT, HOP, window=torch.hann_window(N_FFT), return_complex=True)
+    window = torch.hann_window(N_FFT)
+    spectrum = torch.stft(
+        waveform, N_FFT, HOP, window=window, center=True, pad_mode="reflect", return_complex=True
+    )
     power = spectrum[:, :-1].abs().square()  # (201, F): the last frame is dropped, as Whisper does
     mel = (mel_filters() @ power).clamp(min=1e-10).log10()
     mel = mel.maximum(mel.max() - 8.0)
@@ -593,7 +607,9 @@ def contexts_of(clips, whose):
     """The contexts for the prompts of student and teacher, by --context: both, teacher or none."""
     contexts = [clip.context for clip in clips]
     nobody = [None] * len(clips)
-    return (contexts if whose == "both" else nobody), (nobody if whose == "none" else contexts)
+    student_contexts = contexts if whose == "both" else nobody
+    teacher_contexts = nobody if whose == "none" else contexts
+    return student_contexts, teacher_contexts
 
 
 def pad_left(prompts, pad_id):
@@ -647,7 +663,9 @@ class BatchOrder:
         for epoch in np.unique(epochs):
             stream[epochs == epoch] = self.epoch(int(epoch))[places[epochs == epoch]]
         # Longest first within an epoch: only a batch that straddles two epochs can hold a clip twice.
-        batches = stream[np.lexsort((-self.seconds[stream], epochs))].reshape(-1, self.batch_size)
+        batches = stream[np.lexsort((-self.seconds[stream], epochs))].reshape(
+            self.pool_batches, self.batch_size
+        )
         shuffled = np.random.default_rng((self.seed, 1, pool, 0)).permutation(self.pool_batches)
         if pool == 0:
             shuffled = np.concatenate([[0], shuffled[shuffled != 0]])
@@ -685,8 +703,9 @@ class StepDataset(torch.utils.data.Dataset):
 
     def __init__(self, clips, args, make, check=None):
         self.clips = clips
-        self.args = args
         self.order = BatchOrder(clips.seconds, args.batch_size, args.seed)
+        self.micro_seconds = args.micro_seconds
+        self.on_bad_audio = args.on_bad_audio
         self.rank, self.world = rank_and_world()
         self.make = make
         self.check = check
@@ -696,16 +715,17 @@ class StepDataset(torch.utils.data.Dataset):
         items = []
         bad = []
         try:
-            for indices in cut_micro_batches(share, self.clips.seconds, self.args.micro_seconds):
+            for indices in cut_micro_batches(share, self.clips.seconds, self.micro_seconds):
                 clips = [self.clips[i] for i in indices]
                 usable, waveforms, defects = load_usable(clips, self.check)
                 bad += defects
                 if usable:
-                    indices = [indices[b] for b in usable]
-                    items.append(self.make(step, indices, [clips[b] for b in usable], waveforms))
+                    items.append(
+                        self.make(step, [indices[b] for b in usable], [clips[b] for b in usable], waveforms)
+                    )
         except InputError as error:
             return AudioError(error)  # a value: raised in the worker, it would arrive wrapped in a traceback
-        if bad and self.args.on_bad_audio == "error":
+        if bad and self.on_bad_audio == "error":
             return AudioError(f"{bad[0]['reason']} (or leave such clips out: --on-bad-audio skip)")
         return items, bad
 
@@ -922,8 +942,10 @@ def git_commit():
 
 def complete_steps(out):
     """{step: folder} of the complete checkpoints of a run; what was being written has another name."""
-    names = os.listdir(out) if os.path.isdir(out) else []
-    steps = {int(name[5:]): os.path.join(out, name) for name in names if re.fullmatch(r"step-\d+", name)}
+    steps = {}
+    for name in os.listdir(out) if os.path.isdir(out) else []:
+        if re.fullmatch(r"step-\d+", name):
+            steps[int(name.removeprefix("step-"))] = os.path.join(out, name)
     return dict(sorted(steps.items()))
 
 
@@ -1093,13 +1115,13 @@ def run_script(main, args):
 # ----------------------------------------------------------------------------------------------------------
 
 # Qwen3-ASR's thirty languages, by code, as its prompt names them.
-LANGUAGE_PAIRS = """
+LANGUAGES = """
     ar:Arabic yue:Cantonese zh:Chinese cs:Czech da:Danish nl:Dutch en:English fil:Filipino fi:Finnish
     fr:French de:German el:Greek hi:Hindi hu:Hungarian id:Indonesian it:Italian ja:Japanese ko:Korean
     mk:Macedonian ms:Malay fa:Persian pl:Polish pt:Portuguese ro:Romanian ru:Russian es:Spanish sv:Swedish
     th:Thai tr:Turkish vi:Vietnamese
-"""
-LANGUAGES = dict(pair.split(":") for pair in LANGUAGE_PAIRS.split())
+""".split()
+LANGUAGES = dict(pair.split(":") for pair in LANGUAGES)
 
 
 @functools.cache
@@ -1136,7 +1158,8 @@ def script_language(text, default=None):
     """The language that the script of a text decides, or None.
 
     Kana means Japanese, else Hangul Korean, else Han Chinese; Thai and Greek letters decide where most
-    letters are theirs. Letters that many languages share (Latin, Cyrillic, Arabic, Devanagari) do not.
+    letters are theirs. Latin, Cyrillic, Arabic and Devanagari letters are shared by many languages and
+    decide nothing.
     Han is no objection to a default of Cantonese or Japanese. Control tokens do not count.
     """
     text = unicodedata.normalize("NFKC", MARKUP.sub(" ", text))
