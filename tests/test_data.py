@@ -50,13 +50,16 @@ def raises_at(where, exception, reason, function, *args):
 # ---- languages ---------------------------------------------------------------------------------------------
 
 CODES = {
-    "zh": "zh ZH zh-CN zh_TW zh-Hant-TW zh-Hans cmn cmn-Hans-CN wuu nan hak Chinese chinese Mandarin zho chi",
+    "zh": "zh ZH zh-CN zh_TW zh-Hant-TW zh-Hans cmn cmn-Hans-CN wuu nan hak gan Chinese Mandarin zho chi",
     "yue": "yue yue-HK Cantonese zh-HK zh-Hant-HK zh_yue",
     "en": "en en-US en_gb eng English ENGLISH",
     "de": "de de-CH deu ger German",
     "fil": "fil tl tgl Filipino tl-PH",
-    "uk": "uk uk-UA",
-    "eo": "eo",
+    "uk": "uk uk-UA ukr",
+    "bg": "Bulgarian bul bg",
+    "jv": "jw jv jav Javanese",
+    "he": "iw he heb Hebrew",
+    **{code: code for code in "eo kab haw ceb no nb nn tw".split()},
     "pt": "pt-BR por Portuguese",
 }
 CODE_PAIRS = [(name, code) for code, names in CODES.items() for name in names.split()]
@@ -68,7 +71,7 @@ def test_language_code(name, code):
 
 
 @pytest.mark.parametrize(
-    "name", ["cn", "jp", "Deutsch", "中文", "", "xx", "-", "en-", "en us", "zh-!", "english-uk!"]
+    "name", ["cn", "jp", "Deutsch", "中文", "", "xx", "und", "-", "en-", "en us", "zh-!", "english-uk!"]
 )
 def test_a_language_that_is_not_known_is_an_error_of_its_line(tmp_path, name):
     path = write_manifest(tmp_path, GOOD, line_of(language=name))

@@ -56,10 +56,11 @@ def test_activations_are_those_that_autograd_keeps(kind, rank, recompute, tmp_pa
         waveforms = [noise(seconds), noise(seconds - 0.2), noise(seconds - 0.1)]
         batch = data.collate(waveforms, speech_lm.front_end, ["en"] * 3)
         measured.append(kept_bytes(functools.partial(speech_lm, batch, rollout), speech_lm))
-        length = batch.prompt_ids.shape[1] + int(rollout.row_mask().sum(dim=1).max()) - 1
+        n_rows = int(rollout.row_mask().sum(dim=1).max())
+        length = batch.prompt_ids.shape[1] + n_rows - 1
         of_encoder, _ = bench.encoder_memory(speech_lm, False, recompute)
         of_lm, _ = bench.lm_memory(speech_lm, length, False, recompute)
-        computed.append(3 * seconds * of_encoder + 3 * length * of_lm)
+        computed.append(3 * (seconds * of_encoder + length * of_lm))
     assert computed == pytest.approx(measured, rel=0.15)
 
 
@@ -117,7 +118,7 @@ def test_activations_at_full_width_on_a_fake_gpu(recompute, kind, rank, bf16, mo
             torch.clear_autocast_cache()
     of_encoder, _ = bench.encoder_memory(speech_lm, bf16, recompute)
     of_lm, _ = bench.lm_memory(speech_lm, length, bf16, recompute)
-    computed = 2 * seconds * of_encoder + 2 * length * of_lm
+    computed = 2 * (seconds * of_encoder + length * of_lm)
     if bf16:
         computed += 2 * bench.n_kept_weights(speech_lm, recompute)
     assert computed == pytest.approx(measured, rel=0.01)
@@ -156,6 +157,6 @@ def test_sizes_and_the_largest_micro_batch():
     seconds = bench.largest_seconds(student, teacher, 24, bf16=True, recompute=False)
     assert seconds > 0
     room = 22e9 - sum(bench.fixed_memory(student, teacher, bf16=True, recompute=False))
-    for more, fits in ((0, True), (1, False)):
-        step = bench.step_memory(student, teacher, seconds + more, bf16=True, recompute=False)
-        assert (max(step.values()) <= room) == fits
+    step = bench.step_memory(student, teacher, seconds, bf16=True, recompute=False)
+    larger_step = bench.step_memory(student, teacher, seconds + 1, bf16=True, recompute=False)
+    assert max(step.values()) <= room < max(larger_step.values())
