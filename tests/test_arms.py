@@ -1,6 +1,7 @@
 """The controlled arms of opd.py: each step by its definition; arms differ in nothing but their flags."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -30,7 +31,6 @@ def stage(tmp_path_factory):
 # ---- a step by its definition ------------------------------------------------------------------------------
 
 STEPS = {
-    "k = 1": {"k": 1},  # rows where both models agree have a support of one id
     "τ": {"tau": 2.0},
     "offline-kl": {"states": "reference"},
     "teacher-kl": {"states": "teacher"},
@@ -38,27 +38,45 @@ STEPS = {
     "ce-teacher": {"states": "teacher", "objective": "ce"},
     "support of the teacher": {"support": "teacher"},
     "support of the student": {"support": "student"},
-    "intersection": {"support": "intersection", "tau": 2.0, "k": 64},
+    "intersection": {"support": "intersection", "tau": 2.0, "k": 24},  # in some rows of no or one id
     "reverse": {"divergence": "reverse", "tau": 2.0},
     "jsd": {"divergence": "jsd", "beta": 0.3},
     "full, reverse": {"support": "full", "divergence": "reverse"},
     "full, jsd, offline": {"support": "full", "divergence": "jsd", "beta": 0.7, "states": "reference"},
 }
-QUICK_STEPS = ["k = 1", "teacher-kl", "ce-reference", "intersection", "full, jsd, offline"]
+QUICK_STEPS = ["teacher-kl", "ce-reference", "intersection", "full, jsd, offline"]
 
 
 @pytest.mark.parametrize(
     "name", [name if name in QUICK_STEPS else pytest.param(name, marks=pytest.mark.slow) for name in STEPS]
 )
 def test_a_step_of_an_arm_is_its_definition(name, stage, tmp_path):
-    """In the log, `kl` and the measures of overlap are those on the union at τ = 1, whatever the loss is."""
+    """In the log, `kl` and the measures of overlap are on the union at τ = 1, whatever the loss is."""
     flags = ["--batch-size", 5, "--clip", 0]
     for flag, value in STEPS[name].items():
         flags += [f"--{flag}", value]
     line = runs.train(opd, stage, tmp_path / "run", *flags)[0]
-    metrics, gradient, _ = runs.opd_step(stage, 5, **STEPS[name])
+    metrics, gradient, samples = runs.opd_step(stage, 5, **STEPS[name])
+    n_rows = sum(len(sample["kl"]) for sample in samples)
+    assert (0 < metrics["positions"] < n_rows) == (name == "intersection")
     assert {key: line[key] for key in metrics} == pytest.approx(metrics, rel=1e-5)
-    assert line["loss"] != line["kl"] or name in ("k = 1", "offline-kl", "teacher-kl")
+    assert line["loss"] != line["kl"] or name in ("offline-kl", "teacher-kl")
+    runs.assert_same_gradient(runs.gradient_of(tmp_path / "run"), gradient, 1e-5)
+
+
+def test_rows_whose_support_is_one_id_do_not_count(stage, tmp_path):
+    """k = 1 and a teacher that mostly agrees: `loss` and `kl` are means over the rows where they differ."""
+    near = model.SpeechLM.from_pretrained(stage / "student")
+    torch.manual_seed(0)
+    for parameter in near.parameters():
+        parameter.data += 0.06 * torch.randn(parameter.shape)
+    shutil.copytree(stage, tmp_path / "stage")
+    near.save_pretrained(tmp_path / "stage/teacher")
+    flags = ["--k", 1, "--batch-size", 12, "--clip", 0]
+    line = runs.train(opd, tmp_path / "stage", tmp_path / "run", *flags)[0]
+    metrics, gradient, _ = runs.opd_step(tmp_path / "stage", 12, k=1)
+    assert 0.2 < metrics["top1"] < 0.8
+    assert {key: line[key] for key in metrics} == pytest.approx(metrics, rel=1e-5)
     runs.assert_same_gradient(runs.gradient_of(tmp_path / "run"), gradient, 1e-5)
 
 
