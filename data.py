@@ -215,11 +215,11 @@ class Clips:
     (n_unwanted).
 
     seconds: (n,) float32, durations. languages: {code, or None where a line names none: first clip with it}.
-    Raises InputError where a line has no `text_field`, or markup in it, which would be learned as speech
-    (None: no transcript is needed or read).
+    text_field: the key of the transcript; None: no transcript is read. Raises InputError where a line has
+    none, or markup in it, which would be learned as speech; not with learns_text=False.
     """
 
-    def __init__(self, paths, max_seconds, text_field=None, is_wanted=None):
+    def __init__(self, paths, max_seconds, text_field=None, is_wanted=None, learns_text=True):
         self.paths = paths
         self.text_field = text_field
         self.languages = {}
@@ -233,11 +233,11 @@ class Clips:
             for offset, number, raw in manifest_lines(path):
                 clip = parse_line(raw, f"{path}:{number}", folder, text_field)
                 n_prefixed += clip.had_prefix
-                markup = MARKUP.search(clip.text or "")
+                markup = MARKUP.search(clip.text or "") if learns_text else None
                 if markup:
                     tag = f'"{text_field}" holds {markup[0]}, which would be learned as speech'
                     raise InputError(f"{clip.where}: {tag}; remove such tags from the manifest")
-                if text_field and clip.text is None:
+                if text_field and clip.text is None and learns_text:
                     if "error" not in clip.fields:
                         raise InputError(f'{clip.where}: no "{text_field}", which every line needs here')
                     self.n_failed += 1
