@@ -76,11 +76,9 @@ def train(script, stage, out, manifest, *more):
 @pytest.mark.slow
 def test_whose_prompt_gives_the_context(stage, tmp_path):
     """none: the run without the key. teacher: the student's first rollout is still that of this run."""
-    models = ["--student", stage / "teacher", "--teacher", stage / "student"]  # the one that writes more
-    weights = {"without": train(opd, stage, tmp_path / "without", "m.jsonl", *models)}
+    weights = {"without": train(opd, stage, tmp_path / "without", "m.jsonl")}
     for whose in ("none", "teacher", "both"):
-        flags = [*models, "--context", whose]
-        weights[whose] = train(opd, stage, tmp_path / whose, "context.jsonl", *flags)
+        weights[whose] = train(opd, stage, tmp_path / whose, "context.jsonl", "--context", whose)
     assert weights["none"] == weights["without"] and len(set(weights.values())) == 3
     rollouts = {}
     for name in weights:
