@@ -104,11 +104,11 @@ def test_seeds_against_a_hand_calculation(runs, tmp_path, capsys, is_paired):
 
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines[1] == "A: r0/eval-10 (seed 0)".split()
-    assert lines[-6] == "set change % cluster SE 95 % cluster seed sd 95 % total df p".split()
+    assert lines[-5] == "set change % cluster SE 95 % cluster seed sd 95 % total df p".split()
     macro = c["macro"]
     cells = ["macro", f"{macro['value']:+.1f}", f"{macro['cluster_se']:.1f}", f"{macro['cluster_low']:+.1f}"]
     cells += ["to", f"{macro['cluster_high']:+.1f}", f"{macro['seed_sd']:.1f}", f"{macro['low']:+.1f}"]
-    assert lines[-3] == [*cells, "to", f"{macro['high']:+.1f}", f"{macro['df']:.1f}", f"{macro['p']:.4f}"]
+    assert lines[-2] == [*cells, "to", f"{macro['high']:+.1f}", f"{macro['df']:.1f}", f"{macro['p']:.4f}"]
 
 
 def test_one_run_a_side_has_no_seed_column(runs, capsys):
@@ -179,3 +179,9 @@ def test_exact_sign_flip_by_hand():
 def test_total_interval_covers_where_speakers_alone_do_not(is_paired):
     shares = simulate_seeds(3, 40, 0.2, is_paired)
     assert 0.90 <= shares["total"] <= 0.99 and shares["speakers alone"] < 0.5
+
+
+def test_a_folder_of_eval_is_a_folder_of_result_files(tmp_path):
+    """Its config.json has no seed, and there is no eval-N in it."""
+    (tmp_path / "config.json").write_text('{"script": "eval.py", "args": {}}')
+    assert seeds.evaluation_of(str(tmp_path)) == (str(tmp_path), None)
