@@ -1,7 +1,7 @@
 """Decode manifests greedily and score them: WER for words, CER for characters, with 95 % intervals.
 
     python eval.py --model example/teacher --data example/en-clean.jsonl example/zh-read.jsonl --out runs/t
-    torchrun --nproc_per_node=8 eval.py --model DIR --data test.jsonl --out runs/x    # clips split over ranks
+    torchrun --nproc_per_node=8 eval.py --model DIR --data big.jsonl --out runs/x --bf16 --resume   # goes on
     python eval.py --model DIR --data clip.flac                                       # prints the transcript
     python eval.py --score runs/x/*.jsonl --normalizer paper                          # rescores, no model
     python eval.py --compare runs/x runs/y                                            # two folders or files
@@ -16,6 +16,7 @@ import collections
 import dataclasses
 import importlib.metadata
 import json
+import math
 import os
 import pathlib
 import re
@@ -28,6 +29,7 @@ import jiwer
 import numpy as np
 import opencc
 import scipy.special
+import torch
 from tqdm import tqdm
 from whisper_normalizer.english import EnglishTextNormalizer
 
@@ -49,6 +51,7 @@ RESULT_KEYS = ("hyp", "stopped", "error", *COUNTS)  # what a result line adds to
 
 def parse_args(argv=None):
     parser = data.argument_parser("eval.py", __doc__)
+    parser.set_defaults(tensorboard=False)  # for `data.open_run`
     add = parser.add_argument
 
     # task
@@ -60,12 +63,14 @@ def parse_args(argv=None):
     task.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two result files, or folders of them")
     add("--data", nargs="+", default=[], help="manifests (.jsonl) or audio files, with --model")
     add("--out", help="new folder for result files and summary.json; without it results are only printed")
+    add("--resume", action="store_true", help="go on with the run in --out: decode what is missing there")
     add("--json", metavar="FILE", help="store the figures that are printed")
     # decoding
     seconds = data.at_least(0.01)
     count = data.at_least(1, int)
     add("--language", help="language in the prompt of clips whose line names none (scores are by the line)")
     add("--no-context", action="store_true", help="prompts do not give a line's context")
+    add("--bf16", action="store_true", help="weights and computing in bf16, not in float32")
     add("--batch-seconds", type=seconds, default=DECODING["batch_seconds"], help="audio decoded at once")
     add("--max-seconds", type=seconds, default=30.0, help="longest clip accepted; longer is an error")
     add("--max-new-tokens", type=count, default=DECODING["max_new_tokens"], help="cap on a text")
@@ -78,8 +83,10 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if bool(args.model) != bool(args.data):
         parser.error("--model and --data go together")
-    if (args.out or args.language or args.no_context) and not args.model:
-        parser.error("--out, --language and --no-context are for decoding, with --model")
+    if (args.out or args.language or args.no_context or args.bf16) and not args.model:
+        parser.error("--out, --language, --no-context and --bf16 are for decoding, with --model")
+    if args.resume and not args.out:
+        parser.error("--resume goes on with the run in --out; name it")
     return args
 
 
@@ -93,16 +100,17 @@ def main(args):
             data.write_json(args.json, comparison)
         return
 
-    summaries = {}
-    if args.model:
-        summaries = decode_and_score(args, {**style, "cluster": args.cluster}, world, device)
+    scoring = {**style, "cluster": args.cluster}
+    summaries = decode_and_score(args, scoring, rank, world, device) if args.model else {}
     for stem, path in by_stem(args.score).items():
         results = read_results(path, args.cluster)
         clusters = [result["cluster"] for result in results]
         summaries[stem] = summarize(score(results, **style), clusters, **style)
     if rank > 0:
         return  # also where a clip failed: torchrun would stop rank 0 before it has printed
-
+    if args.out:  # what was kept for --resume
+        for path in pathlib.Path(args.out).glob("*.part"):
+            path.unlink()
     if args.score or args.out or any(summary["scored"] for summary in summaries.values()):
         print_summaries(summaries)
     if args.json:
@@ -113,16 +121,29 @@ def main(args):
         sys.exit(1)
 
 
-def decode_and_score(args, scoring, world, device):
+def decode_and_score(args, scoring, rank, world, device):
     """--model: decodes and scores --data on all ranks. → {stem: summary}."""
+    done = None
     if args.out:
-        data.check_out(args.out)
-    sets = read_sets(args.data, args.max_seconds)
+        inputs = {"model": model.local_folder(args.model), "data": args.data}
+        first_step, _, config = data.open_run(args, "eval.py", inputs)
+        if first_step is None:
+            return data.read_json(os.path.join(args.out, "summary.json"))
+        done = read_parts(args.out)
+    sets = read_sets(args.data, args.max_seconds, in_memory=False)
     for clips in sets.values():
         clusters_of(clips, args.cluster)  # a line without its key shows before the model is loaded
     language = data.language_code(args.language) if args.language else None
-    speech_lm = model.SpeechLM.from_pretrained(args.model).to(device).eval()
+    speech_lm = model.SpeechLM.from_pretrained(args.model, torch.bfloat16 if args.bf16 else torch.float32)
+    speech_lm = speech_lm.to(device).eval()
     model.check_languages(languages_of(sets), language, speech_lm)
+    if args.out:
+        data.barrier()  # no rank writes before all have read, and a refused run leaves no folder behind
+        os.makedirs(args.out, exist_ok=True)
+        if rank == 0:
+            data.write_json(os.path.join(args.out, "config.json"), config)
+            if done:
+                print(f"{sum(map(len, done.values()))} clips are decoded already", flush=True)
     decoding = {
         "batch_seconds": args.batch_seconds,
         "default_language": language,
@@ -130,11 +151,10 @@ def decode_and_score(args, scoring, world, device):
         "max_new_tokens": args.max_new_tokens,
         "tokens_per_second": args.tokens_per_second,
     }
-
     # A warm-up: what happens once, such as loading kernels, does not count in the real-time factor.
     first_clip = next(iter(sets.values()))[0]
     transcribe(speech_lm, [first_clip] * world, device, decoding, "warm-up")
-    return evaluate(speech_lm, sets, device, decoding, args.out, scoring=scoring, strict=False)
+    return evaluate(speech_lm, sets, device, decoding, args.out, scoring=scoring, strict=False, done=done)
 
 
 def by_stem(paths):
@@ -153,18 +173,23 @@ def by_stem(paths):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def read_sets(paths, max_seconds):
-    """{stem: [Clip]} of manifests or audio files. Raises InputError for a clip over max_seconds."""
+def read_sets(paths, max_seconds, in_memory=True):
+    """{stem: clips} of manifests or audio files: lists, or of manifests `data.Clips`, which hold no line."""
+
+    def is_wanted(clip):
+        if clip.duration > max_seconds:
+            too_long = f"{clip.duration:.1f} s, over --max-seconds {max_seconds:g}; split the clip"
+            raise data.InputError(f"{clip.where}: {too_long} (docs/data.md, Long recordings), or raise it")
+        return True
+
     sets = {}
     for stem, path in by_stem(paths).items():
-        is_manifest = path.endswith((".jsonl", ".json"))
-        sets[stem] = data.read_manifest(path) if is_manifest else [data.clip_from_file(path)]
-        for clip in sets[stem]:
-            if clip.duration > max_seconds:
-                too_long = f"{clip.duration:.1f} s, over --max-seconds {max_seconds:g}; split the clip"
-                raise data.InputError(
-                    f"{clip.where}: {too_long} (docs/data.md, Long recordings), or raise it"
-                )
+        if not path.endswith((".jsonl", ".json")):
+            sets[stem] = list(filter(is_wanted, [data.clip_from_file(path)]))
+        elif in_memory:
+            sets[stem] = list(filter(is_wanted, data.read_manifest(path)))
+        else:
+            sets[stem] = data.Clips([path], math.inf, "text", is_wanted, learns_text=False)
     return sets
 
 
@@ -177,12 +202,13 @@ def languages_of(sets):
     return languages
 
 
-def evaluate(speech_lm, sets, device, decoding, out=None, *, scoring=None, strict=True):
-    """Decodes and scores `sets` {stem: [Clip]} on all ranks. → {stem: summary}, see `summarize`.
+def evaluate(speech_lm, sets, device, decoding, out=None, *, scoring=None, strict=True, done=None):
+    """Decodes and scores `sets` {stem: clips} on all ranks. → {stem: summary}, see `summarize`.
 
     decoding: some of the keys of DECODING. scoring: some of style, simplify and cluster. Rank 0 writes
     out/<stem>.jsonl and out/summary.json, or without `out` prints the transcripts of sets without texts. With
-    `strict`, a clip that cannot be decoded is an InputError.
+    `strict`, a clip that cannot be decoded is an InputError. With `done`, the answers of `read_parts`, each
+    rank adds its answers to a part file in `out` as they come.
     """
     rank, _ = data.rank_and_world()
     scoring = dict(scoring or {})
@@ -190,10 +216,8 @@ def evaluate(speech_lm, sets, device, decoding, out=None, *, scoring=None, stric
     clusters = {stem: clusters_of(clips, cluster) for stem, clips in sets.items()}
     summaries = {}
     for stem, clips in sets.items():
-        start = time.perf_counter()
-        answers = transcribe(speech_lm, clips, device, decoding, stem)
-        seconds = time.perf_counter() - start
-
+        parts = {} if done is None else {"done": done[stem], "part": os.path.join(out, f"rank-{rank}.part")}
+        answers, rtf = transcribe(speech_lm, clips, device, decoding, stem, **parts)
         errors = [answer["error"] for answer in answers if "error" in answer]
         if errors and strict:
             raise data.InputError(errors[0])
@@ -201,8 +225,7 @@ def evaluate(speech_lm, sets, device, decoding, out=None, *, scoring=None, stric
         if rank == 0 and out:
             os.makedirs(out, exist_ok=True)
             results = write_lines(results, os.path.join(out, f"{stem}.jsonl"))
-        summaries[stem] = summarize(results, clusters[stem], **scoring, seconds=seconds)
-
+        summaries[stem] = summarize(results, clusters[stem], **scoring, rtf=rtf)
         if rank == 0 and not out and summaries[stem]["scored"] == 0:
             print_transcripts(clips, answers)
         if rank == 0:
@@ -213,41 +236,85 @@ def evaluate(speech_lm, sets, device, decoding, out=None, *, scoring=None, stric
     return summaries
 
 
-def transcribe(speech_lm, clips, device, decoding, label):
+def transcribe(speech_lm, clips, device, decoding, label, done=(), part=None):
     """Greedy transcripts: each rank decodes its share, and every rank gets all of them.
 
-    → {hyp, stopped} for each of `clips`, in their order, or {error} where it cannot be decoded. Batches hold
-    clips of like length, the longest first. decoding: some of the keys of DECODING.
+    → answers, {hyp, stopped} for each of `clips`, in their order, or {error} where it cannot be decoded; and
+    the real-time factor. Batches hold clips of like length, the longest first. decoding: some of the keys of
+    DECODING. done: {clip number: answer} of what is not decoded again. part: file that gets a line a batch.
     """
     decoding = {**DECODING, **decoding}
     assert decoding.keys() == DECODING.keys(), f"decoding takes the keys {', '.join(DECODING)}"
     rank, world = data.rank_and_world()
     durations = np.array([clip.duration for clip in clips])
-    longest_first = np.argsort(-durations, kind="stable").tolist()
-    batches = data.cut_micro_batches(longest_first[rank::world], durations, decoding["batch_seconds"])
+    share = np.argsort(-durations, kind="stable").tolist()[rank::world]
+    batches = []
+    for batch in data.cut_micro_batches(share, durations, decoding["batch_seconds"]):
+        # What is done leaves its batch after the cut: batch mates decide the last bits of a clip's scores.
+        missing = [i for i in batch if i not in done]
+        if missing:
+            batches.append(missing)
 
     answers = {}  # clip number → answer
-    for indices in tqdm(batches, desc=label, disable=rank > 0 or len(batches) < 2, leave=False):
-        usable, waveforms, defects = data.load_usable([clips[i] for i in indices])
-        unusable = [i for b, i in enumerate(indices) if b not in usable]
-        for i, defect in zip(unusable, defects):
-            answers[i] = {"error": defect["reason"]}
-        if not usable:
-            continue
+    left_s = sum(durations[indices].sum() for indices in batches)
+    is_hidden = rank > 0 or len(batches) < 2
+    # Over seconds of audio, because the longest clips come first: rank 0's share of what is left.
+    form = "{desc}{postfix}, {remaining} left |{bar}|"
+    bar = tqdm(total=math.ceil(left_s), desc=label, bar_format=form, leave=False, disable=is_hidden)
+    decoded_s = 0.0
+    start = time.perf_counter()
+    for indices in batches:
+        batch_answers = decode_batch(speech_lm, [clips[i] for i in indices], device, decoding)
+        answers.update(zip(indices, batch_answers))
+        if part:
+            data.add_lines(part, [{"set": label, "clips": indices, "answers": batch_answers}])
+        decoded_s += durations[indices].sum()
+        rtf = (time.perf_counter() - start) / decoded_s / world
+        hours = f"{decoded_s / 3600:.2f} of {left_s / 3600:.2f} h"
+        bar.set_postfix_str(f"{len(answers)} clips, {hours}, RTF {rtf:.4f}", refresh=False)
+        bar.update(durations[indices].sum())
+    bar.close()
 
-        decoded = [indices[b] for b in usable]
-        languages = [clips[i].language for i in decoded]
-        contexts = [clips[i].context for i in decoded] if decoding["with_context"] else None
-        language = decoding["default_language"]
-        batch = data.collate(waveforms, speech_lm.front_end, languages, language, contexts).to(device)
-        caps = {key: decoding[key] for key in ("max_new_tokens", "tokens_per_second")}
-        rollout = speech_lm.sample(batch, **caps)
-        hyps = speech_lm.front_end.texts(rollout)
-        for i, hyp, stopped in zip(decoded, hyps, rollout.stopped.tolist()):
-            answers[i] = {"hyp": hyp, "stopped": stopped}
+    fresh = collections.ChainMap(*data.gather(answers))
+    seconds = time.perf_counter() - start
+    audio_s = sum(durations[i] for i, answer in fresh.items() if "hyp" in answer)
+    answers = [fresh[i] if i in fresh else done[i] for i in range(len(clips))]
+    return answers, seconds / audio_s if audio_s else None
 
-    everywhere = collections.ChainMap(*data.gather(answers))
-    return [everywhere[i] for i in range(len(clips))]
+
+def decode_batch(speech_lm, clips, device, decoding):
+    """The answers of the clips of one batch, see `transcribe`."""
+    usable, waveforms, defects = data.load_usable(clips)
+    answers = [{"error": defect["reason"]} for defect in defects]  # without the usable ones so far
+    if not usable:
+        return answers
+    languages = [clips[b].language for b in usable]
+    contexts = [clips[b].context for b in usable] if decoding["with_context"] else None
+    language = decoding["default_language"]
+    batch = data.collate(waveforms, speech_lm.front_end, languages, language, contexts).to(device)
+    caps = {key: decoding[key] for key in ("max_new_tokens", "tokens_per_second")}
+    rollout = speech_lm.sample(batch, **caps)
+    hyps = speech_lm.front_end.texts(rollout)
+    for b, hyp, stopped in zip(usable, hyps, rollout.stopped.tolist()):
+        answers.insert(b, {"hyp": hyp, "stopped": stopped})  # `usable` ascends
+    return answers
+
+
+def read_parts(out):
+    """{stem: {clip number: answer}} of a folder's part files. A last line that a kill cut off is removed."""
+    done = collections.defaultdict(dict)
+    for path in pathlib.Path(out).glob("*.part"):
+        size = 0
+        with open(path, "rb") as file:
+            for raw in file:
+                if raw.endswith(b"\n"):
+                    size += len(raw)
+                    line = json.loads(raw)
+                    for i, answer in zip(line["clips"], line["answers"]):
+                        if "hyp" in answer:  # what could not be decoded is tried again
+                            done[line["set"]][i] = answer
+        os.truncate(path, size)
+    return done
 
 
 def result_lines(clips, answers, out):
@@ -274,8 +341,7 @@ def print_transcripts(clips, answers):
         if "hyp" in answer:
             print(clip.fields["audio"], answer["hyp"], sep="\t", flush=True)
             if not answer["stopped"]:
-                cut = "cut by --max-new-tokens or --tokens-per-second"
-                print(f"eval.py: {cut}: {clip.fields['audio']}", file=sys.stderr, flush=True)
+                print(f"eval.py: cut by the cap: {clip.fields['audio']}", file=sys.stderr, flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -397,10 +463,10 @@ def metric_name(languages):
     return "MER" if len(metrics) > 1 else min(metrics, default="WER")
 
 
-def summarize(results, clusters, style="default", simplify=False, seconds=None):
+def summarize(results, clusters, style="default", simplify=False, rtf=None):
     """Figures of one set from its scored result lines and the cluster of each line (`clusters_of`).
 
-    seconds: of decoding, for the real-time factor. docs/scores.md defines all keys.
+    rtf: the real-time factor. docs/scores.md defines all keys.
     """
     tally = collections.Counter()
     languages = set()
@@ -432,7 +498,7 @@ def summarize(results, clusters, style="default", simplify=False, seconds=None):
         **{key: tally[key] for key in ("n", "scored", "failed", "empty", "looping", "capped")},
         "hours": tally["audio_s"] / 3600,
         "normalizer": ", ".join(sorted(names)),
-        "rtf": seconds / tally["audio_s"] if seconds and tally["audio_s"] else None,
+        "rtf": rtf,
         **cluster_figures(sums),
     }
 
@@ -459,15 +525,17 @@ def clusters_of(clips, key=None):
         has_speaker = any(clip.fields.get("speaker") not in (None, "") for clip in clips)
         key = "speaker" if has_speaker else "recording"
     clusters = []
+    names = {}  # one object for each cluster, however many clips it has
     for clip in clips:
         value = clip.fields.get(key)
         if value not in (None, ""):
-            clusters.append((key, str(value)))
+            cluster = (key, str(value))
         elif key == "recording":
-            clusters.append(("audio+offset", (os.path.realpath(clip.audio), clip.offset)))
+            cluster = ("audio+offset", (os.path.realpath(clip.audio), clip.offset))
         else:
             remedy = "give it to every line, or choose another key (eval.py --cluster)"
             raise data.InputError(f'{clip.where}: no "{key}", which intervals are clustered by; {remedy}')
+        clusters.append(names.setdefault(cluster, cluster))
     return clusters
 
 

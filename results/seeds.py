@@ -56,7 +56,8 @@ def evaluation_of(folder):
     """(folder of result files, seed of its run or None) of a run folder or an evaluation of a run."""
     folder = os.path.abspath(folder)
     run = os.path.dirname(folder)
-    if os.path.exists(os.path.join(folder, "config.json")):
+    config_path = os.path.join(folder, "config.json")
+    if os.path.exists(config_path) and data.read_json(config_path).get("script") != "eval.py":
         run = folder
         steps = [re.fullmatch(r"eval-(\d+)", name) for name in os.listdir(run)]
         newest = max((int(match[1]) for match in steps if match), default=None)

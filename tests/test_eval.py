@@ -1,7 +1,9 @@
-"""eval.py: sets and their defects, decoding order, result files, clips that fail or are cut, the command."""
+"""eval.py: sets and their defects, decoding order, result files, clips that fail or are cut, --resume."""
 
 import json
 import os
+import signal
+import tracemalloc
 import types
 
 import numpy as np
@@ -137,7 +139,7 @@ def six_clips(tmp_path):
 def test_transcribe_answers_in_the_manifests_order(six_clips):
     stub = StubModel()
     decoding = {"batch_seconds": 1.0, "max_new_tokens": 50, "tokens_per_second": 5.0}
-    assert evaluation.transcribe(stub, six_clips, CPU, decoding, "x") == ANSWERS
+    assert evaluation.transcribe(stub, six_clips, CPU, decoding, "x")[0] == ANSWERS
     assert stub.batches == [[0.7], [0.5, 0.4], [0.3, 0.2, 0.1]]  # within 1 s, counted as clips × longest
     assert stub.caps == [(50, 5.0)] * 3
     with pytest.raises(AssertionError, match="decoding takes the keys batch_seconds, "):
@@ -148,7 +150,7 @@ def test_bad_clips_are_left_out_of_their_batches(six_clips):
     for i in (1, 4, 2):  # a batch of its own, the last of two, the last of three
         os.remove(six_clips[i].audio)
     stub = StubModel()
-    answers = evaluation.transcribe(stub, six_clips, CPU, {"batch_seconds": 1.0}, "x")
+    answers, _ = evaluation.transcribe(stub, six_clips, CPU, {"batch_seconds": 1.0}, "x")
     assert stub.batches == [[0.5], [0.3, 0.2]]
     for i in (0, 3, 5):
         assert answers[i] == ANSWERS[i]
@@ -233,7 +235,7 @@ def test_transcripts_are_printed_where_nothing_is_scored(tmp_path, monkeypatch, 
     evaluate(["b.wav"], None)
     captured = capsys.readouterr()
     assert captured.out == "a.wav\t4800\nb.wav\t9600\n"
-    assert captured.err == "eval.py: cut by --max-new-tokens or --tokens-per-second: b.wav\n"
+    assert captured.err == "eval.py: cut by the cap: b.wav\n"
     evaluate([write_manifest(tmp_path / "m.jsonl", line(text=""))], None)  # an empty text is scored
     assert capsys.readouterr().out == "" and sorted(os.listdir()) == ["a.wav", "b.wav", "m.jsonl"]
 
@@ -252,13 +254,22 @@ def test_strict_evaluation_ends_at_a_clip_that_cannot_be_decoded(tmp_path, wav):
 
 
 @pytest.fixture
-def command(monkeypatch):
-    """command(flags, model) → exit status of eval.py with that model in place of --model."""
+def command(monkeypatch, tmp_path):
+    """command(flags, stub) → exit status of eval.py with that model in place of --model."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
 
     def command(*argv, stub=None):
-        monkeypatch.setattr(model.SpeechLM, "from_pretrained", lambda name: stub or StubModel())
+        stub = stub or StubModel()
+
+        def from_pretrained(name, dtype):
+            stub.dtype = dtype
+            return stub
+
+        monkeypatch.setattr(model.SpeechLM, "from_pretrained", from_pretrained)
+        argv = ["--model", tmp_path / "model", *argv]
         try:
-            data.run_script(evaluation.main, evaluation.parse_args(["--model", "m", *map(str, argv)]))
+            data.run_script(evaluation.main, evaluation.parse_args(list(map(str, argv))))
         except SystemExit as caught:
             return caught.code
         return 0
@@ -313,11 +324,11 @@ def test_flags_reach_the_decoder(tmp_path, wav, command, capsys):
     stub = StubModel()
     path = write_manifest(tmp_path / "m.jsonl", line(text="Don't", language="de"))
     assert command("--data", path, stub=stub) == 0
-    assert stub.caps == [(800, 25.0)] * 2
+    assert stub.caps == [(800, 25.0)] * 2 and stub.dtype == torch.float32
     assert "normalizer: words/3" in capsys.readouterr().out
-    flags = ["--max-new-tokens", 9, "--tokens-per-second", 2, "--normalizer", "paper"]
+    flags = ["--max-new-tokens", 9, "--tokens-per-second", 2, "--normalizer", "paper", "--bf16"]
     assert command("--data", path, *flags, stub=stub) == 0
-    assert stub.caps[2:] == [(9, 2.0)] * 2
+    assert stub.caps[2:] == [(9, 2.0)] * 2 and stub.dtype == torch.bfloat16
     assert "normalizer: paper/3" in capsys.readouterr().out
 
 
@@ -351,3 +362,120 @@ def test_two_ranks_write_what_one_writes(tmp_path, six_clips, command):
     for summary in (*summaries[0].values(), *summaries[1].values()):
         assert summary.pop("rtf") > 0
     assert summaries[0] == summaries[1]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# --resume
+# ----------------------------------------------------------------------------------------------------------
+
+
+class MortalModel(StubModel):
+    """Its texts depend on their batch, as the last bits of a real model do. It kills its rank at a call."""
+
+    def __init__(self, deadly=None):
+        super().__init__()
+        self.deadly = deadly  # (rank, number of the call of `sample`, of which 0 is the warm-up)
+
+    def sample(self, batch, **caps):
+        if self.deadly == (data.rank_and_world()[0], len(self.batches)):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().sample(batch, **caps)
+
+    def texts(self, rollout):
+        return [f"{text} 好 {self.batches[-1]}" for text in super().texts(rollout)]
+
+
+@pytest.fixture
+def two_sets(tmp_path, six_clips):
+    lines = [line(audio=clip.audio, duration=clip.duration, text="4800") for clip in six_clips]
+    a = write_manifest(tmp_path / "a.jsonl", *lines, line(audio="gone.wav"))
+    return ["--data", a, write_manifest(tmp_path / "b.jsonl", *lines), "--batch-seconds", 1]
+
+
+def assert_same_results(out, expected):
+    """Result files bit for bit, and the summary but for the real-time factor; nothing else is left."""
+    assert sorted(os.listdir(out)) == ["a.jsonl", "b.jsonl", "config.json", "summary.json"]
+    for name in ("a.jsonl", "b.jsonl"):
+        assert (out / name).read_bytes() == (expected / name).read_bytes()
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (out, expected)]
+    for summary in (*summaries[0].values(), *summaries[1].values()):
+        summary.pop("rtf")
+    assert summaries[0] == summaries[1]
+
+
+@pytest.mark.parametrize("world, second_call", [(1, 6), (2, 4)])
+def test_a_run_killed_again_and_again_is_the_straight_run(tmp_path, two_sets, command, world, second_call):
+    """Killed in the first set, in the second, and before the summary. Of the first kill a line is torn."""
+
+    def start(out, deadly=None, last_write=data.write_json):
+        def action():
+            evaluation.data.write_json = last_write
+            return command(*two_sets, "--out", out, "--resume", stub=MortalModel(deadly))
+
+        return [status for status, _ in run_ranks(action, world)]
+
+    def write_no_summary(path, value):
+        if path.endswith("summary.json"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        write_json(path, value)
+
+    write_json = data.write_json
+    last = world - 1
+    out = tmp_path / "out"
+    assert start(tmp_path / "straight") == [1, 0][:world]  # one clip cannot be decoded
+    assert start(out, (last, 2))[last] == -signal.SIGKILL
+    part = out / f"rank-{last}.part"
+    raw = part.read_bytes()
+    part.write_bytes(raw[: raw.rindex("好".encode()) + 1])
+    assert start(out, (last, second_call))[last] == -signal.SIGKILL
+    assert lines_of(part)[-1]["set"] == "b" and not (out / "summary.json").exists()
+    assert start(out, last_write=write_no_summary)[0] == -signal.SIGKILL
+    decoded = [line["clips"] for path in out.glob("*.part") for line in lines_of(path) if line["set"] == "b"]
+    assert sorted(sum(decoded, [])) == list(range(6))  # none of them twice
+    assert start(out)[0] == 1
+    assert_same_results(out, tmp_path / "straight")
+
+
+def test_another_number_of_ranks_goes_on(tmp_path, two_sets, command, capsys):
+    """Nothing is decoded twice, and a finished run shows its table again."""
+    assert command(*two_sets, "--out", tmp_path / "straight") == 1
+    out = tmp_path / "out"
+    run_ranks(lambda: command(*two_sets, "--out", out, stub=MortalModel((1, 2))), 2)
+    stub = StubModel()
+    assert command(*two_sets, "--out", out, "--resume", stub=stub) == 1
+    assert stub.batches[1:] == [[0.2], [0.7], [0.5, 0.4], [0.3, 0.2, 0.1]]  # after the warm-up
+    lines = lines_of(out / "a.jsonl")
+    hyps = [line.get("hyp", "").split(" ")[0] for line in lines]
+    assert hyps == [line.get("hyp", "") for line in lines_of(tmp_path / "straight" / "a.jsonl")]
+    capsys.readouterr()
+    assert command(*two_sets, "--out", out, "--resume", stub=stub) == 1 and len(stub.batches) == 5
+    printed = capsys.readouterr().out.splitlines()
+    assert "nothing to do" in printed[0] and printed[2].split()[0] == "a"
+
+
+def test_a_run_goes_on_with_the_same_flags_model_and_data_only(tmp_path, wav, command, capsys):
+    path = write_manifest(tmp_path / "m.jsonl", line())
+    flags = ["--data", path, "--out", tmp_path / "out"]
+    assert command(*flags) == 0
+    assert command(*flags) == 2 and "is not empty" in capsys.readouterr().err
+    for more, message in (
+        (["--max-new-tokens", 9], "--max-new-tokens was 800, now 9"),
+        (["--bf16"], "--bf16 was False, now True"),
+    ):
+        assert command(*flags, "--resume", *more) == 2 and message in capsys.readouterr().err
+    write_manifest(tmp_path / "m.jsonl", line(), line())
+    assert command(*flags, "--resume") == 2 and "--data was " in capsys.readouterr().err
+    write_manifest(tmp_path / "m.jsonl", line())
+    (tmp_path / "model" / "config.json").write_text('{"a": 1}')
+    assert command(*flags, "--resume") == 2 and "--model was " in capsys.readouterr().err
+
+
+def test_memory_does_not_grow_with_the_manifest(tmp_path, wav, command):
+    """Its lines have 15 MB, of which the run holds those of a batch."""
+    m = write_manifest(tmp_path / "m.jsonl", *(line(note=f"{i:100000}", speaker=i % 7) for i in range(150)))
+    command("--data", write_manifest(tmp_path / "one.jsonl", line()))  # what the first call loads stays
+    tracemalloc.start()
+    assert command("--data", m, "--out", tmp_path / "out", "--batch-seconds", 3) == 0
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 5e6
