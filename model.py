@@ -924,6 +924,8 @@ def local_folder(name):
     own_model = os.path.join(name, "model")
     if os.path.isfile(os.path.join(own_model, "config.json")):
         return own_model
+    if os.path.exists(os.path.join(name, "adapter_config.json")):
+        raise data.InputError(f"{name} holds LoRA's matrices alone; give the folder `model` beside it")
     if os.path.isdir(name):
         return name
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
@@ -972,8 +974,6 @@ def read_config(name, folder):
 
 def model_kind(name, folder):
     """The kind in config.json, glmasr or qwen3_asr. InputError for others, with the command that converts."""
-    if os.path.exists(os.path.join(folder, "adapter_config.json")):
-        raise data.InputError(f"{name} holds LoRA's matrices alone; give the folder `model` beside it")
     config = read_config(name, folder)
     kind = config.get("model_type")
     if "script" in config:
