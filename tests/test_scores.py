@@ -24,26 +24,18 @@ ENGLAND = "\U0001f3f4\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007
 EN = [
     ("Hello, World!", "hello world"),
     ("", ""),
-    ("—?!", ""),
     ("twenty five percent", "25%"),
     ("２５％", "25%"),
-    ("two hundred and one", "201"),
-    ("minus five degrees", "-5 degrees"),
-    ("1,000 people", "1000 people"),
-    ("It cost $20 million.", "it cost $20000000"),
     ("＄20 or £5", "$20 or £5"),
     ("I can't, won't, don't", "i can not will not do not"),
     ("it's we'll they're I've I'm he'd", "it is we will they are i have i am he would"),
     ("I don’t, don‘t, donʼt, donʻt, don`t, don´t, don′t", "i " + "do not " * 6 + "do not"),
-    ("it’s John`s", "it is john is"),
     ("“‘Yes,’ she said”", "yes she said"),
     ("Mr. and Mrs. Smith met Dr. Jones", "mister and missus smith met doctor jones"),
-    ("colour organise centre grey", "color organize center gray"),
     ("well-known AT&T", "well known at t"),
     ("um, uh, hmm, mm, mhm", ""),
     ("[noise] hello (laughs) <unk>", "hello"),
     ("café naïve Łódź straße", "cafe naive lodz strasse"),
-    ("U.S. army", "u s army"),
     ("Wait…", "wait"),
     ("3.5... or 3.", "3.5 or 3"),
     ("ＨＥＬＬＯ　ｗｏｒｌｄ", "hello world"),
@@ -56,7 +48,6 @@ ZH = [
     ("，。！？、《》；：“”‘’（）【】——……·～", ""),
     (",.!?;:'\"()[]{}<>-_=+*/\\|@#$^&~`", ""),
     ("ＡＢｃ１２３", "a b c 1 2 3"),
-    ("百分之五十", "百 分 之 五 十"),  # numbers stay as they are written
     ("二〇二四年①", "二 〇 二 四 年 1"),
     ("Wi-Fi 密码是 abc", "w i f i 密 码 是 a b c"),
     ("你\u200b好\u200d吗\ufeff", "你 好 吗"),
@@ -74,7 +65,6 @@ OTHERS = [
     ("ko", "\u1112\u1161\u11ab\u1100\u1173\u11af", "한 글"),  # decomposed syllables
     ("fr", "L'eau d'ÉTÉ", "l eau d été"),
     ("fr", "aujourd’hui, ça va ?", "aujourd hui ça va"),
-    ("de", "Straße, Öl & Käse!", "straße öl käse"),
     ("de", "ich ❤\ufe0f dich " + FAMILY + " " + KEYCAP, "ich dich 5"),
     ("de", "um zwanzig Uhr (laut) hmm", "um zwanzig uhr laut hmm"),
     ("ru", "Привет, Мир! Ёлка.", "привет мир ёлка"),
@@ -82,7 +72,6 @@ OTHERS = [
     ("tr", "I\u0307zmir Iğdır’ın", "izmir ığdır ın"),
     ("az", "İŞIQ Bakı", "işıq bakı"),
     (None, "Hello, don't! Café 3.5", "hello don t café 3 5"),  # no language: plain words, not English
-    (None, "twenty five", "twenty five"),
     ("km", "ភាសា\u200bខ្មែរ។", "ភ ា ស ា ខ ្ ម ែ រ"),
     ("bo", "བོད་སྐད།", "བ ོ ད ས ྐ ད"),
     ("hi", "हिन्दी है। क\u094d\u200dष", "हिन्दी है क\u094dष"),  # vowel signs stay
@@ -92,7 +81,6 @@ PAPER = [
     ("en", "I don’t donʼt don´t", "i dont dont dont"),
     ("tr", "İzmir'in ISISI", "izmirin ısısı"),
     ("en", "twenty-five percent, 25%", "twentyfive percent 25"),
-    ("en", "um, [noise] yes", "um noise yes"),
     ("en", "wait…what", "waitwhat"),
     ("en", "hel\u200blo " + THUMB + " " + KEYCAP, "hello 5"),
     ("en", "ＯＫ", "ｏｋ"),  # no NFKC
@@ -249,30 +237,16 @@ def test_score_recounts_and_sums_up(tmp_path, capsys):
     # errors: 2 deletions, 59 insertions, 2 on silence, 2 deletions, 1 deletion, none, none
     counts = zip([2, 59, 2, 2, 1, 0, 0], [10, 1, 0, 2, 2, 2, 1])
     _, _, low, high, _ = brute_force([("", i, i, e, e, n) for i, (e, n) in enumerate(counts)], rate_of)
-    assert stored(tmp_path / "s.json")["mixed"] == {
-        "metric": "MER",
+    expected = dict(errors=66, units=18, substitutions=0, deletions=5, insertions=61, n=9, scored=7, failed=1)
+    expected |= dict(empty=2, looping=1, capped=1, rtf=None, clusters=7, cluster_key="audio+offset")
+    expected |= {"metric": "MER", "hours": pytest.approx(0.09), "normalizer": f"{ENGLISH}, words/2, zh/1"}
+    expected |= {
         "value": pytest.approx(100 * 66 / 18),
         "low": pytest.approx(low),
         "high": pytest.approx(high),
-        "errors": 66,
-        "units": 18,
-        "substitutions": 0,
-        "deletions": 5,
-        "insertions": 61,
-        "n": 9,
-        "scored": 7,
-        "failed": 1,
-        "empty": 2,
-        "looping": 1,
-        "capped": 1,
-        "hours": pytest.approx(0.09),
-        "normalizer": f"{ENGLISH}, words/2, zh/1",
-        "rtf": None,
-        "clusters": 7,
-        "cluster_key": "audio+offset",
     }
-    header, row, *notes = capsys.readouterr().out.splitlines()
-    assert header.split()[:4] == ["set", "metric", "%", "95"]
+    assert stored(tmp_path / "s.json")["mixed"] == expected
+    _, row, *notes = capsys.readouterr().out.splitlines()
     assert row.split() == f"mixed MER 366.67 {low:.2f} to {high:.2f} 0 5 61 9 0.09 2 1 1 1 –".split()
     assert notes == [
         f"normalizer: {ENGLISH}, words/2, zh/1",
@@ -285,17 +259,20 @@ def test_metric_name_follows_the_languages():
     assert {names: evaluation.metric_name(names.split()) for names in metrics} == metrics
 
 
-def test_clips_without_text_or_hypothesis_are_no_clusters(tmp_path, capsys):
-    lines = [result_line(0, 1, 4), result_line(1, text=None), result_line(2, text="", hyp="")]
-    for i, line in enumerate(lines):
-        line["speaker"] = i
-    for name, own in (("two", lines), ("silent", lines[1:]), ("none", lines[1:2])):
-        run("--score", write_lines(tmp_path / f"{name}.jsonl", own), "--json", tmp_path / "s.json")
-        figures = stored(tmp_path / "s.json")[name]
-        expected = {"two": (25, None, 2), "silent": (None, None, 1), "none": (None, None, 0)}[name]
-        assert (figures["value"], figures["low"], figures["clusters"]) == expected
-        row = capsys.readouterr().out.splitlines()[1].split()
-        assert row[2:4] == ["25.00" if name == "two" else "–", "–"]
+NO_INTERVAL = {
+    "two": (0, 3, (25, None, 2)),
+    "silent": (1, 3, (None, None, 1)),
+    "none": (1, 2, (None, None, 0)),
+}
+
+
+@pytest.mark.parametrize("first, last, expected", NO_INTERVAL.values(), ids=NO_INTERVAL)
+def test_clips_without_text_or_hypothesis_are_no_clusters(tmp_path, first, last, expected):
+    lines = [result_line(0, 1, 4, speaker=0), result_line(1, text=None), result_line(2, text="", hyp="")]
+    lines = [{"speaker": i, **line} for i, line in enumerate(lines)]
+    run("--score", write_lines(tmp_path / "r.jsonl", lines[first:last]), "--json", tmp_path / "s.json")
+    figures = stored(tmp_path / "s.json")["r"]
+    assert (figures["value"], figures["low"], figures["clusters"]) == expected
 
 
 def clips_with(*fields):
@@ -466,7 +443,7 @@ def test_what_is_not_defined_is_null_and_a_dash(tmp_path, capsys, case):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def test_compare_pairs_by_clip_in_any_order_and_folder(tmp_path, capsys):
+def test_compare_pairs_by_clip_in_any_order_and_folder(tmp_path):
     """One audio file holds two segments, one tar two byte ranges; the files lie in different folders.
 
     A begin_time of −1 or null is the whole file's; a language may be spelled in two ways.
@@ -494,23 +471,18 @@ def test_compare_pairs_by_clip_in_any_order_and_folder(tmp_path, capsys):
     figures = comparison["sets"]["r"]
     assert (figures["n"], figures["a"], figures["b"]) == pytest.approx((6, 100 * 19 / 60, 100 * 15 / 60))
     assert figures["clusters"] == 4 and figures["cluster_key"] == "audio+offset"  # two files, two of the tar
-    assert "clusters: r 4 by audio+offset (few, so" in capsys.readouterr().out
 
 
 def test_compare_with_another_key_and_normalizer(tmp_path, capsys):
-    """A writes don't as do not: no error by default, two errors of two units in the paper's style."""
+    """B writes dont for don't: no error in the paper's style, where A's do not is two errors of two units."""
     for name, hyp in (("a", "I do not"), ("b", "i dont")):
-        lines = []
-        for i in range(6):
-            text = {"text": "I don't", "hyp": hyp, "language": "en"}
-            lines.append(result_line(i, speaker="s", room=i // 2, **text))
+        text = {"text": "I don't", "hyp": hyp, "language": "en"}
+        lines = [result_line(i, speaker="s", room=i // 2, **text) for i in range(6)]
         write_lines(tmp_path / f"{name}.jsonl", lines)
-    for normalizer, rates in (("default", ["0.00", "66.67"]), ("paper", ["100.00", "0.00"])):
-        flags = ["--normalizer", normalizer, "--cluster", "room", "--json", tmp_path / "c.json"]
-        run("--compare", tmp_path / "a.jsonl", tmp_path / "b.jsonl", *flags)
-        assert capsys.readouterr().out.splitlines()[1].split()[3:5] == rates
-        figures = stored(tmp_path / "c.json")["sets"]["a"]
-        assert (figures["clusters"], figures["cluster_key"]) == (3, "room")
+    flags = ["--normalizer", "paper", "--cluster", "room"]
+    run("--compare", tmp_path / "a.jsonl", tmp_path / "b.jsonl", *flags)
+    _, row, clusters, *_ = capsys.readouterr().out.splitlines()
+    assert row.split()[3:5] == ["100.00", "0.00"] and clusters.startswith("clusters: a 3 by room")
 
 
 UNPAIRED = {
@@ -559,10 +531,9 @@ def test_what_cannot_be_compared_is_left_out_where_that_is_asked_for(tmp_path, c
     write_lines(a / "y.jsonl", lines)
     comparison = evaluation.compare_folders(str(a), str(b), strict=False)
     assert list(comparison["sets"]) == ["x"] and comparison["sets"]["x"]["n"] == 3
-    assert comparison["sets"]["x"]["p"] == 1 and comparison["macro"]["stems"] == ["x"]
     left_out = comparison["left_out"]
-    assert sorted(left_out) == ["v", "w", "y"]
-    assert "y.jsonl" in left_out["y"] and "0.wav is not in" in left_out["w"]
+    for stem, reason in (("v", "was not decoded"), ("w", "0.wav is not in"), ("y", "y.jsonl")):
+        assert reason in left_out[stem]
     evaluation.print_comparison(comparison, "before", "after")
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].split() == "set metric clips before % after % change % 95 % p".split()
