@@ -388,19 +388,20 @@ def report(args, before, after):
         eval.print_comparison(comparison, "before", "after")
     elif after:  # --eval was given at a resume, so there is nothing to compare with
         eval.print_summaries(after)
-    vuss = [line["vuss"] for line in lines if "vuss" in line]
+    vuss = [line["vuss"] for line in lines if "vuss" in line] or [math.nan]  # no step had a row
     summary = {
         "steps": args.steps,
         "before": before,
         "after": after,
         "change": comparison,
-        "vuss_first": float(np.mean(vuss[:10])),
-        "vuss_last": float(np.mean(vuss[-10:])),
+        "vuss_first": eval.number_or_none(np.mean(vuss[:10])),
+        "vuss_last": eval.number_or_none(np.mean(vuss[-10:])),
         "seconds": sum(line["step_s"] for line in lines),
         "skipped": sum(line["skipped"] for line in lines),
         "model": os.path.join(args.out, "model"),
     }
-    print(f"VUSS {summary['vuss_first']:.2f} → {summary['vuss_last']:.2f} (first and last 10 steps)")
+    first, last = [eval.number_text(summary[key], ".2f") for key in ("vuss_first", "vuss_last")]
+    print(f"VUSS {first} → {last} (first and last 10 steps)")
     waited = sum(line["data_s"] for line in lines)
     peak = f"{lines[-1]['rss_gb']:.2f} GB, {lines[-1]['gpu_gb']:.2f} GB on the GPU"
     print(f"{summary['seconds']:.0f} s of steps, {waited:.0f} s of them for data; peak {peak}")

@@ -55,6 +55,18 @@ def test_the_picture_has_the_metrics_and_the_errors(tmp_path, monkeypatch):
     assert [text.get_text() for text in axes[3].get_yticklabels()] == [r"en_\$x\$", "silence"]
 
 
+def test_a_run_without_a_row_has_no_vuss(stage, tmp_path, capsys):
+    """One bad clip a step, and sound ones for the self-check: summary.json holds null and no NaN."""
+    lines = lines_of(stage / "m.jsonl")
+    lines[-1] = {**lines[-1], "audio": str(tmp_path / "none.wav"), "duration": 9.0}  # the longest is first
+    write_lines(tmp_path / "m.jsonl", lines)
+    flags = ["--train", tmp_path / "m.jsonl", "--batch-size", 1, "--on-bad-audio", "skip"]
+    out = train(opd, stage, tmp_path / "run", *flags)
+    summary = data.read_json(out / "summary.json")
+    assert (summary["skipped"], summary["vuss_first"], summary["vuss_last"]) == (1, None, None)
+    assert "VUSS – → –" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_a_run_leaves_a_picture(stage, tmp_path, monkeypatch):
     """Also where nothing was evaluated, and with a set whose transcripts are empty."""
