@@ -101,18 +101,18 @@ def our_student(text, layers=32):
     return write_anything(model.SpeechLM(glm_asr_config(audio, text, words, tied=True), words))
 
 
+RELEASE_WIDTHS = {  # of the released student's LM
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+}
+
+
 def release_student():
     """The sizes of the released student: 1.14 billion parameters."""
-    text = transformers.Qwen2Config(
-        hidden_size=896,
-        intermediate_size=4864,
-        num_hidden_layers=24,
-        num_attention_heads=14,
-        num_key_value_heads=2,
-        vocab_size=151_936,
-        tie_word_embeddings=True,
-    )
-    return our_student(text)
+    sizes = {"num_hidden_layers": 24, "vocab_size": 151_936, "tie_word_embeddings": True}
+    return our_student(transformers.Qwen2Config(**RELEASE_WIDTHS, **sizes))
 
 
 def qwen3_asr_1_7b():
