@@ -261,9 +261,21 @@ class Clips:
         file, offset, number = self.places[i, :3].astype(int)
         path = self.paths[file]
         with open(path, "rb") as lines:
-            lines.seek(offset)
-            raw = lines.readline()
-        return parse_line(raw, f"{path}:{number}", os.path.dirname(os.path.abspath(path)), self.text_field)
+            return self.read(i, path, lines)
+
+    def __iter__(self):
+        """All clips in their order. Each manifest is opened once."""
+        for file, path in enumerate(self.paths):
+            with open(path, "rb") as lines:
+                for i in np.flatnonzero(self.places[:, 0] == file):
+                    yield self.read(i, path, lines)
+
+    def read(self, i, path, lines):
+        """Clip i from its open manifest."""
+        offset, number = self.places[i, 1:3].astype(int)
+        lines.seek(offset)
+        folder = os.path.dirname(os.path.abspath(path))
+        return parse_line(lines.readline(), f"{path}:{number}", folder, self.text_field)
 
 
 # ----------------------------------------------------------------------------------------------------------
