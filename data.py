@@ -1012,6 +1012,12 @@ def stop_not_finite(out, step, what, clips, texts):
     barrier()
     raise NonFiniteError(f"step {step}: {what}: not finite; its clips are in {path}; lower --lr?")
 
+def is_lfs_pointer(path):
+    """Does a file hold what git lfs leaves in place of one that has not been fetched?"""
+    with open(path, "rb") as file:
+        return file.read(20).startswith(b"version https://git")
+
+
 
 def read_json(path):
     with open(path, encoding="utf-8") as file:

@@ -951,9 +951,8 @@ def weight_files(folder):
         names = sorted(set(data.read_json(index)["weight_map"].values()))
     paths = [os.path.join(folder, name) for name in names]
     for path in paths:
-        with open(path, "rb") as file:
-            if file.read(20).startswith(b"version https://git"):
-                raise data.InputError(f"{path} is a pointer of git lfs, no weights; run git lfs pull")
+        if data.is_lfs_pointer(path):
+            raise data.InputError(f"{path} is a pointer of git lfs, no weights; run git lfs pull")
     return paths
 
 

@@ -178,9 +178,8 @@ def faulty_file(root):
 
     columns = None
     for path in data_files(root):
-        with open(path, "rb") as file:
-            if file.read(20).startswith(b"version https://git"):
-                return f"{path}: is a pointer of git lfs, not the data"
+        if data.is_lfs_pointer(path):
+            return f"{path}: is a pointer of git lfs, not the data"
         if not path.endswith(".parquet"):
             continue
         try:
