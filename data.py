@@ -258,8 +258,7 @@ class Clips:
         return len(self.seconds)
 
     def __getitem__(self, i):
-        file, offset, number = self.places[i, :3].astype(int)
-        path = self.paths[file]
+        path = self.paths[int(self.places[i, 0])]
         with open(path, "rb") as lines:
             return self.read(i, path, lines)
 
@@ -394,9 +393,9 @@ def sound_file(file):
 
     Raises InputError for a file that is cut off, which decoders pass by in silence.
     """
-    raw = (
-        file.getvalue() if isinstance(file, io.BytesIO) else b""
-    )  # the recording of a segment is not searched
+    raw = b""
+    if isinstance(file, io.BytesIO):  # the recording of a segment is not searched
+        raw = file.getvalue()
     streams = re.findall(rb"OggS\0[\2\6].{8}(.{4})|fLaC[\0\x80]\0\0\x22", raw, re.DOTALL)
     has_tag = False  # behind Ogg, where libsndfile stumbles over it in Opus
     if raw.startswith(b"OggS"):
@@ -456,8 +455,8 @@ def ffmpeg_frames(file, begin_s=0.0):
             decoder = av.CodecContext.create("libopus", "r")
             decoder.extradata = stream.codec_context.extradata
         # Times are exact where their unit is no longer than a sample: not in webm and wma (ms), and in Ogg
-        # each stream has its own. There frames are counted from the first on.
-        # And AMR goes on from all that was before.
+        # each stream has its own. There frames are counted from the first on, as in AMR, whose frames need
+        # all that was before.
         is_timed = stream.time_base * stream.rate <= 1 and container.format.name not in ("ogg", "flac")
         is_timed = is_timed and not stream.codec_context.name.startswith(("amr", "libopencore_amr"))
         if is_timed and begin_s > 1:  # early: a frame of MP3 at 8 kbit/s may need the data of 0.4 s before it
@@ -1012,11 +1011,11 @@ def stop_not_finite(out, step, what, clips, texts):
     barrier()
     raise NonFiniteError(f"step {step}: {what}: not finite; its clips are in {path}; lower --lr?")
 
+
 def is_lfs_pointer(path):
     """Does a file hold what git lfs leaves in place of one that has not been fetched?"""
     with open(path, "rb") as file:
         return file.read(20).startswith(b"version https://git")
-
 
 
 def read_json(path):

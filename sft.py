@@ -163,9 +163,8 @@ def main(args):
     if rank == 0:
         hours = clips.seconds.sum(dtype=float) / 3600
         epochs = args.steps * args.batch_size / len(clips)
-        peak_lr = model.cosine_lr(
-            min(args.warmup_steps, args.steps - 1), args.steps, args.warmup_steps, args.lr
-        )
+        last_warmup = min(args.warmup_steps, args.steps - 1)
+        peak_lr = model.cosine_lr(last_warmup, args.steps, args.warmup_steps, args.lr)
         print(f"train: {len(clips)} clips, {hours:.2f} h, left out: {clips.n_long} longer than", end=" ")
         print(f"{args.max_seconds:g} s, {clips.n_failed} not decoded, {clips.n_unwanted} looping", end="; ")
         print(f"without a stop token, as the cap cut them: {n_cut}")
@@ -214,10 +213,11 @@ def main(args):
 
             # ============================ the loss, one micro-batch of B clips ============================
             # Encode, and read the transcript behind the prompt: a hidden row for each token to predict.
-            frames = student.encode_frames(batch) if ctc_head is not None else None  # (B, T', D)
-            encoded = (
-                student.adapt(frames, batch) if ctc_head is not None else student.encode(batch)
-            )  # (ΣA, H)
+            if ctc_head is None:
+                encoded = student.encode(batch)  # (ΣA, H)
+            else:
+                frames = student.encode_frames(batch)  # (B, T', D), for CTC too
+                encoded = student.adapt(frames, batch)
             hidden = student(batch, targets, encoded)  # (N, H)
 
             # Cross-entropy of the transcript tokens and the stop tokens.
@@ -296,9 +296,8 @@ def main(args):
             print(f"skipped: {skipped} clips that could not be used, listed in {args.out}/bad.jsonl")
         print(f"model: {os.path.join(args.out, 'model')}")
         summary = {"steps": args.steps, "eval": summaries, "skipped": skipped}
-        data.write_json(
-            os.path.join(args.out, "summary.json"), summary
-        )  # written last: it marks a finished run
+        # Written last: it marks a finished run.
+        data.write_json(os.path.join(args.out, "summary.json"), summary)
     data.barrier()
 
 
@@ -338,9 +337,8 @@ def ctc_loss(ctc_head, frames, frame_lens, texts):
     )  # (B,)
     n_too_short = 0
     for target, n_frames in zip(targets, frame_lens.tolist()):
-        n_repeats = sum(
-            byte == following for byte, following in zip(target, target[1:])
-        )  # want a blank between
+        # Two equal bytes want a blank between them.
+        n_repeats = sum(byte == following for byte, following in zip(target, target[1:]))
         n_too_short += len(target) + n_repeats > n_frames
     weights = [0.0 if text is None else 1 / max(len(target), 1) for text, target in zip(texts, targets)]
     return (losses * torch.tensor(weights, device=losses.device)).sum(), n_too_short
