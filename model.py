@@ -795,7 +795,7 @@ def write_tokens(speech_lm, batch, encoded, caps, forbidden, temperature, unifor
     cos, sin = lm.rotary(new_positions, embeds.dtype)  # (B, 1, T, d)
 
     def write_token():
-        logits = speech_lm.head(hidden).float().masked_fill(forbidden, -math.inf)  # (B, V)
+        logits = head_logits(speech_lm, hidden).masked_fill(forbidden, -math.inf)  # (B, V)
         token = pick_tokens(logits, temperature, None if uniforms is None else uniforms.index_select(1, t))
         ids.index_copy_(1, t, token[:, None])
         attended.index_fill_(3, S + t, True)
@@ -1072,68 +1072,112 @@ def kl_rows(log_p, log_q):
     return (log_p.exp() * (log_p - log_q)).sum(dim=1)
 
 
-@torch.no_grad()
-def topk_ids(speech_lm, hidden, forbidden, k, chunk=1024):
-    """A model's top-k ids at its rows: hidden (N, H), forbidden (V,) → (N, K) best first, −1 not allowed.
-
-    S_t and T_t of Eq. 1, each in its model's ids. `chunk` rows at a time go through the head, so that no
-    (N, V) tensor is kept. K is less than k where the vocabulary is.
-    """
-    parts = []
-    for rows in hidden.split(chunk):
-        logits = speech_lm.head(rows).float().masked_fill(forbidden, -math.inf)  # (chunk, V)
-        top = logits.topk(min(k, logits.shape[1]))
-        parts.append(top.indices.masked_fill(top.values == -math.inf, -1))
-    return torch.cat(parts)
+CHUNK_LOGITS = 2**27  # float32 logits that exist at once, 0.5 GB: no (N, V) tensor is ever made
 
 
-def support_scores(head_weight, hidden, support_ids):
-    """A model's raw logits on the support only: (V, H), (N, H), (N, U) ids → (N, U) with gradient.
+def head_logits(speech_lm, rows):
+    """A model's raw logits in float32: (n, H) → (n, V). In bf16 the inputs are rounded, not the logits."""
+    weight = speech_lm.head.weight
+    if speech_lm.bf16 or weight.dtype == torch.bfloat16:
+        return Bf16Product.apply(rows.bfloat16(), weight.bfloat16())
+    return speech_lm.head(rows)
 
-    float32 (float64 if the matrix is). No (N, V) tensor is made.
-    """
-    dtype = torch.promote_types(head_weight.dtype, torch.float32)
-    return SupportScores.apply(head_weight, hidden.to(dtype), support_ids.clamp(min=0))
 
-
-class SupportScores(torch.autograd.Function):
-    """scores[n, u] = weight[ids[n, u]] · hidden[n], a chunk of rows at a time, in backward too.
-
-    Plain indexing would keep the gathered rows (N, U, H) for backward: 64 × 896 floats a row, 230 kB.
-    """
-
-    cpu_chunk_floats = 2**20  # of gathered rows at a time: what a cache holds
-    gpu_chunk_floats = 2**24  # enough for a GPU to be busy
+class Bf16Product(torch.autograd.Function):
+    """rows · weightᵀ of bf16 matrices, summed and returned in float32; autocast would round it to bf16."""
 
     @staticmethod
-    def chunks(hidden, ids):
-        """Slices of rows whose gathered matrix has at most so many entries (one row may exceed it)."""
-        n_floats = SupportScores.gpu_chunk_floats if hidden.is_cuda else SupportScores.cpu_chunk_floats
-        n = max(n_floats // max(ids.shape[1] * hidden.shape[1], 1), 1)
-        return [slice(first, first + n) for first in range(0, len(ids), n)]
-
-    @staticmethod
-    def forward(ctx, weight, hidden, ids):
-        ctx.save_for_backward(weight, hidden, ids)
-        scores = hidden.new_empty(ids.shape)
-        for rows in SupportScores.chunks(hidden, ids):
-            gathered = F.embedding(ids[rows], weight).to(hidden.dtype)  # (n, U, H)
-            scores[rows] = torch.einsum("nuh,nh->nu", gathered, hidden[rows])
-        return scores
+    def forward(ctx, rows, weight):
+        ctx.save_for_backward(rows, weight)
+        if rows.is_cuda:
+            return torch.mm(rows, weight.T, out_dtype=torch.float32)
+        return rows.float() @ weight.float().T
 
     @staticmethod
     def backward(ctx, grad):
-        weight, hidden, ids = ctx.saved_tensors
-        is_trained = ctx.needs_input_grad[0]
-        grad_weight = torch.zeros_like(weight, dtype=hidden.dtype) if is_trained else None
-        grad_hidden = torch.empty_like(hidden)
-        for rows in SupportScores.chunks(hidden, ids):
-            gathered = F.embedding(ids[rows], weight).to(hidden.dtype)
-            grad_hidden[rows] = torch.einsum("nu,nuh->nh", grad[rows], gathered)
-            if is_trained:
-                outer = grad[rows][:, :, None] * hidden[rows][:, None]  # (n, U, H)
-                grad_weight.index_add_(0, ids[rows].flatten(), outer.flatten(0, 1))
-        return grad_weight.to(weight.dtype) if is_trained else None, grad_hidden, None
+        rows, weight = ctx.saved_tensors
+        grad = grad.bfloat16()
+        return grad @ weight, grad.T @ rows
+
+
+def topk_ids(speech_lm, hidden, forbidden, k):
+    """S_t or T_t of Eq. 1, in the model's ids: hidden (N, H), forbidden (V,) → (N, K), see `topk_scores`."""
+    ids, _ = topk_scores(speech_lm, hidden, forbidden, k, None)
+    return ids
+
+
+@torch.no_grad()
+def topk_scores(speech_lm, hidden, forbidden, k, other_ids):
+    """A model's top-k ids at its rows, and its raw logits at other ids of the row and at these.
+
+    hidden (N, H), forbidden (V,), other_ids (N, J) or None → ids (N, K) best first, −1 not allowed, with K
+    less than k where the vocabulary is; logits (N, J + K), float32. Each row is multiplied by the head once.
+    """
+    ids = []
+    scores = []
+    k = min(k, len(forbidden))
+    chunk = max(CHUNK_LOGITS // len(forbidden), 1)
+    for first in range(0, max(len(hidden), 1), chunk):
+        rows = slice(first, first + chunk)
+        logits = head_logits(speech_lm, hidden[rows])  # (chunk, V)
+        others = logits[:, :0] if other_ids is None else logits.gather(1, other_ids[rows].clamp(min=0))
+        logits = logits.masked_fill(forbidden, -math.inf)
+        values, top_ids = block_topk(logits, k) if logits.is_cuda else logits.topk(k)
+        ids.append(top_ids.masked_fill(values == -math.inf, -1))
+        scores.append(torch.cat([others, values], dim=1))
+    return torch.cat(ids), torch.cat(scores)
+
+
+def block_topk(logits, k, block=128):
+    """`logits.topk(k)` of rows (n, V): values and ids. On a GPU torch's own reads the logits several times.
+
+    In two stages: the k largest lie in the k blocks with the largest maxima. The id of a −∞ means nothing.
+    """
+    blocks = F.pad(logits, (0, -logits.shape[1] % block), value=-math.inf).unflatten(1, (-1, block))
+    best = blocks.amax(dim=2).topk(min(k, blocks.shape[1])).indices  # (n, k)
+    candidates = blocks.gather(1, best[:, :, None].expand(-1, -1, block)).flatten(1)  # (n, 128 k)
+    values, places = candidates.topk(k)
+    return values, best.gather(1, places // block) * block + places % block
+
+
+def support_scores(head_weight, hidden, support_ids):
+    """The student's raw logits on the support only: (V, H), (N, H), (N, U) ids → (N, U) with gradient.
+
+    float32 (float64 if the matrix is). No (N, V) tensor is made.
+    """
+    return SupportScores.apply(head_weight, hidden.to(head_weight.dtype), support_ids.clamp(min=0))
+
+
+class SupportScores(torch.autograd.Function):
+    """scores[n, u] = weight[ids[n, u]] · hidden[n], without a tensor (N, U, H) of gathered rows.
+
+    Its three products are those of an embedding bag with weights: the sum over u of grad[n, u] weight[ids]
+    is such a bag, the scores are its derivative by the weights, and it has one by the matrix.
+    """
+
+    @staticmethod
+    def forward(ctx, weight, hidden, ids):
+        hidden = hidden.contiguous()
+        bags = torch.arange(len(ids), device=ids.device).repeat_interleave(ids.shape[1])
+        first = torch.arange(0, ids.numel(), max(ids.shape[1], 1), device=ids.device)[: len(ids)]
+        ctx.save_for_backward(weight, hidden, ids, bags)
+        scores = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            hidden, weight, ids.flatten(), first, bags, mode=0
+        )
+        return scores.view(ids.shape)
+
+    @staticmethod
+    def backward(ctx, grad):
+        weight, hidden, ids, bags = ctx.saved_tensors
+        grad = grad.contiguous()
+        grad_hidden = F.embedding_bag(ids, weight, mode="sum", per_sample_weights=grad)
+        if not ctx.needs_input_grad[0]:
+            return None, grad_hidden, None
+        sizes = torch.full((len(ids),), ids.shape[1], device=ids.device)
+        grad_weight = torch.ops.aten._embedding_bag_dense_backward(
+            hidden, ids.flatten(), bags, sizes, ids.new_empty(0), len(weight), False, 0, grad.flatten(), -1
+        )
+        return grad_weight, grad_hidden, None
 
 
 def full_kl(student, student_hidden, teacher, teacher_hidden, alignment, *divergence):
@@ -1141,16 +1185,15 @@ def full_kl(student, student_hidden, teacher, teacher_hidden, alignment, *diverg
 
     divergence: temperature, divergence and beta of `support_kl`. Exact.
     """
-    # In float32 as on the union: a teacher in bf16 would round its logits.
-    teacher_weight = teacher.head.weight.detach()[alignment.to_teacher.clamp(min=0)].float()  # (V, H')
+    columns = alignment.to_teacher.clamp(min=0)  # (V,)
 
     def kl_of_rows(student_rows, teacher_rows):
-        teacher_logits = F.linear(teacher_rows.float(), teacher_weight)
-        student_logits = student.head(student_rows).float()
+        teacher_logits = head_logits(teacher, teacher_rows)[:, columns]  # (chunk, V)
+        student_logits = head_logits(student, student_rows)
         mask = ~alignment.student_forbidden.expand_as(student_logits)
         return support_kl(student_logits, teacher_logits, mask, *divergence)
 
-    chunks = list(recomputed_chunks(kl_of_rows, student_hidden, teacher_hidden))
+    chunks = list(recomputed_chunks(kl_of_rows, len(columns), student_hidden, teacher_hidden))
     return torch.cat([kl for kl, _ in chunks]), torch.cat([counted for _, counted in chunks])
 
 
@@ -1158,13 +1201,14 @@ def token_ce(speech_lm, hidden, ids):
     """Cross-entropy −log q(token), over the whole vocabulary, nats: rows (N, H), tokens (N,) → (N,)."""
 
     def ce_of_rows(rows, row_ids):
-        return F.cross_entropy(speech_lm.head(rows).float(), row_ids, reduction="none")
+        return F.cross_entropy(head_logits(speech_lm, rows), row_ids, reduction="none")
 
-    return torch.cat(list(recomputed_chunks(ce_of_rows, hidden, ids)))
+    return torch.cat(list(recomputed_chunks(ce_of_rows, len(speech_lm.forbidden), hidden, ids)))
 
 
-def recomputed_chunks(function, *tensors, chunk=256):
+def recomputed_chunks(function, vocab_size, *tensors):
     """Yields function(rows, …) chunk by chunk; its (chunk, V) logits are computed again in backward."""
+    chunk = max(CHUNK_LOGITS // vocab_size, 1)
     for rows in zip(*[tensor.split(chunk) for tensor in tensors]):
         yield checkpoint(function, *rows, use_reentrant=False)
 

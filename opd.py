@@ -279,16 +279,22 @@ def main(args):
             teacher_hidden = teacher(teacher_batch, same_rollout, teacher_encoded)  # (N, H')
 
             # At each row S_t and T_t, the top-k ids of student and teacher, and U_t = S_t ∪ T_t, all in the
-            # student's ids.
+            # student's ids. The teacher's head is multiplied once, for T_t and for its raw logits on U_t.
             student_topk = model.topk_ids(student, student_hidden, alignment.student_forbidden, args.k)
-            teacher_topk = model.topk_ids(teacher, teacher_hidden, alignment.teacher_forbidden, args.k)
+            teacher_topk, teacher_logits = model.topk_scores(
+                teacher,
+                teacher_hidden,
+                alignment.teacher_forbidden,
+                args.k,
+                other_ids=alignment.in_teacher(student_topk),
+            )
             teacher_topk = alignment.in_student(teacher_topk)  # (N, K)
-            support_ids, support_mask = model.union_support(student_topk, teacher_topk)  # (N, 2K)
+            support_ids, support_mask = model.union_support(student_topk, teacher_topk)  # (N, 2K), ascending
+            order = torch.cat([student_topk, teacher_topk], dim=1).argsort(dim=1)
+            teacher_logits = teacher_logits.gather(1, order)  # (N, 2K)
 
-            # The raw logits of both on U_t: no other row of an output matrix is read with gradient.
-            teacher_ids = alignment.in_teacher(support_ids)
+            # The student's raw logits on U_t: no other row of its output matrix is read with gradient.
             student_logits = model.support_scores(student.head.weight, student_hidden, support_ids)  # (N, 2K)
-            teacher_logits = model.support_scores(teacher.head.weight, teacher_hidden, teacher_ids)
 
             # The loss of a row: KL(teacher ‖ student) on U_t (Eq. 1), or what other flags put in its place.
             kl, kl_mask = model.support_kl(student_logits, teacher_logits, support_mask)  # (N,), (N,)

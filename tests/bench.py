@@ -165,13 +165,14 @@ def backward_of_batch(student, teacher, batch, teacher_batch):
     teacher_hidden = teacher(teacher_batch, same_rollout, teacher_encoded)
 
     student_topk = model.topk_ids(student, student_hidden, alignment.student_forbidden, K)
-    teacher_topk = model.topk_ids(teacher, teacher_hidden, alignment.teacher_forbidden, K)
+    teacher_topk, teacher_logits = model.topk_scores(
+        teacher, teacher_hidden, alignment.teacher_forbidden, K, alignment.in_teacher(student_topk)
+    )
     teacher_topk = alignment.in_student(teacher_topk)
     support_ids, support_mask = model.union_support(student_topk, teacher_topk)
-
-    teacher_ids = alignment.in_teacher(support_ids)
+    order = torch.cat([student_topk, teacher_topk], dim=1).argsort(dim=1)
+    teacher_logits = teacher_logits.gather(1, order)
     student_logits = model.support_scores(student.head.weight, student_hidden, support_ids)
-    teacher_logits = model.support_scores(teacher.head.weight, teacher_hidden, teacher_ids)
     kl, _ = model.support_kl(student_logits, teacher_logits, support_mask)
     kl.sum().backward()
 
@@ -260,12 +261,11 @@ def teacher_head_figures(head, n_clips, length, transcript):
     states = torch.randn(n_clips, length, H, device=device, dtype=head.weight.dtype)
     student_topk = torch.randint(V, (n_clips * transcript, K), device=device)
     forbidden = torch.zeros(V, dtype=torch.bool, device=device)
-    teacher = unittest.mock.Mock(head=head)
+    teacher = unittest.mock.Mock(head=head, bf16=False)
 
     def ours():
         rows = states[:, -transcript:].reshape(-1, H)
-        ids, _ = model.union_support(student_topk, model.topk_ids(teacher, rows, forbidden, K))
-        return model.support_scores(head.weight, rows, ids)
+        return model.topk_scores(teacher, rows, forbidden, K, student_topk)
 
     def plain():
         rows = head(states).float()[:, -transcript:].reshape(-1, V)
@@ -461,16 +461,15 @@ def step_memory(student, teacher, seconds, bf16, recompute):
         if recompute and not student.peft_models:
             rollout += 2 * n_computed(student.lm)
 
-    # The top-k of either model: the logits of 1,024 rows, twice, and those of the rows before.
-    n_rows = min(n_clips * (TOKENS + 1), 1024)
-    topk = forwarded + 3 * 4 * n_rows * text.vocab_size
+    # The top-k of either model: a chunk of logits, twice, and in bf16 a copy of the head.
+    topk = forwarded + 2 * 4 * min(n_clips * (TOKENS + 1) * text.vocab_size, model.CHUNK_LOGITS)
+    topk += 2 * n_head if bf16 else 0
 
     # Backward: the head's gradient waits for that of the embeddings, which share the tensor; and one layer.
     # LoRA has frozen the head.
     head_gradient = 4 * n_head if student.head.weight.requires_grad else 0
-    pieces = 2 * 4 * model.SupportScores.gpu_chunk_floats  # gathered rows of the head, and their gradient
     backward = forwarded + head_gradient
-    backward += max(pieces, seconds * encoder_extra_bytes, n_positions * lm_extra_bytes)
+    backward += max(seconds * encoder_extra_bytes, n_positions * lm_extra_bytes)
     return {"teacher's encoder": teacher_encoder, "rollout": rollout, "top-k": topk, "backward": backward}
 
 

@@ -37,7 +37,7 @@ def head_of(weight):
     """What `topk_ids` reads of a model: its head."""
     head = torch.nn.Linear(weight.shape[1], len(weight), bias=False)
     head.weight.data = weight
-    return type("Model", (), {"head": head})()
+    return type("Model", (), {"head": head, "bf16": False})()
 
 
 def test_topk_ids_are_the_best_allowed_ones_of_each_row():
@@ -63,6 +63,36 @@ def test_topk_ids_are_the_best_allowed_ones_of_each_row():
         assert torch.equal(alignment.in_teacher(student_ids), ids)
     assert alignment.in_teacher(torch.tensor([0, 1, 2, -1])).tolist() == [-1, -1, V - 3, -1]
     assert model.topk_ids(teacher, hidden[:0], alignment.teacher_forbidden, 4).shape == (0, 4)
+
+
+@pytest.mark.parametrize("k", [1, 5, 32, 300])
+def test_top_k_by_blocks_is_that_of_torch(k):
+    """With ties among the values: −1 to 1 in steps of 0.01, and ids of which none comes twice."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randint(-100, 101, (20, 300), generator=generator) / 100
+    logits[:, 7::3] = -torch.inf
+    values, ids = model.block_topk(logits, k)
+    assert torch.equal(values, logits.topk(k).values)
+    for row, row_values, row_ids in zip(logits, values, ids):
+        finite_ids = row_ids[row_values.isfinite()]
+        assert torch.equal(row[finite_ids], row_values[: len(finite_ids)])
+        assert len(set(finite_ids.tolist())) == min(k, 202)
+
+
+def test_bf16_products_are_summed_in_float32():
+    """Forward of the rounded inputs in float32; backward in bf16."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(5, 64, generator=generator, requires_grad=True)
+    head = head_of(torch.randn(300, 64, generator=generator))
+    head.bf16 = True
+    logits = model.head_logits(head, rows)
+    weight = head.head.weight
+    assert logits.dtype == torch.float32
+    assert torch.equal(logits, rows.bfloat16().float() @ weight.bfloat16().float().T)
+    grad = torch.randn(5, 300, generator=generator)
+    logits.backward(grad)
+    torch.testing.assert_close(rows.grad, grad @ weight, rtol=0.05, atol=0.3)
+    torch.testing.assert_close(weight.grad, grad.T @ rows, rtol=0.05, atol=0.1)
 
 
 # ---- support_kl --------------------------------------------------------------------------------------------

@@ -192,7 +192,7 @@ def test_forbidden_ids_are_never_sampled_nor_in_the_top_k(temperature):
     rollout = speech_lm.sample(batch, 16, temperature=temperature)
     assert not speech_lm.forbidden[rollout.ids[rollout.row_mask()]].any()
     # A k above the vocabulary: every allowed id once, and −1 for the others.
-    topk_ids = m.topk_ids(speech_lm, hidden, speech_lm.forbidden, 10_000, chunk=7)
+    topk_ids = m.topk_ids(speech_lm, hidden, speech_lm.forbidden, 10_000)
     allowed = (~speech_lm.forbidden).nonzero()[:, 0].tolist()
     assert topk_ids.shape == (24, len(speech_lm.forbidden))
     assert topk_ids.sort(dim=1).values.tolist() == [[-1] * len(specials) + allowed] * 24
