@@ -19,6 +19,7 @@ vocabularies and self-check, LoRA, optimizer and checkpoints.
 import contextlib
 import dataclasses
 import errno
+import functools
 import glob
 import math
 import os
@@ -157,6 +158,22 @@ def rotate(x, cos, sin):
     return torch.cat([turned, x[..., size:]], dim=-1) if size < x.shape[-1] else turned
 
 
+def fused(function, x):
+    """A small function, on a GPU as one compiled kernel in place of several where nothing is trained.
+
+    Writing a token there is bound by the number of kernels.
+    """
+    return compiled(function) if x.is_cuda and not torch.is_grad_enabled() else function
+
+
+@functools.cache
+def compiled(function):
+    if shutil.which(os.environ.get("CC", "cc")) is None:
+        print(f"no C compiler: {function.__name__} is not compiled, and transcripts take longer", flush=True)
+        return function
+    return torch.compile(function, dynamic=True)
+
+
 def init_weights(modules, spread):
     """Draws new weights: normal with standard deviation `spread`, biases 0. Norms are born as 1 and 0."""
     for module in modules:
@@ -207,8 +224,8 @@ class QwenAttention(nn.Module):
         q = self.q_norm(self.q_proj(x).view(B, n, self.n_heads, self.d)).transpose(1, 2)  # (B, heads, n, d)
         k = self.k_norm(self.k_proj(x).view(B, n, self.n_key_heads, self.d)).transpose(1, 2)
         v = self.v_proj(x).view(B, n, self.n_key_heads, self.d).transpose(1, 2)
-        q = rotate(q, *rotary)
-        k = rotate(k, *rotary)
+        q = fused(rotate, q)(q, *rotary)
+        k = fused(rotate, k)(k, *rotary)
         if storage is not None:
             storage[0].index_copy_(2, columns, k.to(storage.dtype))
             storage[1].index_copy_(2, columns, v.to(storage.dtype))
@@ -234,7 +251,11 @@ class QwenMLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(fused(gated, x)(self.gate_proj(x), self.up_proj(x)))
+
+
+def gated(gate, up):
+    return F.silu(gate) * up
 
 
 class QwenLayer(nn.Module):
@@ -271,9 +292,9 @@ class QwenLM(nn.Module):
     def forward(self, embeds, rotary, mask, cache=None, columns=None):
         """Hidden rows at the n positions of `embeds`, the one forward of training and sampling.
 
-        rotary: of `rotary`, for these positions. mask (B, 1, n, L) bool, True = attended. Without a cache the
-        L columns are the n positions. cache: of `new_cache`; keys and values are written into its columns
-        (n,), and its first L columns are attended to.
+        rotary: of `rotary`, for these positions. mask (B, 1, n, L) bool, True = attended, or as 0 and −∞.
+        Without a cache the L columns are the n positions. cache: of `cache_shape`; keys and values are
+        written into its columns (n,), and its first L columns are attended to.
         """
         x = embeds
         for i, layer in enumerate(self.layers):
@@ -288,13 +309,11 @@ class QwenLM(nn.Module):
         theta = self.config.rope_parameters["rope_theta"]
         return rotary_table(positions[:, None], head_size(self.config), theta, dtype)
 
-    def new_cache(self, n_clips, n_columns):
-        """Keys and values for n_columns positions: a tensor (2, B, key heads, L, d) for each layer."""
-        weight = self.embed_tokens.weight
-        device = weight.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        shape = (2, n_clips, self.config.num_key_value_heads, n_columns, head_size(self.config))
-        return [weight.new_zeros(shape, dtype=dtype) for _ in self.layers]
+    def cache_shape(self, n_clips, n_columns):
+        """(layers, 2, B, key heads, L, d): keys and values of L columns."""
+        config = self.config
+        heads = (config.num_key_value_heads, n_columns, head_size(config))
+        return (config.num_hidden_layers, 2, n_clips, *heads)
 
 
 def head_size(config):
@@ -550,6 +569,8 @@ class SpeechLM(nn.Module):
         self.config.tie_word_embeddings = self.lm_head.weight is self.lm.embed_tokens.weight
         self.front_end = front_end
         self.bf16 = False  # compute in bf16 by autocast; the weights stay as they are
+        self.bf16_copies = {}  # (module, name of a parameter) → its copy, see `bf16_weights`
+        self.free_decoders()
         self.peft_models = []  # peft's wrapper after `add_lora`, in a list: it is no part of this module
         vocab_size = config.text_config.vocab_size
         n_tokens = len(front_end.tokenizer)
@@ -749,7 +770,7 @@ class SpeechLM(nn.Module):
             caps = caps.minimum((batch.seconds * tokens_per_second).floor().long() + 16)
         if temperature > 0 and uniforms is None:
             uniforms = torch.rand(len(caps), max_new_tokens, dtype=torch.float64, device=caps.device)
-        with self.autocast():
+        with self.autocast(), bf16_weights(self):
             encoded = self.encode(batch) if encoded is None else encoded
             ids = write_tokens(self, batch, encoded, caps, forbidden, temperature, uniforms)
         self.train(was_training)
@@ -764,6 +785,59 @@ class SpeechLM(nn.Module):
         ids = ids.masked_fill(~row_mask, self.front_end.pad_id)
         return Rollout(ids[:, :T], rollout.lens, rollout.stopped)
 
+    def decoder(self, n_clips, n_columns, temperature):
+        """The `Decoder` for rollouts of up to so many clips and columns, kept for each of a few sizes.
+
+        All of them share one storage of keys and values, as large as the largest needs. A graph does not see
+        a module, such as a hook, that is put on the LM later: call `free_decoders` then.
+        """
+        n_clips = 8 * math.ceil(n_clips / 8) if n_clips > 4 else 2 ** (n_clips - 1).bit_length()
+        n_columns = 64 * math.ceil(n_columns / 64)
+        device = self.device
+        weight = self.lm.embed_tokens.weight
+        dtype = torch.bfloat16 if self.bf16 else weight.dtype
+        key = (n_clips, n_columns, temperature, dtype, device)
+        if key not in self.decoders:
+            n_floats = math.prod(self.lm.cache_shape(n_clips, n_columns))
+            storage = self.decoder_storage
+            if storage is None or storage.numel() < n_floats or (storage.dtype, storage.device) != key[3:]:
+                self.free_decoders()  # their graphs know the old place
+                self.decoder_storage = torch.zeros(n_floats, dtype=dtype, device=device)
+                self.graph_pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+            self.decoders[key] = Decoder(self, n_clips, n_columns, temperature, self.decoder_storage)
+        return self.decoders[key]
+
+    def free_decoders(self):
+        """Gives back the memory of sampling; the next rollout takes it anew."""
+        self.decoders = {}
+        self.decoder_storage = None
+
+
+@contextlib.contextmanager
+def bf16_weights(speech_lm):
+    """With `bf16`, puts copies in bf16 in the places of the LM's matrices and the head, for a while.
+
+    Autocast would cast each of them anew for every token, with the same result. The copies are kept, and
+    refreshed in place, so that a graph reads the weights of the last update.
+    """
+    places = []  # (module, name, weight)
+    for module in (*speech_lm.lm.modules(), speech_lm.head) if speech_lm.bf16 else ():
+        if isinstance(module, nn.Linear):
+            for name, weight in module.named_parameters(recurse=False):
+                places.append((module, name, weight))
+    for module, name, weight in places:
+        copy = speech_lm.bf16_copies.get((module, name))
+        if copy is None or copy.device != weight.device:
+            copy = nn.Parameter(torch.empty_like(weight, dtype=torch.bfloat16), requires_grad=False)
+            speech_lm.bf16_copies[module, name] = copy
+        copy.copy_(weight)
+        setattr(module, name, copy)
+    try:
+        yield
+    finally:
+        for module, name, weight in places:
+            setattr(module, name, weight)
+
 
 TOKENS_AT_ONCE = 4  # on a GPU: asking whether all clips are through waits for it, so only every few tokens
 
@@ -771,53 +845,100 @@ TOKENS_AT_ONCE = 4  # on a GPU: asking whether all clips are through waits for i
 def write_tokens(speech_lm, batch, encoded, caps, forbidden, temperature, uniforms):
     """The sampling loop: the prompt in one pass, then one token after another. → ids (B, T)
 
-    Clips go on behind their stop token until all are through; the caller drops that. The step for one token
-    works in place on tensors of fixed size. So on a GPU, where launching its many small kernels takes longer
-    than running them, it is captured as a CUDA graph once and then replayed.
+    Clips go on behind their stop token until all are through; the caller drops that.
     """
     lm = speech_lm.lm
     B, S = batch.prompt_ids.shape
     T = int(caps.max())
-    cache = lm.new_cache(B, S + T)
+    decoder = speech_lm.decoder(B, S + T, temperature)
 
     # The prompt. Its last column predicts the first token.
     prompt_mask = batch.prompt_mask
+    decoder.begin(prompt_mask, forbidden, uniforms)
     embeds = speech_lm.embed_prompt(batch, encoded)  # (B, S, H)
     rotary = lm.rotary(positions_of(prompt_mask), embeds.dtype)
     columns = torch.arange(S, device=caps.device)
-    hidden = lm(embeds, rotary, causal_mask(prompt_mask), cache, columns)[:, -1].clone()  # (B, H)
+    cache = decoder.cache[:, :, :B]
+    decoder.hidden[:B] = lm(embeds, rotary, causal_mask(prompt_mask), cache, columns)[:, -1]
 
-    # What a step reads and writes: its position t, the ids, the columns that may be attended to.
-    t = caps.new_zeros(1)
-    ids = caps.new_full((B, T), -1)
-    attended = F.pad(prompt_mask, (0, T))[:, None, None]  # (B, 1, 1, S + T)
-    new_positions = prompt_mask.sum(dim=1, keepdim=True) + torch.arange(T, device=caps.device)  # (B, T)
-    cos, sin = lm.rotary(new_positions, embeds.dtype)  # (B, 1, T, d)
-
-    def write_token():
-        logits = head_logits(speech_lm, hidden).masked_fill(forbidden, -math.inf)  # (B, V)
-        token = pick_tokens(logits, temperature, None if uniforms is None else uniforms.index_select(1, t))
-        ids.index_copy_(1, t, token[:, None])
-        attended.index_fill_(3, S + t, True)
-        rotary = (cos.index_select(2, t), sin.index_select(2, t))
-        embeds = lm.embed_tokens(token)[:, None]  # (B, 1, H)
-        hidden.copy_(lm(embeds, rotary, attended, cache, S + t)[:, 0])
-        t.add_(1)
-
-    step = write_token
+    ids = decoder.ids[:B, S : S + T]
     for n_written in range(1, T + 1):
-        if ids.is_cuda and n_written == 2:  # the first token has warmed the kernels up
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                write_token()
-            step = graph.replay
-        step()
+        decoder.write_token()
         if ids.is_cuda and n_written % TOKENS_AT_ONCE:
             continue
         has_stopped = (ids == speech_lm.front_end.stop_id).any(dim=1)
         if (has_stopped | (caps <= n_written)).all():
             break
-    return ids
+    return ids.clone()
+
+
+class Decoder:
+    """What the sampling loop writes to, for up to B clips and L columns: a prompt's, and behind it a token's.
+
+    A step works in place on tensors of fixed size. So on a GPU, where launching its many small kernels takes
+    longer than running them, it is captured as a CUDA graph once. Both are kept for the run: capturing takes
+    as long as many tokens. A clip or a column that is not used is masked, and changes nothing.
+    """
+
+    def __init__(self, speech_lm, n_clips, n_columns, temperature, storage):
+        lm = speech_lm.lm
+        device = speech_lm.device
+        shape = lm.cache_shape(n_clips, n_columns)
+        self.speech_lm = speech_lm
+        self.temperature = temperature
+        self.cache = storage[: math.prod(shape)].view(shape)
+        self.column = torch.zeros(1, dtype=torch.long, device=device)  # of the next token
+        self.positions = torch.zeros(n_clips, dtype=torch.long, device=device)  # of the next token
+        self.ids = torch.zeros(n_clips, n_columns, dtype=torch.long, device=device)
+        self.attended = torch.zeros(n_clips, 1, 1, n_columns, dtype=torch.bool, device=device)
+        self.hidden = lm.embed_tokens.weight.new_zeros(n_clips, lm.config.hidden_size)
+        positions = torch.arange(n_columns, device=device)[:, None]
+        self.cos, self.sin = lm.rotary(positions, self.hidden.dtype)  # (L, 1, 1, d)
+        self.forbidden = torch.zeros_like(speech_lm.forbidden)
+        self.uniforms = torch.zeros(n_clips, n_columns, dtype=torch.float64, device=device)
+        self.graph = None
+        self.n_rollouts = 0
+
+    def begin(self, prompt_mask, forbidden, uniforms):
+        """Sets the state for the first token behind prompts (B, S)."""
+        B, S = prompt_mask.shape
+        n_columns = self.ids.shape[1]
+        self.n_rollouts += 1
+        self.column.fill_(S)
+        self.ids.fill_(-1)
+        self.attended.fill_(False)
+        self.attended[:B, 0, 0, :S] = prompt_mask
+        self.positions.zero_()
+        self.positions[:B] = prompt_mask.sum(dim=1)
+        self.forbidden.copy_(forbidden)
+        if uniforms is not None:
+            n = min(uniforms.shape[1], n_columns - S)
+            self.uniforms[:B, S : S + n] = uniforms[:, :n]
+
+    def write_token(self):
+        """Writes the next token of all clips."""
+        if self.graph is not None:
+            self.graph.replay()
+            return
+        self.step()
+        if self.ids.is_cuda:  # this token has warmed the kernels up
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, pool=self.speech_lm.graph_pool):
+                self.step()
+
+    def step(self):
+        logits = head_logits(self.speech_lm, self.hidden).masked_fill(self.forbidden, -math.inf)  # (B, V)
+        token = pick_tokens(logits, self.temperature, self.uniforms.index_select(1, self.column))
+        self.ids.index_copy_(1, self.column, token[:, None])
+        self.attended.index_fill_(3, self.column, True)
+        rotary = (self.cos.index_select(0, self.positions), self.sin.index_select(0, self.positions))
+        lm = self.speech_lm.lm
+        embeds = lm.embed_tokens(token)[:, None]  # (B, 1, H)
+        # As numbers, once for all layers: attention would turn a bool mask into them in each.
+        mask = torch.zeros_like(self.attended, dtype=self.cache.dtype).masked_fill(~self.attended, -math.inf)
+        self.hidden.copy_(lm(embeds, rotary, mask, self.cache, self.column)[:, 0])
+        self.column.add_(1)
+        self.positions.add_(1)
 
 
 def pick_tokens(logits, temperature, uniforms):

@@ -1,7 +1,7 @@
 """Speed, as ratios of two things timed alternately in one process (median of 7 and more).
 
     python tests/bench.py --quick    # the example's models, on one CPU core in under 2 minutes
-    python tests/bench.py --real     # models of the paper's sizes with random weights, on a GPU, in bf16
+    python tests/bench.py --real     # Qwen3-ASR of 0.6B and 1.7B with random weights, on a GPU, in bf16
     python tests/bench.py --memory   # GPU memory of a step at full size, computed
 
 Exit status 1 if a bar is unmet.
@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import gc
 import itertools
+import math
 import pathlib
 import statistics
 import sys
@@ -20,7 +21,6 @@ import unittest.mock
 
 import soundfile
 import torch
-import torch.nn.functional as F
 import transformers
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -182,32 +182,46 @@ def backward_of_batch(student, teacher, batch, teacher_batch):
 
 @torch.no_grad()
 def rollout_figures(student, batch):
-    """Sampling beside transformers' `generate` of the same LM, from the same prompt embeddings."""
+    """Sampling beside transformers' `generate` of the same LM, from the same prompt embeddings.
+
+    On a GPU also beside `generate` with a static cache, for which transformers compiles the forward pass.
+    """
+    dtype = torch.bfloat16 if student.bf16 else student.head.weight.dtype
     stock = transformers.AutoModelForCausalLM.from_config(
-        student.config.text_config, dtype=student.head.weight.dtype, attn_implementation="sdpa"
+        student.config.text_config, dtype=dtype, attn_implementation="sdpa"
     )
     stock = stock.to(student.device).eval()
     stock.model.load_state_dict(student.lm.state_dict())
-    stock.lm_head.weight = student.head.weight
+    stock.lm_head.weight = torch.nn.Parameter(student.head.weight.to(dtype))
     stock.generation_config = student.generation_config()
     encoded = student.encode(batch)
-    embeds = student.embed_prompt(batch, encoded)
-    mask = batch.prompt_mask.long()
+    embeds = student.embed_prompt(batch, encoded).to(dtype)
+    prompt = {"inputs_embeds": embeds, "attention_mask": batch.prompt_mask.long()}
 
     def ours(n_tokens=TOKENS):
         return student.sample(batch, n_tokens, tokens_per_second=0, encoded=encoded).ids
 
     def generate():
-        return stock.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=TOKENS)
+        return stock.generate(**prompt, max_new_tokens=TOKENS)
 
+    def compiled():
+        return stock.generate(**prompt, max_new_tokens=TOKENS, cache_implementation="static")
+
+    at = f"rollout of {len(batch.seconds)} clips"
     equal = (ours() == generate()).float().mean().item()
     ours_s, generate_s, short_s = alternate(ours, generate, lambda: ours(4))
     step_s = (ours_s - short_s) / (TOKENS - 4)
-    return [
-        Figure("rollout: generate / ours", generate_s / ours_s, 1.5, 8.0),
-        Figure("rollout: share of equal tokens", equal, 0.99, 0.5),
-        Figure("decode step: share of the memory floor", decode_floor_s(student, batch) / step_s, None, 0.33),
+    floor_s = decode_floor_s(student, batch)
+    figures = [
+        Figure(f"{at}: generate / ours", generate_s / ours_s, 1.5, 4.0),
+        Figure(f"{at}: share of equal tokens", equal, 0.99, 0.5),
+        Figure(f"{at}: a token, ms", 1e3 * step_s, None, None),
+        Figure(f"{at}: memory floor of a token / ours", floor_s / step_s, None, 0.33),
     ]
+    if batch.mel.is_cuda:
+        ours_s, compiled_s = alternate(ours, compiled)
+        figures.append(Figure(f"{at}: compiled generate / ours", compiled_s / ours_s, None, 1.0))
+    return figures
 
 
 def decode_floor_s(speech_lm, batch):
@@ -240,7 +254,9 @@ def union_loss_figures(n_rows, vocab_size, hidden, device):
         weight.grad = rows.grad = None
 
     def plain():
-        log_q = (rows @ weight.T).float().log_softmax(-1).gather(1, ids)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            logits = rows @ weight.T
+        log_q = logits.float().log_softmax(-1).gather(1, ids)
         model.support_kl(log_q, teacher_logits, mask)[0].mean().backward()
         weight.grad = rows.grad = None
 
@@ -275,53 +291,56 @@ def teacher_head_figures(head, n_clips, length, transcript):
     ours_s, plain_s = alternate(ours, plain)
     memory = peak_bytes(ours) / peak_bytes(plain)
     return [
-        Figure("teacher head: whole sequence / ours, time", plain_s / ours_s, 2.0, 2.0),
+        Figure("teacher head: whole sequence / ours, time", plain_s / ours_s, 2.0, 1.5),
         Figure("teacher head: ours / whole sequence, memory", memory, None, -1 / 10),
     ]
 
 
 def step_figures(student, teacher, batch, teacher_batch):
-    """A whole step beside decode floor + teacher trunk + one SFT step of the same clips."""
-    optimizer = model.make_optimizer(dict(student.named_parameters()), 1e-6, 0.0)
+    """An OPD step without the optimizer beside its parts: what no way of computing it can do without."""
     rollout = student.sample(batch, TOKENS, tokens_per_second=0)
-
-    def update():
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
 
     def opd_step():
         backward_of_batch(student, teacher, batch, teacher_batch)
-        update()
+        student.zero_grad(set_to_none=True)
 
     @torch.no_grad()
-    def trunk():
+    def teacher_forward():
         teacher(teacher_batch, rollout)
 
-    def sft_step():
-        with student.autocast():
-            logits = student.head(student(batch, rollout)).float()
-        F.cross_entropy(logits, rollout.ids[rollout.row_mask()]).backward()
-        update()
+    def student_passes():
+        student(batch, rollout).float().square().sum().backward()
+        student.zero_grad(set_to_none=True)
 
-    opd_s, trunk_s, sft_s = alternate(opd_step, trunk, sft_step)
-    share = opd_s / (TOKENS * decode_floor_s(student, batch) + trunk_s + sft_s)
-    figures = [Figure("OPD step / (decode floor + teacher trunk + SFT step)", share, None, -1.3)]
+    opd_s, teacher_s, student_s = alternate(opd_step, teacher_forward, student_passes)
+    floor_s = TOKENS * decode_floor_s(student, batch)
+    parts = {"teacher's forward": teacher_s, "student's passes": student_s, "decode floor": floor_s}
+    figures = [Figure("OPD step / its parts", opd_s / sum(parts.values()), None, -1.3)]
+    for name, seconds in {"OPD step": opd_s, **parts}.items():
+        figures.append(Figure(f"{name}, ms", 1e3 * seconds, None, None))
     if batch.mel.is_cuda:
         peak_gb = peak_bytes(opd_step) / 1e9
-        figures.append(Figure("OPD step: GB above weights and optimizer", peak_gb, None, None))
+        figures.append(Figure("OPD step: GB above the weights", peak_gb, None, None))
         square = torch.randn(8192, 8192, device=batch.mel.device, dtype=torch.bfloat16)
-        product_s = alternate(lambda: square @ square)[0]
-        share = sft_operations(student, batch, rollout) / sft_s / (2 * 8192**3 / product_s)
-        figures.append(Figure("SFT step: share of the matrix-product peak", share, None, 0.35))
+        peak = 2 * 8192**3 / alternate(lambda: square @ square)[0]  # operations a second
+        share = 2 * n_products(teacher, teacher_batch, rollout) / teacher_s / peak
+        figures.append(Figure("teacher's forward: share of a matrix product's speed", share, None, None))
+        share = 6 * n_products(student, batch, rollout) / student_s / peak
+        figures.append(Figure("student's passes: share of a matrix product's speed", share, None, None))
     return figures
 
 
-def sft_operations(student, batch, rollout):
-    """Operations of encoder, LM and head: six for each weight and position, none of attention."""
-    n_products = 50 * float(batch.seconds.sum()) * n_computed(student.encoder)
-    n_products += (batch.prompt_ids.numel() + rollout.ids.numel()) * n_computed(student.lm)
-    n_products += int(rollout.row_mask().sum()) * student.head.weight.numel()
-    return 6 * n_products
+def n_products(speech_lm, batch, rollout):
+    """Products of a forward pass: one for each weight and position, none of attention and of the head."""
+    frames_hz = 13 if isinstance(speech_lm, model.Qwen3ASR) else 50
+    n = frames_hz * float(batch.seconds.sum()) * n_computed(speech_lm.encoder)
+    return n + (batch.prompt_ids.numel() + rollout.ids.numel()) * n_computed(speech_lm.lm)
+
+
+def evaluation_figure(speech_lm, batch):
+    """Seconds of audio a second of decoding. Transformers publishes 696 for Qwen3-ASR-1.7B."""
+    seconds = alternate(lambda: speech_lm.sample(batch, TOKENS), n=3)[0]
+    return Figure("evaluation: times real time", float(batch.seconds.sum()) / seconds, None, None)
 
 
 def audio_figure():
@@ -430,7 +449,9 @@ def fixed_memory(student, teacher, bf16, recompute):
     student_bytes = 4 * n_student + (4 + 8) * n_trained  # weights; gradients and AdamW's two moments
     if bf16:
         # Backward needs the weights too: the graph keeps autocast's copies. The head is scored in float32.
+        # And sampling keeps copies of its own, of the LM and the head.
         student_bytes += 2 * n_kept_weights(student, recompute)
+        student_bytes += 2 * (n_computed(student.lm) + student.head.weight.numel())
     return student_bytes, (2 if bf16 else 4) * n_teacher
 
 
@@ -450,16 +471,14 @@ def step_memory(student, teacher, seconds, bf16, recompute):
     conv_outputs = teacher.config.audio_config.downsample_hidden_size * 64 * 50 * seconds
     teacher_encoder = encoded + value_bytes * 2 * conv_outputs
 
-    # The rollout: keys and values; a layer at the prompt's positions, or a token's logits, three times; in
-    # bf16 a copy of each weight. Without recompute those of the layers are among the fixed bytes. LoRA's
-    # frozen weights are cast one by one, and the largest is the head.
-    cache = n_positions * value_bytes * cache_floats(text)
-    logits = n_clips * (value_bytes + 4 + 4) * text.vocab_size
-    rollout = encoded + cache + max(n_positions * lm_extra_bytes, logits)
-    if bf16:
-        rollout += 2 * n_head
-        if recompute and not student.peft_models:
-            rollout += 2 * n_computed(student.lm)
+    # What both models keep for the run once they have sampled: keys and values, for clips and columns rounded
+    # up, and a token's logits, twice. While one writes, a layer at the prompt's positions.
+    n_rows = 8 * math.ceil(n_clips / 8)
+    n_columns = 64 * math.ceil((SEQUENCE + 1) / 64)
+    kept = 0
+    for config in (text, teacher.config.text_config):
+        kept += n_rows * (n_columns * value_bytes * cache_floats(config) + 2 * 4 * config.vocab_size)
+    rollout = encoded + n_positions * lm_extra_bytes
 
     # The top-k of either model: a chunk of logits, twice, and in bf16 a copy of the head.
     topk = forwarded + 2 * 4 * min(n_clips * (TOKENS + 1) * text.vocab_size, model.CHUNK_LOGITS)
@@ -470,7 +489,8 @@ def step_memory(student, teacher, seconds, bf16, recompute):
     head_gradient = 4 * n_head if student.head.weight.requires_grad else 0
     backward = forwarded + head_gradient
     backward += max(seconds * encoder_extra_bytes, n_positions * lm_extra_bytes)
-    return {"teacher's encoder": teacher_encoder, "rollout": rollout, "top-k": topk, "backward": backward}
+    peaks = {"teacher's encoder": teacher_encoder, "rollout": rollout, "top-k": topk, "backward": backward}
+    return {name: kept + peak for name, peak in peaks.items()}
 
 
 def largest_seconds(student, teacher, card_gb, bf16, recompute):
@@ -532,7 +552,7 @@ def parse_args():
     )
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--quick", action="store_true", help="the example's models, on the CPU")
-    size.add_argument("--real", action="store_true", help="the release's student, Qwen3-ASR-1.7B, on a GPU")
+    size.add_argument("--real", action="store_true", help="Qwen3-ASR of 0.6B and 1.7B, on a GPU in bf16")
     size.add_argument("--memory", action="store_true", help="GPU memory of a step at full size, computed")
     args = parser.parse_args()
     if args.real and not torch.cuda.is_available():
@@ -557,17 +577,17 @@ def quick_figures():
 def real_figures():
     _, _, device = data.setup_distributed()
     with device:  # weights are drawn there, which is fast
-        student = release_student()
-        bf16_student = release_student().to(torch.bfloat16)
+        student = qwen3_asr_0_6b()
         teacher = qwen3_asr_1_7b().to(torch.bfloat16).requires_grad_(False)
     student.bf16 = True
-    batch = batch_of(student, 32, 10.0, device)
-    teacher_batch = batch_of(teacher, 32, 10.0, device)
-    yield from union_loss_figures(2048, 151_936, 896, device)
+    yield from union_loss_figures(2048, 151_936, 1024, device)
     yield from teacher_head_figures(teacher.head, 32, 200, 64)
-    # Rollout and its baseline both have bf16 weights: `generate` knows no autocast of its own.
-    yield from rollout_figures(bf16_student, batch)
-    yield from step_figures(student, teacher, batch, teacher_batch)
+    for n_clips in (32, 128):
+        yield from rollout_figures(student, batch_of(student, n_clips, 10.0, device))
+    student.free_decoders()
+    batch = batch_of(student, 32, 10.0, device)
+    yield from step_figures(student, teacher, batch, batch_of(teacher, 32, 10.0, device))
+    yield evaluation_figure(teacher, batch_of(teacher, 128, 10.0, device))
 
 
 def main():

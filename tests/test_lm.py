@@ -151,8 +151,7 @@ def test_in_bf16_single_tokens_are_the_rows_of_the_scoring_pass():
         mask = batch.prompt_mask
         S = mask.shape[1]
         embeds = speech_lm.embed_prompt(batch, speech_lm.encode(batch))
-        cache = lm.new_cache(2, S + 6)
-        assert cache[0].dtype == torch.bfloat16
+        cache = torch.zeros(lm.cache_shape(2, S + 6), dtype=torch.bfloat16)
         rotary = lm.rotary(m.positions_of(mask), embeds.dtype)
         hidden = lm(embeds, rotary, m.causal_mask(mask), cache, torch.arange(S))[:, -1]
         for t in range(6):
