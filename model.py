@@ -198,7 +198,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        # Of one type, for torch's fused kernel: under autocast q and k are bf16, and weights float32.
+        return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps)
 
 
 class QwenAttention(nn.Module):
@@ -793,24 +794,20 @@ class SpeechLM(nn.Module):
         """
         n_clips = 8 * math.ceil(n_clips / 8) if n_clips > 4 else 2 ** (n_clips - 1).bit_length()
         n_columns = 64 * math.ceil(n_columns / 64)
-        device = self.device
-        weight = self.lm.embed_tokens.weight
-        dtype = torch.bfloat16 if self.bf16 else weight.dtype
-        key = (n_clips, n_columns, temperature, dtype, device)
+        key = (n_clips, n_columns, temperature)
         if key not in self.decoders:
             n_floats = math.prod(self.lm.cache_shape(n_clips, n_columns))
-            storage = self.decoder_storage
-            if storage is None or storage.numel() < n_floats or (storage.dtype, storage.device) != key[3:]:
+            if len(self.decoder_storage) < n_floats:
                 self.free_decoders()  # their graphs know the old place
-                self.decoder_storage = torch.zeros(n_floats, dtype=dtype, device=device)
-                self.graph_pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+                dtype = torch.bfloat16 if self.bf16 else self.lm.embed_tokens.weight.dtype
+                self.decoder_storage = torch.zeros(n_floats, dtype=dtype, device=self.device)
             self.decoders[key] = Decoder(self, n_clips, n_columns, temperature, self.decoder_storage)
         return self.decoders[key]
 
     def free_decoders(self):
         """Gives back the memory of sampling; the next rollout takes it anew."""
         self.decoders = {}
-        self.decoder_storage = None
+        self.decoder_storage = torch.empty(0)
 
 
 @contextlib.contextmanager
@@ -923,7 +920,7 @@ class Decoder:
         self.step()
         if self.ids.is_cuda:  # this token has warmed the kernels up
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, pool=self.speech_lm.graph_pool):
+            with torch.cuda.graph(self.graph, pool=graph_pool()):
                 self.step()
 
     def step(self):
@@ -939,6 +936,12 @@ class Decoder:
         self.hidden.copy_(lm(embeds, rotary, mask, self.cache, self.column)[:, 0])
         self.column.add_(1)
         self.positions.add_(1)
+
+
+@functools.cache
+def graph_pool():
+    """Memory that all graphs share, because they are replayed one by one and return nothing in it."""
+    return torch.cuda.graph_pool_handle()
 
 
 def pick_tokens(logits, temperature, uniforms):

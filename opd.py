@@ -304,9 +304,8 @@ def main(args):
                 id_mask = model.narrow_support(
                     args.support, support_ids, support_mask, student_topk, teacher_topk
                 )
-                loss, loss_mask = arm(
-                    rollout, id_mask, student_hidden, student_logits, teacher_hidden, teacher_logits
-                )
+                hidden = (student_hidden, teacher_hidden)
+                loss, loss_mask = arm(rollout, hidden, student_logits, teacher_logits, id_mask)
 
             # Backward of the sum. The division by |𝒯| comes once, when the rows of all ranks are known.
             loss.sum().backward()
@@ -438,22 +437,13 @@ def arm_rollout(states, references, teacher, teacher_batch, teacher_writing, tea
     return model.mapped_rollout(written, alignment.to_student)
 
 
-def arm_loss(
-    args,
-    student,
-    teacher,
-    alignment,
-    rollout,
-    id_mask,
-    student_hidden,
-    student_logits,
-    teacher_hidden,
-    teacher_logits,
-):
+def arm_loss(args, student, teacher, alignment, rollout, hidden, student_logits, teacher_logits, id_mask):
     """The loss of each row by the flags: → loss (N,) in nats, and loss_mask (N,), the rows of 𝒯.
 
     Cross-entropy, or a divergence at temperature τ on all ids, on the union, or on the part id_mask of it.
+    hidden: the rows of student and teacher.
     """
+    student_hidden, teacher_hidden = hidden
     if args.objective == "ce":
         loss = model.token_ce(student, student_hidden, rollout.ids[rollout.row_mask()])
         return loss, torch.ones_like(loss, dtype=torch.bool)
