@@ -37,16 +37,7 @@ def main(args):
     comparison = compare_seeds(args.runs, args.against, **scoring)
     print_seeds(comparison)
     if args.json:
-        data.write_json(args.json, or_null(comparison))
-
-
-def or_null(figures):
-    """The same figures with None for each NaN, which JSON does not have."""
-    if isinstance(figures, dict):
-        return {key: or_null(value) for key, value in figures.items()}
-    if isinstance(figures, list):
-        return [or_null(value) for value in figures]
-    return eval.number_or_none(figures) if isinstance(figures, float) else figures
+        data.write_json(args.json, comparison)
 
 
 # ---- runs --------------------------------------------------------------------------------------------------
@@ -93,12 +84,13 @@ def compare_seeds(runs_a, runs_b, style="default", simplify=False, cluster=None)
     sets = {}
     for stem in eval.result_stems(folders[0]):
         paths = [os.path.join(folder, f"{stem}.jsonl") for folder in folders]
-        counted[stem] = eval.count_set(paths, style, simplify, cluster)
-        *errors, units = counted[stem].counts.sum(axis=0).tolist()
+        counted_set = eval.count_set(paths, style, simplify, cluster)
+        *errors, units = counted_set.counts.sum(axis=0).tolist()
         rates = [100 * n / units for n in errors]
-        sets[stem] = {"metric": counted[stem].metric, "n": len(counted[stem].counts)}
+        sets[stem] = {"metric": counted_set.metric, "n": len(counted_set.counts)}
         sets[stem] |= {"a": rates[:n_a], "b": rates[n_a:]}
-        sets[stem] |= figures_of([counted[stem]], n_a, is_paired)
+        sets[stem] |= figures_of([counted_set], n_a, is_paired)
+        counted[stem] = counted_set
     stems = [stem for stem in sets if sets[stem]["clusters"] > 1]
     macro = {"stems": stems}
     if stems:
@@ -144,10 +136,16 @@ def check_folders(runs, folders):
 
 
 def figures_of(sets, n_a, is_paired):
-    """`change_over_seeds` and clusters of one or several `eval.CountedSet`; the first n_a files are of A."""
+    """`change_over_seeds` and clusters of one or several `eval.CountedSet`; the first n_a files are of A.
+
+    What is not defined is None, because JSON has no NaN.
+    """
     clusters = [counted.clusters for counted in sets]
     table = eval.cluster_table(clusters, [counted.counts for counted in sets])
-    return {**change_over_seeds(table, n_a, is_paired), **eval.cluster_figures(sum(clusters, []))}
+    figures = change_over_seeds(table, n_a, is_paired)
+    per_seed = [eval.number_or_none(change) for change in figures.pop("per_seed")]
+    figures = {name: eval.number_or_none(figure) for name, figure in figures.items()}
+    return {**figures, "per_seed": per_seed, **eval.cluster_figures(sum(clusters, []))}
 
 
 def change_over_seeds(table, n_a, is_paired):
