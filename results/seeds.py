@@ -84,13 +84,12 @@ def compare_seeds(runs_a, runs_b, style="default", simplify=False, cluster=None)
     sets = {}
     for stem in eval.result_stems(folders[0]):
         paths = [os.path.join(folder, f"{stem}.jsonl") for folder in folders]
-        counted_set = eval.count_set(paths, style, simplify, cluster)
-        *errors, units = counted_set.counts.sum(axis=0).tolist()
+        counted[stem] = eval.count_set(paths, style, simplify, cluster)
+        *errors, units = counted[stem].counts.sum(axis=0).tolist()
         rates = [100 * n / units for n in errors]
-        sets[stem] = {"metric": counted_set.metric, "n": len(counted_set.counts)}
+        sets[stem] = {"metric": counted[stem].metric, "n": len(counted[stem].counts)}
         sets[stem] |= {"a": rates[:n_a], "b": rates[n_a:]}
-        sets[stem] |= figures_of([counted_set], n_a, is_paired)
-        counted[stem] = counted_set
+        sets[stem] |= figures_of([counted[stem]], n_a, is_paired)
     stems = [stem for stem in sets if sets[stem]["clusters"] > 1]
     macro = {"stems": stems}
     if stems:
@@ -145,7 +144,8 @@ def figures_of(sets, n_a, is_paired):
     figures = change_over_seeds(table, n_a, is_paired)
     per_seed = [eval.number_or_none(change) for change in figures.pop("per_seed")]
     figures = {name: eval.number_or_none(figure) for name, figure in figures.items()}
-    return {**figures, "per_seed": per_seed, **eval.cluster_figures(sum(clusters, []))}
+    figures["per_seed"] = per_seed
+    return {**figures, **eval.cluster_figures(sum(clusters, []))}
 
 
 def change_over_seeds(table, n_a, is_paired):
