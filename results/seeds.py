@@ -37,16 +37,7 @@ def main(args):
     comparison = compare_seeds(args.runs, args.against, **scoring)
     print_seeds(comparison)
     if args.json:
-        data.write_json(args.json, or_null(comparison))
-
-
-def or_null(figures):
-    """The same figures with None for each NaN, which JSON does not have."""
-    if isinstance(figures, dict):
-        return {key: or_null(value) for key, value in figures.items()}
-    if isinstance(figures, list):
-        return [or_null(value) for value in figures]
-    return eval.number_or_none(figures) if isinstance(figures, float) else figures
+        data.write_json(args.json, comparison)
 
 
 # ---- runs --------------------------------------------------------------------------------------------------
@@ -144,10 +135,17 @@ def check_folders(runs, folders):
 
 
 def figures_of(sets, n_a, is_paired):
-    """`change_over_seeds` and clusters of one or several `eval.CountedSet`; the first n_a files are of A."""
+    """`change_over_seeds` and clusters of one or several `eval.CountedSet`; the first n_a files are of A.
+
+    What is not defined is None, because JSON has no NaN.
+    """
     clusters = [counted.clusters for counted in sets]
     table = eval.cluster_table(clusters, [counted.counts for counted in sets])
-    return {**change_over_seeds(table, n_a, is_paired), **eval.cluster_figures(sum(clusters, []))}
+    figures = change_over_seeds(table, n_a, is_paired)
+    per_seed = [eval.number_or_none(change) for change in figures.pop("per_seed")]
+    figures = {name: eval.number_or_none(figure) for name, figure in figures.items()}
+    figures["per_seed"] = per_seed
+    return {**figures, **eval.cluster_figures(sum(clusters, []))}
 
 
 def change_over_seeds(table, n_a, is_paired):

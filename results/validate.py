@@ -28,16 +28,13 @@ tables, and without an effect in none of 400. The functions define the other fig
 and both τ are driven by strength too: without an effect the first has p < .05 in 31 to 48 %.
 """
 
-import argparse
 import collections
-import json
 import math
-import pathlib
 
-import jiwer
 import numpy as np
 import scipy.stats
 
+import data
 import eval
 
 DRAWS = 9_999  # permutations of a p-value
@@ -52,13 +49,14 @@ HIGH_IS_CLOSE += ["teacher_logp", "token_agreement", "trigram_f1"]
 EXPECTED_SIGN = {**dict.fromkeys(LOW_IS_CLOSE, 1), **dict.fromkeys(HIGH_IS_CLOSE, -1)}
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("table", metavar="table.json", type=pathlib.Path, help="the runs, one a cell")
-    args = parser.parse_args(argv)
-    table = table_of(json.loads(args.table.read_text(encoding="utf-8")))
+def parse_args(argv=None):
+    parser = data.argument_parser("python -m results.validate", __doc__)
+    parser.add_argument("table", metavar="table.json", help="the runs, one a cell")
+    return parser.parse_args(argv)
+
+
+def main(args):
+    table = table_of(data.read_json(args.table))
     result = analyse(table)
     n_students, n_teachers = table["y"].shape
     print(f"{n_students} students × {n_teachers} teachers, seed {table['seed']}")
@@ -408,11 +406,11 @@ def improvement(sums):
     return error_without - error
 
 
-def left_out_ridge(columns, y, groups, penalty=1.0):
+def left_out_ridge(columns, y, groups):
     """Predicts the y of each cell by a ridge that has not seen the cell's group.
 
-    columns (n, c); y, groups (n,) → (n,). The ridge minimises Σ (y − ȳ − Zβ)² + penalty · Σ β². Z is the
-    columns, standardised over the cells that are seen; a column that is constant there is left out.
+    columns (n, c); y, groups (n,) → (n,). The ridge minimises Σ (y − ȳ − Zβ)² + Σ β². Z is the columns,
+    standardised over the cells that are seen; a column that is constant there is left out.
     """
     predicted = np.empty_like(y)
     for group in np.unique(groups):
@@ -423,7 +421,7 @@ def left_out_ridge(columns, y, groups, penalty=1.0):
         Z = (columns - centre) / spread
         seen = Z[is_seen]
         mean = y[is_seen].mean()
-        squares = seen.T @ seen + penalty * np.eye(columns.shape[1])
+        squares = seen.T @ seen + np.eye(columns.shape[1])
         products = seen.T @ (y[is_seen] - mean)
         beta = np.linalg.solve(squares, products)
         predicted[~is_seen] = mean + Z[~is_seen] @ beta
@@ -446,56 +444,40 @@ def regret(y, score):
 def baselines(lines):
     """What a measure of overlap has to beat as a predictor, from the lines of clips.jsonl, which have a text.
 
-    Both models' own transcripts are compared by the units of eval.py, words or characters. → {clips;
-    error_student, error_teacher: against the text, %; error_gap: their difference, points; error_between: the
-    student's against the teacher's, %; token_agreement: 1 − edits of token ids / ids of the longer one;
-    trigram_f1: 2 × equal runs of three characters / all}. Sums over clips, then one division.
+    → {error_student: of the student's own transcripts against the text, %; error_between: against the
+    teacher's own transcripts, %; token_agreement: 1 − edits of token ids / ids of the longer one; trigram_f1:
+    2 × equal runs of three characters / all}. Sums over clips, then one division.
     """
     sums = collections.Counter()
     for line in lines:
-        sums.update(baseline_counts(line))
-    error_student = 100 * sums["errors_student"] / sums["units"]
-    error_teacher = 100 * sums["errors_teacher"] / sums["units"]
+        language = eval.language_of(line)
+        student = line["student"]
+        teacher = line["teacher"]
+        against_text = eval.count_errors(line["text"], student, language)
+        against_teacher = eval.count_errors(teacher, student, language)
+        student_ids = " ".join(map(str, line["student_ids"]))
+        teacher_ids = " ".join(map(str, line["teacher_ids"]))
+        tokens = eval.count_errors(teacher_ids, student_ids, language=None)  # each id is a word
+        student_trigrams = trigrams(student, language)
+        teacher_trigrams = trigrams(teacher, language)
+        equal_trigrams = student_trigrams & teacher_trigrams
+        counts = {
+            "errors": against_text["errors"],
+            "units": against_text["units"],
+            "errors_between": against_teacher["errors"],
+            "units_between": against_teacher["units"],
+            "token_edits": tokens["errors"],
+            "tokens": max(len(line["student_ids"]), len(line["teacher_ids"])),
+            "equal_trigrams": equal_trigrams.total(),
+            "trigrams": student_trigrams.total() + teacher_trigrams.total(),
+        }
+        sums.update(counts)
     return {
-        "clips": len(lines),
-        "error_student": error_student,
-        "error_teacher": error_teacher,
-        "error_gap": error_student - error_teacher,
+        "error_student": 100 * sums["errors"] / sums["units"],
         "error_between": 100 * sums["errors_between"] / sums["units_between"],
         "token_agreement": 1 - sums["token_edits"] / sums["tokens"],
         "trigram_f1": 2 * sums["equal_trigrams"] / sums["trigrams"],
     }
-
-
-def baseline_counts(line):
-    """The counts of one clip that the baselines are made of."""
-    language = eval.language_of(line)
-    student = eval.count_errors(line["text"], line["student"], language)
-    teacher = eval.count_errors(line["text"], line["teacher"], language)
-    between = eval.count_errors(line["teacher"], line["student"], language)
-    student_trigrams = trigrams(line["student"], language)
-    teacher_trigrams = trigrams(line["teacher"], language)
-    return {
-        "units": student["units"],
-        "errors_student": student["errors"],
-        "errors_teacher": teacher["errors"],
-        "units_between": between["units"],
-        "errors_between": between["errors"],
-        "tokens": max(len(line["student_ids"]), len(line["teacher_ids"])),
-        "token_edits": token_edits(line["student_ids"], line["teacher_ids"]),
-        "trigrams": student_trigrams.total() + teacher_trigrams.total(),
-        "equal_trigrams": (student_trigrams & teacher_trigrams).total(),
-    }
-
-
-def token_edits(a, b):
-    """Levenshtein's distance of two lists of ids, each token as a word for jiwer."""
-    if not a or not b:  # jiwer refuses an empty reference
-        return len(a) + len(b)
-    a_text = " ".join(map(str, a))
-    b_text = " ".join(map(str, b))
-    alignment = jiwer.process_words(a_text, b_text)
-    return alignment.substitutions + alignment.deletions + alignment.insertions
 
 
 def trigrams(text, language):
@@ -577,4 +559,4 @@ def signed(value, places=2):
 
 
 if __name__ == "__main__":
-    main()
+    data.run_script(main, parse_args())

@@ -1,6 +1,5 @@
 """results/validate.py: statistics by hand or by another route, size and power by simulation, baselines."""
 
-import copy
 import itertools
 import json
 import math
@@ -41,22 +40,17 @@ def rejections(vuss, y):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", [(8, 6), (6, 4)])
-def test_without_an_effect_the_primary_test_keeps_its_size_and_the_pooled_correlation_does_not(shape):
-    vuss, y = simulate(2000, *shape, true_r=0)
+def test_without_an_effect_the_primary_test_keeps_its_size_and_the_pooled_correlation_does_not():
+    vuss, y = simulate(2000, 8, 6, true_r=0)
     assert 0.03 <= rejections(vuss, y) <= 0.07
     pooled = [scipy.stats.spearmanr(vuss[i].ravel(), y[i].ravel()).pvalue for i in range(200)]
     assert np.mean(np.array(pooled) < 0.05) > 0.9
 
 
-def test_power():
-    """.97 at a true .6; and the detectable r has about the power that the verdict says."""
-    vuss, y = simulate(400, 8, 6, true_r=0.6)
-    assert rejections(vuss, y) > 0.9
-    for shape in ((8, 6), (4, 4)):
-        vuss, y = simulate(400, *shape, true_r=validate.detectable_r(*shape))
-        assert 0.75 <= rejections(vuss, y) <= 0.9
-    assert validate.detectable_r(8, 6) == pytest.approx(math.tanh(2.8015852 / math.sqrt(33)), abs=1e-7)
+@pytest.mark.parametrize("shape", [(8, 6), (4, 4)])
+def test_the_detectable_r_has_the_power_that_the_verdict_says(shape):
+    vuss, y = simulate(400, *shape, true_r=validate.detectable_r(*shape))
+    assert 0.75 <= rejections(vuss, y) <= 0.9
 
 
 # ---- association -------------------------------------------------------------------------------------------
@@ -80,7 +74,6 @@ def test_double_centring_removes_all_that_belongs_to_one_model():
 
 
 def test_permutation_test_is_the_loop_over_all_orders():
-    """3 × 3: all 36 orders in plain Python, and drawn ones near their share."""
     rng = np.random.default_rng(1)
     measure = validate.double_centre(rng.normal(size=(3, 3)))
     y = validate.double_centre(measure + rng.normal(size=(3, 3)))
@@ -96,9 +89,6 @@ def test_permutation_test_is_the_loop_over_all_orders():
     all_orders = (np.array(row_orders), np.array(column_orders))
     value, p = validate.permutation_test(validate.correlation, measure, y, all_orders)
     assert value == pytest.approx(drawn[0]) and p == (count + 1) / 37
-    _, p = validate.permutation_test(validate.correlation, measure, y, validate.draw_orders(3, 3))
-    share = count / 36
-    assert p == pytest.approx(share, abs=4 * math.sqrt(share * (1 - share) / 9999))
 
 
 def test_mean_kendall_is_scipys(pair):
@@ -141,38 +131,23 @@ def test_noise_ceiling_by_hand():
 
 
 def test_ridge_is_least_squares_with_rows_for_the_penalty():
-    """A column that is constant over the cells that are seen changes nothing."""
     rng = np.random.default_rng(0)
     columns = rng.normal(size=(12, 3)) * [1, 5, 0.1] + [3, 0, 40]
     y = columns @ [1.0, 0.2, 3.0] + rng.normal(size=12)
     groups = np.repeat(np.arange(3), 4)
-    predicted = validate.left_out_ridge(columns, y, groups, penalty=2.0)
+    predicted = validate.left_out_ridge(columns, y, groups)
     for group in range(3):
         seen = columns[groups != group]
         seen_y = y[groups != group]
         Z = (seen - seen.mean(axis=0)) / seen.std(axis=0)
-        rows = np.concatenate([Z, math.sqrt(2.0) * np.eye(3)])
+        rows = np.concatenate([Z, np.eye(3)])
         targets = np.concatenate([seen_y - seen_y.mean(), np.zeros(3)])
         beta = np.linalg.lstsq(rows, targets, rcond=None)[0]
         new = (columns[groups == group] - seen.mean(axis=0)) / seen.std(axis=0)
         np.testing.assert_allclose(predicted[groups == group], seen_y.mean() + new @ beta)
-    constant = np.where(groups == 2, 7.0, 0.1)[:, None]
-    more = validate.left_out_ridge(np.concatenate([columns, constant], axis=1), y, groups, penalty=2.0)
+    constant = np.where(groups == 2, 7.0, 0.1)[:, None]  # over the cells that are seen it changes nothing
+    more = validate.left_out_ridge(np.concatenate([columns, constant], axis=1), y, groups)
     np.testing.assert_allclose(more[groups == 2], predicted[groups == 2])
-
-
-def test_predictions_leave_out_whole_students_or_teachers():
-    """A table where only the measure knows y: it helps for new students and for new teachers."""
-    vuss, y = simulate(1, 6, 5, true_r=1)
-    table = {"y": y[0], "before": np.arange(6.0), "teacher_errors": np.arange(5.0)}
-    columns = np.stack([np.repeat(np.arange(6.0), 5), np.tile(np.arange(5.0), 6)], axis=1)
-    for axis, groups in ((0, np.repeat(np.arange(6), 5)), (1, np.tile(np.arange(5), 6))):
-        figures = validate.predictions(table, vuss[0], axis)
-        predicted = validate.left_out_ridge(columns, y[0].ravel(), groups)
-        error_without = np.sqrt(((predicted - y[0].ravel()) ** 2).mean())
-        assert figures["error_without"] == pytest.approx(error_without)
-        assert figures["improvement"] == pytest.approx(error_without - figures["error"])
-        assert 0 < figures["low"] < figures["improvement"] < figures["high"]
 
 
 def test_regret_by_hand():
@@ -201,7 +176,7 @@ def table_of(vuss, y, **measures):
 
 
 def test_verdicts():
-    """An effect, its opposite, and each half of the condition without the other."""
+    """An effect, its opposite, each half of the condition without the other, and nothing to test."""
     vuss, y = simulate(1, 8, 6, true_r=0.95)
     result = validate.analyse(table_of(vuss[0], y[0]))
     assert result["p"] == 1e-4
@@ -212,50 +187,15 @@ def test_verdicts():
     power = "by 8 × 6 cells the primary test detects a true r of 0.45 with 80 % power"
     weak = {**result, "p": 0.05}
     assert validate.verdict(weak, 8, 6) == f"no evidence at this size (primary p 0.0500); {power}"
-    useless = copy.deepcopy(result)
-    useless["measures"]["vuss"]["new_teacher"]["low"] = 0.0
+    result["measures"]["vuss"]["new_teacher"]["low"] = 0.0
     reason = "primary p 0.0001, but the improvement for new teachers may be 0"
-    assert validate.verdict(useless, 8, 6) == f"no evidence at this size ({reason}); {power}"
+    assert validate.verdict(result, 8, 6) == f"no evidence at this size ({reason}); {power}"
 
-
-def test_a_measure_that_knows_nothing_of_pairs_has_no_test():
-    measure = np.add.outer(np.arange(4.0), [0.1, 0.2, 0.7])
-    _, y = simulate(1, 4, 3, true_r=0)
-    noise = np.random.default_rng(0).normal(size=(4, 3))
-    result = validate.analyse(table_of(measure, y[0], noise=noise))
-    assert math.isnan(result["r"]) and math.isnan(result["p"])
+    of_one_model = np.add.outer(np.arange(8.0), np.arange(6.0) ** 2)
+    result = validate.analyse(table_of(of_one_model, y[0], noise=vuss[0]))
     expected = "no test: VUSS or the error after has nothing that belongs to a pair of models"
     assert result["verdict"] == expected
-    assert validate.association_rows(result)[1][0][:3] == ["vuss", "+", "–"]
-
-
-def test_figures_are_those_of_the_functions():
-    """The overlap ratio says what VUSS says, with the other sign; the primary r is not in Holm's family."""
-    vuss, y = simulate(1, 5, 4, true_r=0.4)
-    noise = np.random.default_rng(0).normal(size=(5, 4))
-    table = table_of(vuss[0], y[0], overlap_ratio=2 - vuss[0] / 32, noise=noise)
-    result = validate.analyse({**table, "seed_variance": 0.001})
-    measures = result["measures"]
-    own = measures["vuss"]
-    orders = validate.draw_orders(5, 4)
-    assert (np.sort(orders[0], axis=1) == np.arange(5)).all() and len(np.unique(orders[1], axis=0)) == 24
-    teachers = validate.permutation_test(validate.mean_kendall, vuss[0], y[0], orders)
-    students = validate.permutation_test(validate.mean_kendall, vuss[0].T, y[0].T, orders[::-1])
-    assert (own["tau_teachers"], own["tau_teachers_p"]) == teachers
-    assert (own["tau_students"], own["tau_students_p"]) == students
-    centred = [validate.double_centre(values[0]) for values in (vuss, y)]
-    assert result["r"] == pytest.approx(np.corrcoef(centred[0].ravel(), centred[1].ravel())[0, 1])
-    assert result["p"] == own["r_p"] == measures["overlap_ratio"]["r_p"]
-    for key, names in (("partial", measures), ("tau_teachers", measures), ("r", ["overlap_ratio", "noise"])):
-        adjusted = [measures[name][f"{key}_p_holm"] for name in names]
-        assert adjusted == validate.holm([measures[name][f"{key}_p"] for name in names])
-        assert measures["overlap_ratio"][key] == pytest.approx(-own[key])
-    assert own["new_student"] == validate.predictions(table, vuss[0], 0)
-    assert own["new_teacher"] == validate.predictions(table, vuss[0], 1)
-    assert result["noise_ceiling"] == validate.noise_ceiling(y[0], 0.001)
-    assert measures["overlap_ratio"]["regret"] == own["regret"] == validate.regret(y[0], vuss[0])
-    lowest = table["teacher_errors"].argmin()
-    assert result["regret_lowest_error"] == pytest.approx((y[0][:, lowest] - y[0].min(axis=1)).mean())
+    assert validate.association_rows(result)[1][0][:4] == ["vuss", "+", "–", "–"]
 
 
 # ---- the file ----------------------------------------------------------------------------------------------
@@ -294,40 +234,37 @@ def test_the_table_of_the_cells(content):
     reverse = {"cells": content["cells"][::-1], "primary": "jaccard", "expected_sign": {"jaccard": 1}}
     other = validate.table_of(reverse)
     assert (other["primary"], other["expected_sign"]["jaccard"]) == ("jaccard", 1)
-    reverse = validate.analyse({**other, "primary": "vuss", "expected_sign": table["expected_sign"]})
-    assert reverse["p"] == validate.analyse(table)["p"]
+    assert (other["measures"]["vuss"] == table["measures"]["vuss"]).all()
     one_seed = validate.table_of({"cells": content["cells"][:-1:2]})
     assert one_seed["seed"] == 2 and math.isnan(one_seed["seed_variance"])
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "error"),
-    [
-        ("seed", 1, "a run is there twice"),
-        ("before", {"en": 21, "zh": 10.0}, "two errors of one student"),
-        ("teacher_errors", {"en": 4.0, "zh": 1.0}, "two errors of one teacher"),
-        ("after", {"en": 1.0}, "before and after have other sets"),
-    ],
-)
-def test_cells_that_contradict_each_other_stop_the_analysis(content, key, value, error):
-    content["cells"][-1][key] = value
-    with pytest.raises(AssertionError, match=error):
-        validate.table_of(content)
+def test_cells_that_contradict_each_other_stop_the_analysis(content):
+    contradictions = {
+        "a run is there twice": {"seed": 1},
+        "two errors of one student": {"before": {"en": 21, "zh": 10.0}},
+        "two errors of one teacher": {"teacher_errors": {"en": 4.0, "zh": 1.0}},
+        "before and after have other sets": {"after": {"en": 1.0}},
+    }
+    *cells, last = content["cells"]
+    for error, fields in contradictions.items():
+        with pytest.raises(AssertionError, match=error):
+            validate.table_of({"cells": [*cells, {**last, **fields}]})
 
 
 def test_the_command_prints_both_tables_and_the_verdict(tmp_path, content, capsys):
     (tmp_path / "table.json").write_text(json.dumps(content), encoding="utf-8")
-    validate.main([str(tmp_path / "table.json")])
-    out = capsys.readouterr().out
-    assert out.startswith("3 students × 3 teachers, seed 1\n")
-    last = out.rstrip().split("\n")[-1]
-    assert "which validates nothing" in last and "Verdict: *no evidence at this size (primary p 0." in last
-    figures = validate.analyse(validate.table_of(content))["measures"]["jaccard"]
-    rows = [line.split() for line in out.split("\n") if line.startswith("jaccard")]
-    r = f"{figures['r']:+.2f}".replace("-", "−")
-    assert rows[0][1:4] == ["−", r, f"{figures['r_p_holm']:.4f}"]
-    assert rows[0][-1] == f"{100 * math.expm1(figures['regret']):.1f}"
-    assert rows[1][1] == f"{figures['new_student']['error']:.3f}"
+    validate.main(validate.parse_args([str(tmp_path / "table.json")]))
+    lines = capsys.readouterr().out.rstrip().split("\n")
+    assert lines[0] == "3 students × 3 teachers, seed 1"
+    assert "Verdict: *no evidence at this size (primary p 0." in lines[-1]
+    associations, predictions = [line.split() for line in lines if line.startswith("jaccard")]
+    table = validate.table_of(content)
+    figures = validate.analyse(table)["measures"]["jaccard"]
+    assert associations[1] == "−" and associations[3] == f"{figures['r_p_holm']:.4f}"
+    for cell, axis in ((predictions[1], 0), (predictions[6], 1)):
+        error = validate.predictions(table, table["measures"]["jaccard"], axis)["error"]
+        assert cell == f"{error:.3f}"
 
 
 # ---- baselines ---------------------------------------------------------------------------------------------
@@ -340,34 +277,14 @@ def clip_line(text, student, teacher, student_ids, teacher_ids, language="en"):
 
 def test_baselines_by_hand():
     """One word of three is wrong, and two of nine trigrams end in it; of three ids, 6 is lost and 8 new."""
-    first = clip_line("The cat, sat", "the cat sit", "the cat sat", [5, 7, 8], [5, 6, 7])
-    assert validate.baseline_counts(first) == {
-        "units": 3,
-        "errors_student": 1,
-        "errors_teacher": 0,
-        "units_between": 3,
-        "errors_between": 1,
-        "tokens": 3,
-        "token_edits": 2,
-        "trigrams": 9 + 9,
-        "equal_trigrams": 7,
-    }
+    english = clip_line("The cat, sat", "the cat sit", "the cat sat", [5, 7, 8], [5, 6, 7])
     # Chinese is compared by character, without the blank; the script decides where there is no language.
-    second = clip_line("今天下雨", "今天 刮风。", "今天下风", [1, 2], [1, 2], language=None)
-    counts = validate.baseline_counts(second)
-    assert [counts[name] for name in ("units", "errors_student", "errors_teacher")] == [4, 2, 1]
-    assert (counts["errors_between"], counts["trigrams"], counts["equal_trigrams"]) == (1, 4, 0)
-    # Empty transcripts: nothing to compare, but an error against the text.
-    third = clip_line("oh", "", "", [], [])
-    assert list(validate.baseline_counts(third).values()) == [1, 1, 1, 0, 0, 0, 0, 0, 0]
-    assert validate.token_edits([7], []) == 1
-
-    assert validate.baselines([first, second, third]) == {
-        "clips": 3,
-        "error_student": 100 * 4 / 8,
-        "error_teacher": 100 * 2 / 8,
-        "error_gap": 25,
-        "error_between": pytest.approx(100 * 2 / 7),
-        "token_agreement": pytest.approx(1 - 2 / 5),
-        "trigram_f1": pytest.approx(2 * 7 / 22),
+    chinese = clip_line("今天下雨", "今天 刮风。", "今天下风", [1, 2], [1], language=None)
+    # An empty transcript has nothing to compare, but an error against the text.
+    empty = clip_line("oh", "", "", [], [])
+    assert validate.baselines([english, chinese, empty]) == {
+        "error_student": 100 * (1 + 2 + 1) / (3 + 4 + 1),
+        "error_between": pytest.approx(100 * (1 + 1) / (3 + 4)),
+        "token_agreement": pytest.approx(1 - (2 + 1) / (3 + 2)),
+        "trigram_f1": pytest.approx(2 * 7 / (9 + 9 + 2 + 2)),
     }
