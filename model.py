@@ -603,9 +603,9 @@ class SpeechLM(nn.Module):
     def device(self):
         return self.forbidden.device
 
-    def autocast(self):
+    def autocast(self, cache_enabled=True):
         """The context of compute precision. Every method that computes enters it by itself."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+        return torch.autocast(self.device.type, torch.bfloat16, self.bf16, cache_enabled)
 
     # ---- folder in, folder out ----
 
@@ -771,7 +771,8 @@ class SpeechLM(nn.Module):
             caps = caps.minimum((batch.seconds * tokens_per_second).floor().long() + 16)
         if temperature > 0 and uniforms is None:
             uniforms = torch.rand(len(caps), max_new_tokens, dtype=torch.float64, device=caps.device)
-        with self.autocast(), bf16_weights(self):
+        # A cast that autocast keeps until it ends would be gone when a graph is replayed.
+        with self.autocast(cache_enabled=False), bf16_weights(self):
             encoded = self.encode(batch) if encoded is None else encoded
             ids = write_tokens(self, batch, encoded, caps, forbidden, temperature, uniforms)
         self.train(was_training)
@@ -924,6 +925,7 @@ class Decoder:
                 self.step()
 
     def step(self):
+        """The kernels that write a token. They work in place, and no value is asked of the device."""
         logits = head_logits(self.speech_lm, self.hidden).masked_fill(self.forbidden, -math.inf)  # (B, V)
         token = pick_tokens(logits, self.temperature, self.uniforms.index_select(1, self.column))
         self.ids.index_copy_(1, self.column, token[:, None])

@@ -6,8 +6,10 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, batch_of, tiny_model
+from test_decoding import SHAPES
 
+import model as m
 from data import read_lines, setup_distributed
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -33,6 +35,22 @@ def test_float32_gives_the_numbers_of_a_cpu(tmp_path):
         for key in ("loss", "kl", "grad_norm", "vuss", "mean_tokens"):
             assert gpu[key] == pytest.approx(cpu[key], rel=1e-5), (cpu["step"], key)
     assert gpu_transcripts == cpu_transcripts
+
+
+@NEEDS_GPU
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_graph_writes_what_its_kernels_write(bf16, monkeypatch):
+    """Rollouts of many shapes, twice, by replayed graphs and without any."""
+
+    def rollouts():
+        speech_lm = tiny_model(3).to("cuda")
+        speech_lm.bf16 = bf16
+        batches = [batch_of(speech_lm, lengths_s).to("cuda") for lengths_s in SHAPES]
+        return [speech_lm.sample(batch, 12).ids.tolist() for batch in (*batches, *batches)]
+
+    by_graphs = rollouts()
+    monkeypatch.setattr(m.Decoder, "write_token", m.Decoder.step)
+    assert by_graphs == rollouts()
 
 
 def test_attention_is_not_that_of_cudnn():
