@@ -214,7 +214,7 @@ def rollout_figures(student, batch):
     floor_s = decode_floor_s(student, batch)
     figures = [
         Figure(f"{at}: generate / ours", generate_s / ours_s, 1.5, 4.0),
-        Figure(f"{at}: share of equal tokens", equal, 0.99, 0.5),
+        Figure(f"{at}: share of equal tokens", equal, 0.99, None),
         Figure(f"{at}: a token, ms", 1e3 * step_s, None, None),
         Figure(f"{at}: memory floor of a token / ours", floor_s / step_s, None, 0.33),
     ]
