@@ -153,7 +153,7 @@ def without_prefix(fields, keys):
     """
     has_prefix = False
     for key in keys:
-        match = PREFIX.match(fields[key]) if isinstance(fields.get(key), str) else None
+        match = PREFIX.match(str(fields.get(key)))
         if match:
             has_prefix = True
             fields[key] = fields[key][match.end() :]
@@ -164,9 +164,7 @@ def without_prefix(fields, keys):
 
 def say_prefixes(path, n_prefixed):
     if n_prefixed and rank_and_world()[0] == 0:
-        print(
-            f'{path}: {n_prefixed} texts began with "language …<asr_text>", which was taken off', flush=True
-        )
+        print(f'{path}: {n_prefixed} texts began with "language …<asr_text>", which was taken off')
 
 
 def manifest_lines(path):
@@ -610,14 +608,10 @@ def cut_micro_batches(indices, seconds, micro_seconds):
     indices: clip numbers; seconds: durations by clip number. → lists of clip numbers.
     """
     batches = []
-    current = []
     for i in sorted(indices, key=lambda i: (-seconds[i], i)):
-        if current and (len(current) + 1) * seconds[current[0]] > micro_seconds:
-            batches.append(current)
-            current = []
-        current.append(i)
-    if current:
-        batches.append(current)
+        if not batches or (len(batches[-1]) + 1) * seconds[batches[-1][0]] > micro_seconds:
+            batches.append([])
+        batches[-1].append(i)
     return batches
 
 
@@ -647,10 +641,10 @@ class StepDataset(torch.utils.data.Dataset):
                 clips = [self.clips[i] for i in indices]
                 usable, waveforms, defects = load_usable(clips, self.check)
                 bad += defects
+                indices = [indices[b] for b in usable]
+                clips = [clips[b] for b in usable]
                 if usable:
-                    items.append(
-                        self.make(step, [indices[b] for b in usable], [clips[b] for b in usable], waveforms)
-                    )
+                    items.append(self.make(step, indices, clips, waveforms))
         except InputError as error:
             return AudioError(error)  # a value: raised in the worker, it would arrive wrapped in a traceback
         if bad and self.on_bad_audio == "error":
@@ -659,10 +653,7 @@ class StepDataset(torch.utils.data.Dataset):
 
 
 def load_usable(clips, check=None):
-    """→ places of the clips that can be used, their waveforms, and {clip, audio, reason} of the others.
-
-    check(clip) may raise AudioError too.
-    """
+    """→ places of the clips that can be used, their waveforms, and {clip, audio, reason} of the others."""
     usable = []
     waveforms = []
     bad = []
@@ -771,10 +762,9 @@ MAY_CHANGE = """
 def open_run(args, script, inputs):
     """Opens a run's folder before anything slow. → (steps done, folder of that checkpoint or None, config)
 
-    A new run wants a new or empty folder. --resume goes on from the newest complete checkpoint, or from 0
-    where there is none. The steps are None where the run is finished. inputs: {name of a flag: path, or list
-    of paths} of training data and model folders. config is what `begin_run` writes; nothing is written here.
-    Rank 0 looks, and every rank gets its answer or its InputError.
+    The steps are 0 where there is no checkpoint, and None where the run is finished. inputs: {flag: path, or
+    list of paths} of training data and model folders. config is what `begin_run` writes. Rank 0 looks, and
+    every rank gets its answer or its InputError.
     """
     answer = None
     if rank_and_world()[0] == 0:
@@ -953,7 +943,7 @@ def add_lines(path, lines, mode="a"):
 def tensorboard_writer(args, first_step):
     """Rank 0's writer to OUT/tensorboard, or None.
 
-    It drops the points of later steps than `first_step`, which a resumed run writes again.
+    Points of later steps than `first_step` are dropped: a resumed run writes them again.
     """
     if not args.tensorboard or rank_and_world()[0] > 0:
         return None
@@ -1008,10 +998,9 @@ def at_least(low, kind=float):
 
 
 def run_script(main, args):
-    """Runs main(args). A user's mistake is one line and status 2 (a loss that is not finite: 3).
+    """Runs main(args). A user's mistake, or a path that fails, is one line and status 2 (not finite: 3).
 
-    So is a path that cannot be read or written. Mistakes that all ranks meet are printed once a node, others
-    by the rank that met them.
+    Mistakes that all ranks meet are printed once a node, others by the rank that met them.
     """
     try:
         main(args)
@@ -1046,12 +1035,13 @@ def language_code(name):
     """The code of a manifest's `language`: "Chinese", "zh-CN", "cmn" → "zh"; "zh-HK", "zh-yue" → "yue".
 
     Understood are the codes of ISO 639 with two or three letters and English names, each with tags of region
-    or script. Raises InputError for anything else: a Chinese set labelled "cn" must not be scored by word in
-    silence.
+    or script. Raises InputError for anything else: a Chinese set labelled "cn" must not be scored by word.
     """
     first, *tags = re.split("[-_]", name.strip().lower())
     if not re.fullmatch("[a-z]{2,3}", first):
-        first = english_names().get(first, "und")
+        from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE  # slow to import
+
+        first = {**TO_LANGUAGE_CODE, "filipino": "fil"}.get(first, "und")
     language = langcodes.Language.get(first)
     are_tags = all(re.fullmatch("[a-z0-9]{2,8}", tag) for tag in tags)
     if language.language is None or not language.is_valid() or not are_tags:
@@ -1062,22 +1052,11 @@ def language_code(name):
     return "yue" if code == "zh" and ("hk" in tags or "yue" in tags) else code
 
 
-@functools.cache
-def english_names():
-    """{English name: code} of Whisper's languages and of `LANGUAGES`."""
-    from transformers.models.whisper import tokenization_whisper  # slow to import
-
-    names = {name.lower(): code for code, name in LANGUAGES.items()}
-    return {**tokenization_whisper.TO_LANGUAGE_CODE, **names}
-
-
 def script_language(text, default=None):
     """The language that the script of a text decides, or None.
 
-    Kana means Japanese, else Hangul Korean, else Han Chinese; Thai and Greek letters decide where most
-    letters are theirs. Latin, Cyrillic, Arabic and Devanagari letters are shared by many languages and
-    decide nothing.
-    Han is no objection to a default of Cantonese or Japanese. Control tokens do not count.
+    Kana means Japanese, else Hangul Korean, else Han Chinese, unless the default is Cantonese or Japanese.
+    Thai and Greek letters decide where most letters are theirs; many languages share the other scripts.
     """
     text = unicodedata.normalize("NFKC", MARKUP.sub(" ", text))
     scripts = [unicodedata.name(c, "?").split()[0] for c in text if c.isalpha()]
