@@ -284,7 +284,8 @@ def audio_errors(place):
     try:
         yield
     except (soundfile.LibsndfileError, av.FFmpegError) as error:
-        raise AudioError(f"{place}: cannot be decoded ({error}); get it anew, or convert it") from None
+        reason = f"cannot be decoded ({getattr(error, 'strerror', error)})"
+        raise AudioError(f"{place}: {reason}; get it anew, or convert it to wav or flac") from None
     except OSError as error:
         reason = f"{error.strerror}; relative paths start at the manifest's folder"
         raise AudioError(f"{place}: {reason}") from None
@@ -438,7 +439,9 @@ def audio_duration(content, name="audio"):
 
 def clip_from_file(path):
     """A `Clip` of a bare audio file. Raises AudioError."""
-    duration = audio_duration(pathlib.Path(path).read_bytes(), path)
+    with audio_errors(path):
+        content = pathlib.Path(path).read_bytes()
+    duration = audio_duration(content, path)
     return Clip(os.path.abspath(path), duration, path, {"audio": path, "duration": duration})
 
 
@@ -829,7 +832,7 @@ def look_at_run(args, script, inputs):
 def fingerprint(path):
     """SHA-256 of a manifest, or of a model folder; of a list of paths a list.
 
-    Of a model: its config, and of each file of weights the size and the first 16 kB of every 256 kB. Where a
+    Of a model: its config, and of each file of weights the size and the first 4 kB of every 64 kB. Where a
     part was trained, all of its tensors have changed, so it shows.
     """
     if isinstance(path, list):
@@ -840,9 +843,9 @@ def fingerprint(path):
         with open(weights, "rb") as file:
             size = os.path.getsize(weights)
             digest.update(size.to_bytes(8))
-            for offset in range(0, size, 2**18):
+            for offset in range(0, size, 2**16):
                 file.seek(offset)
-                digest.update(file.read(2**14))
+                digest.update(file.read(2**12))
     return digest.hexdigest()
 
 
