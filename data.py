@@ -85,8 +85,13 @@ class Clip:
     context: str | None = None  # words that the prompt gives beforehand, such as names
     had_prefix: bool = False  # of Qwen3-ASR's own fine-tuning data, see `without_prefix`
 
+    @property
+    def key(self):
+        """What makes two lines the same clip."""
+        return self.audio, self.offset, max(self.begin_time, 0), max(self.end_time, -1)
 
-KINDS = {
+
+KINDS = {  # of the values of a line
     **dict.fromkeys(("audio", "text", "language", "context"), "a string"),
     **dict.fromkeys(("duration", "begin_time", "end_time"), "a number of seconds"),
     **dict.fromkeys(("offset", "nbytes"), "a whole number of bytes"),
@@ -116,12 +121,12 @@ def parse_line(raw, where, folder, text_field="text"):
     for name, kind in KINDS.items():
         key = text_field if name == "text" else name
         value = fields.get(key)
-        if value is None and name in ("audio", "duration"):
-            raise InputError(f'{where}: key "{name}" is missing; every line needs it')
-        if value is not None and not is_of_kind(value, kind):
-            raise InputError(f'{where}: "{key}" must be {kind}, found {json.dumps(value)[:60]}')
         if value is not None:
+            if not is_of_kind(value, kind):
+                raise InputError(f'{where}: "{key}" must be {kind}, found {json.dumps(value)[:60]}')
             values[name] = value
+        elif name in ("audio", "duration"):
+            raise InputError(f'{where}: key "{name}" is missing; every line needs it')
     clip = Clip(where=where, fields=fields, **values)
 
     if clip.duration <= 0:
@@ -439,9 +444,7 @@ def audio_duration(content, name="audio"):
 
 def clip_from_file(path):
     """A `Clip` of a bare audio file. Raises AudioError."""
-    with audio_errors(path):
-        content = pathlib.Path(path).read_bytes()
-    duration = audio_duration(content, path)
+    duration = audio_duration(pathlib.Path(path).read_bytes(), path)
     return Clip(os.path.abspath(path), duration, path, {"audio": path, "duration": duration})
 
 
@@ -505,10 +508,8 @@ class Batch:
 
     def to(self, device):
         """The batch with its tensors on another device."""
-        moved = {}
-        for name, value in vars(self).items():
-            moved[name] = value.to(device) if isinstance(value, torch.Tensor) else value
-        return Batch(**moved)
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return dataclasses.replace(self, **{name: value.to(device) for name, value in tensors.items()})
 
 
 def collate(waveforms, front_end, languages, default_language=None, contexts=None):

@@ -59,14 +59,13 @@ def check(path, max_seconds):
     languages = collections.Counter()
     n_prefixed = 0
     markup = collections.Counter()  # what looks like it
-    first_lines = {}  # file and its part: the line with it
+    first_lines = {}  # clip key: the line with it
 
     for _, number, raw in tqdm(data.manifest_lines(path), desc=path, unit=" clips", disable=None):
         try:
             clip = data.parse_line(raw, f"{path}:{number}", folder)
-            part = (clip.audio, clip.offset, clip.begin_time, clip.end_time)
-            defects = clip_defects(clip, max_seconds, first_lines.get(part))
-            first_lines.setdefault(part, clip.where)
+            defects = clip_defects(clip, max_seconds, first_lines)
+            first_lines.setdefault(clip.key, clip.where)
             n_clips += 1
             n_texts += clip.text is not None
             seconds += clip.duration
@@ -92,12 +91,12 @@ def check(path, max_seconds):
     return n_defects
 
 
-def clip_defects(clip, max_seconds, first_line):
-    """What is wrong with a clip: a list of messages. first_line: the one with the same clip, or None."""
+def clip_defects(clip, max_seconds, first_lines):
+    """What is wrong with a clip: a list of messages."""
     where = f"{clip.where}: {clip.audio}"
     defects = []
-    if first_line is not None:
-        defects.append(f"{where}: the same clip as {first_line}")
+    if clip.key in first_lines:
+        defects.append(f"{where}: the same clip as {first_lines[clip.key]}")
     if clip.duration > max_seconds:
         defects.append(f"{where}: {clip.duration:.1f} s is over --max-seconds {max_seconds:g}")
     try:
