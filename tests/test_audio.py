@@ -94,7 +94,8 @@ def test_lossless_formats_give_the_exact_samples(tmp_path, kind, begin, end, fir
     content = encoded(source, fmt=fmt, subtype=subtype)
     times = {"begin_time": begin, "end_time": end}
     waveform = load_audio(clip_of(tmp_path / "a.raw", (last - first) / 16_000, content, **times))
-    assert waveform.dtype == torch.float32 and torch.equal(waveform, torch.from_numpy(x[first:last, 0]))
+    assert waveform.dtype == torch.float32
+    assert torch.equal(waveform, torch.from_numpy(x[first:last, 0]))
 
 
 @pytest.mark.parametrize("rate", [8000, 11_025, 22_050, 44_100, 48_000])
