@@ -15,14 +15,12 @@ import contextlib
 import dataclasses
 import datetime
 import functools
-import glob
 import hashlib
 import importlib.metadata
 import importlib.util
 import io
 import json
 import math
-import mmap
 import os
 import pathlib
 import re
@@ -42,6 +40,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchaudio
 from langcodes.data_dicts import MACROLANGUAGES
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 SAMPLE_RATE = 16_000  # Hz
@@ -92,7 +91,7 @@ class Clip:
         return self.audio, self.offset, max(self.begin_time, 0), max(self.end_time, -1)
 
 
-KINDS = {
+KINDS = {  # of the values of a line
     **dict.fromkeys(("audio", "text", "language", "context"), "a string"),
     **dict.fromkeys(("duration", "begin_time", "end_time"), "a number of seconds"),
     **dict.fromkeys(("offset", "nbytes"), "a whole number of bytes"),
@@ -108,15 +107,12 @@ def is_of_kind(value, kind):
 
 
 def parse_line(raw, where, folder, text_field="text"):
-    """A `Clip` from one line of JSON (bytes). Raises InputError that names `where` and the key.
-
-    `text_field` is the key of the transcript; None leaves transcripts unread.
-    """
+    """A `Clip` from one line of JSON (bytes). text_field: see `Clips`. Raises InputError."""
     try:
         fields = json.loads(raw.decode("utf-8-sig"))
         if b"\\u" in raw:  # half a surrogate pair could not be written again
             json.dumps(fields, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise InputError(f"{where}: not JSON in UTF-8 ({error}); give one object a line") from None
     if not isinstance(fields, dict):
         raise InputError(f"{where}: expected a JSON object, found {type(fields).__name__}")
@@ -125,16 +121,14 @@ def parse_line(raw, where, folder, text_field="text"):
     for name, kind in KINDS.items():
         key = text_field if name == "text" else name
         value = fields.get(key)
-        if value is None and name in ("audio", "duration"):
-            raise InputError(f'{where}: key "{name}" is missing; every line needs it')
-        if value is not None and not is_of_kind(value, kind):
-            raise InputError(f'{where}: "{key}" must be {kind}, found {json.dumps(value)[:60]}')
         if value is not None:
+            if not is_of_kind(value, kind):
+                raise InputError(f'{where}: "{key}" must be {kind}, found {json.dumps(value)[:60]}')
             values[name] = value
+        elif name in ("audio", "duration"):
+            raise InputError(f'{where}: key "{name}" is missing; every line needs it')
     clip = Clip(where=where, fields=fields, **values)
 
-    if not clip.audio or "\0" in clip.audio:
-        raise InputError(f'{where}: "audio" is not a path: {clip.audio!r}')
     if clip.duration <= 0:
         raise InputError(f'{where}: "duration" must be above 0 s, found {clip.duration:g}')
     if clip.end_time >= 0 and clip.end_time <= max(clip.begin_time, 0):
@@ -164,7 +158,7 @@ def without_prefix(fields, keys):
     """
     has_prefix = False
     for key in keys:
-        match = PREFIX.match(fields[key]) if isinstance(fields.get(key), str) else None
+        match = PREFIX.match(str(fields.get(key)))
         if match:
             has_prefix = True
             fields[key] = fields[key][match.end() :]
@@ -175,36 +169,17 @@ def without_prefix(fields, keys):
 
 def say_prefixes(path, n_prefixed):
     if n_prefixed and rank_and_world()[0] == 0:
-        print(
-            f'{path}: {n_prefixed} texts began with "language …<asr_text>", which was taken off', flush=True
-        )
+        print(f'{path}: {n_prefixed} texts began with "language …<asr_text>", which was taken off')
 
 
 def manifest_lines(path):
-    """Yields (byte offset, line number, bytes) of each line that is not blank.
-
-    CRLF and a byte-order mark are accepted. Raises InputError where the file cannot be opened.
-    """
-    try:
-        file = open(path, "rb")
-    except OSError as error:
-        raise InputError(f"manifest {path}: {error.strerror}; give the path of a JSON Lines file") from None
-    with file:
+    """Yields (byte offset, line number, bytes) of each line that is not blank, be it with CRLF or a BOM."""
+    with open(path, "rb") as file:
         offset = 0
         for number, raw in enumerate(file, 1):
             if raw.strip(b"\xef\xbb\xbf \t\r\n"):
                 yield offset, number, raw
             offset += len(raw)
-
-
-def read_manifest(path, text_field="text"):
-    """All clips of a manifest, in order. Raises InputError for the first line with a defect."""
-    folder = os.path.dirname(os.path.abspath(path))
-    clips = [parse_line(raw, f"{path}:{n}", folder, text_field) for _, n, raw in manifest_lines(path)]
-    if not clips:
-        raise InputError(f"manifest {path}: holds no clip")
-    say_prefixes(path, sum(clip.had_prefix for clip in clips))
-    return clips
 
 
 class Clips:
@@ -221,17 +196,17 @@ class Clips:
 
     def __init__(self, paths, max_seconds, text_field=None, is_wanted=None, learns_text=True):
         self.paths = paths
+        self.files = [open(path, "rb") for path in paths]
         self.text_field = text_field
         self.languages = {}
         self.n_long = 0
         self.n_failed = 0
         self.n_unwanted = 0
-        places = array.array("d")  # of each clip: number of its file, byte offset, line number, seconds
+        places = array.array("d")  # of each clip: number of its file, of its line, first byte, bytes, seconds
         for file, path in enumerate(paths):
-            folder = os.path.dirname(os.path.abspath(path))
             n_prefixed = 0
             for offset, number, raw in manifest_lines(path):
-                clip = parse_line(raw, f"{path}:{number}", folder, text_field)
+                clip = self.parse(raw, path, number)
                 n_prefixed += clip.had_prefix
                 markup = MARKUP.search(clip.text or "") if learns_text else None
                 if markup:
@@ -246,35 +221,30 @@ class Clips:
                 elif is_wanted is not None and not is_wanted(clip):
                     self.n_unwanted += 1
                 else:
-                    places.extend((file, offset, number, clip.duration))
+                    places.extend((file, number, offset, len(raw), clip.duration))
                     self.languages.setdefault(clip.language, clip)
             say_prefixes(path, n_prefixed)
         if not places:
-            raise InputError(f"{', '.join(paths)}: no clip of at most --max-seconds {max_seconds:g}")
-        self.places = np.frombuffer(places).reshape(-1, 4)
-        self.seconds = self.places[:, 3].astype(np.float32)
+            raise InputError(f"{', '.join(paths)}: holds no clip of at most {max_seconds:g} s")
+        self.places = np.frombuffer(places).reshape(-1, 5)
+        self.seconds = self.places[:, 4].astype(np.float32)
 
     def __len__(self):
         return len(self.seconds)
 
     def __getitem__(self, i):
-        path = self.paths[int(self.places[i, 0])]
-        with open(path, "rb") as lines:
-            return self.read(i, path, lines)
+        file, number, offset, nbytes = self.places[i, :4].astype(int)
+        raw = os.pread(self.files[file].fileno(), nbytes, offset)  # data workers share the open file
+        return self.parse(raw, self.paths[file], number)
 
-    def __iter__(self):
-        """All clips in their order. Each manifest is opened once."""
-        for file, path in enumerate(self.paths):
-            with open(path, "rb") as lines:
-                for i in np.flatnonzero(self.places[:, 0] == file):
-                    yield self.read(i, path, lines)
-
-    def read(self, i, path, lines):
-        """Clip i from its open manifest."""
-        offset, number = self.places[i, 1:3].astype(int)
-        lines.seek(offset)
+    def parse(self, raw, path, number):
         folder = os.path.dirname(os.path.abspath(path))
-        return parse_line(lines.readline(), f"{path}:{number}", folder, self.text_field)
+        return parse_line(raw, f"{path}:{number}", folder, self.text_field)
+
+
+def read_manifest(path, text_field="text"):
+    """All clips of a manifest, in order. Raises InputError for the first line with a defect."""
+    return list(Clips([path], math.inf, text_field, learns_text=False))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -308,11 +278,8 @@ def load_audio(clip):
             raise InputError("its channels cancel when averaged (opposite phase); extract one channel")
         decoded_s = len(waveform) / rate
         if abs(decoded_s - clip.duration) > DURATION_TOLERANCE_S + 0.01 * clip.duration:
-            lengths = f"{decoded_s:.2f} s decoded, the manifest says {clip.duration:.2f} s"
-            raise InputError(f"{lengths}; is it truncated?")
-        if rate > 5_000 * math.gcd(rate, SAMPLE_RATE):  # the filter would be huge
-            raise InputError(f"its sample rate, {rate} Hz, has no usable ratio to 16 kHz; resample it")
-    waveform = torch.from_numpy(np.ascontiguousarray(waveform))
+            raise InputError(f"{decoded_s:.2f} s decoded, the manifest says {clip.duration:.2f} s")
+    waveform = torch.from_numpy(waveform)
     return waveform if rate == SAMPLE_RATE else resampler(rate)(waveform)
 
 
@@ -322,50 +289,41 @@ def audio_errors(place):
     try:
         yield
     except (soundfile.LibsndfileError, av.FFmpegError) as error:
-        reason = getattr(error, "error_string", None) or error.strerror
-        raise AudioError(
-            f"{place}: cannot be decoded ({reason}); get it anew, or convert it to wav or flac"
-        ) from None
+        reason = f"cannot be decoded ({getattr(error, 'strerror', error)})"
+        raise AudioError(f"{place}: {reason}; get it anew, or convert it to wav or flac") from None
     except OSError as error:
-        raise AudioError(
-            f"{place}: {error.strerror}; relative paths start at the manifest's folder"
-        ) from None
+        reason = f"{error.strerror}; relative paths start at the manifest's folder"
+        raise AudioError(f"{place}: {reason}") from None
     except InputError as error:
         raise AudioError(f"{place}: {error}") from None
 
 
 def open_audio(clip):
     """A readable file with the clip's audio: the whole file, or its range of a container such as a tar."""
-    if os.path.exists(clip.audio) and not os.path.isfile(clip.audio):  # a pipe would be waited for
-        raise InputError("is a directory, or no plain file")
-    with open(clip.audio, "rb") as file:
-        size = os.path.getsize(clip.audio)
-        if clip.end_time >= 0 and clip.offset is None and size:  # of a long recording: sought, not read whole
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        offset = clip.offset or 0
-        nbytes = clip.nbytes or size
-        if offset + nbytes > size:
-            raise InputError(
-                f"ends before byte {offset + nbytes}, where the manifest says that the clip ends"
-            )
-        file.seek(offset)
-        return io.BytesIO(file.read(nbytes))
+    # Without its name: soundfile would take *.raw for a file without a header.
+    file = open(os.open(clip.audio, os.O_RDONLY), "rb")
+    if clip.offset is None:
+        return file
+    with file:
+        file.seek(clip.offset)
+        content = file.read(clip.nbytes)
+    if len(content) < clip.nbytes:
+        raise InputError(f"ends before byte {clip.offset + clip.nbytes}, the clip's end by the manifest")
+    return io.BytesIO(content)
 
 
 def decode(clip, file):
     """(samples, channels) float32 of the clip's time range, and its sample rate in Hz."""
     begin_s = max(clip.begin_time, 0)
-    end_s = begin_s + clip.duration + 60  # the rest of a file that is longer than stated takes no memory
-    if clip.end_time >= 0:
-        end_s = min(end_s, clip.end_time)
+    end_s = clip.end_time
+    if end_s < 0:
+        end_s = begin_s + clip.duration + 60  # the rest of a file that is longer than stated takes no memory
 
     audio = sound_file(file)
-    if (
-        audio is not None
-        and audio.format in ("OGG", "FLAC")
-        and clip.end_time > audio.frames / audio.samplerate
-    ):
-        audio = None  # perhaps in a second stream, which FFmpeg alone reads
+    # Of Ogg or FLAC streams in a row, libsndfile reads the first and FFmpeg all.
+    if audio is not None and audio.format in ("OGG", "FLAC"):
+        if audio.frames / audio.samplerate < begin_s + clip.duration - DURATION_TOLERANCE_S:
+            audio = None
     if audio is None:
         channels, rate = ffmpeg_samples(file, begin_s, end_s)
     else:
@@ -389,39 +347,19 @@ def decode(clip, file):
 
 
 def sound_file(file):
-    """The `SoundFile` of an open file, or None where libsndfile does not read all of it and FFmpeg has to.
+    """The `SoundFile` of an open file, or None where libsndfile cannot read it or does not know its length.
 
-    Raises InputError for a file that is cut off, which decoders pass by in silence.
+    Raises InputError for a WAV that is cut off, which decoders pass by in silence.
     """
-    raw = b""
-    if isinstance(file, io.BytesIO):  # the recording of a segment is not searched
-        raw = file.getvalue()
-    streams = re.findall(rb"OggS\0[\2\6].{8}(.{4})|fLaC[\0\x80]\0\0\x22", raw, re.DOTALL)
-    has_tag = False  # behind Ogg, where libsndfile stumbles over it in Opus
-    if raw.startswith(b"OggS"):
-        if len(set(streams)) < len(streams):
-            raise InputError("is joined from streams of one number; decode each by itself")
-        page = raw[raw.rfind(b"OggS") :].ljust(28, b"\0")  # byte 5: flags, 4 is the end; from 27 on: sizes
-        n_bytes = 27 + page[26] + sum(page[27 : 27 + page[26]])
-        has_tag = len(page) > n_bytes
-        if not page[5] & 4 or len(page) < n_bytes:
-            raise InputError("is cut off: its last page is not the end; get it whole, or re-encode it")
-    counts = re.search(rb"(?:Xing|Info)\0\0\0[\3\7\x0b\x0f].{4}(.{4})", raw[:100_000], re.DOTALL)
-    if counts and int.from_bytes(counts[1]) > len(raw) + 64:  # the first frame of an MP3 may count the bytes
-        raise InputError(f"is cut off: {len(raw)} of {int.from_bytes(counts[1])} bytes; get it whole")
-
     try:
         audio = soundfile.SoundFile(file)
     except soundfile.LibsndfileError:
         return None
     # Of MP3 libsndfile knows the length by its first frame only. Streaming writers leave it 0 or all ones.
-    if audio.format == "MP3" or len(streams) > 1 or not 0 < audio.frames < 2**36 - 1:
-        return None
-    if audio.subtype == "OPUS" and has_tag:
+    if audio.format == "MP3" or not 0 < audio.frames < 2**36 - 1:
         return None
     # Some writers count the header too, and what is written to a pipe states 2 or 4 GB.
-    sizes = r"(?:data|SSND|Data Size|riff|Riff size) *: (\d+) \(should be (\d+)\)"
-    for stated, present in re.findall(sizes, audio.extra_info):
+    for stated, present in re.findall(r"data *: (\d+) \(should be (\d+)\)", audio.extra_info):
         if int(present) + 64 < int(stated) < 0x7E00_0000:
             raise InputError(f"is cut off: {present} of {stated} bytes; get it whole, or re-encode it")
     return audio
@@ -457,8 +395,7 @@ def ffmpeg_frames(file, begin_s=0.0):
         # Times are exact where their unit is no longer than a sample: not in webm and wma (ms), and in Ogg
         # each stream has its own. There frames are counted from the first on, as in AMR, whose frames need
         # all that was before.
-        is_timed = stream.time_base * stream.rate <= 1 and container.format.name not in ("ogg", "flac")
-        is_timed = is_timed and not stream.codec_context.name.startswith(("amr", "libopencore_amr"))
+        is_timed = stream.time_base * stream.rate <= 1 and container.format.name not in ("ogg", "flac", "amr")
         if is_timed and begin_s > 1:  # early: a frame of MP3 at 8 kbit/s may need the data of 0.4 s before it
             container.seek(start + int((begin_s - 1) / stream.time_base), stream=stream)
         as_float = av.AudioResampler(format="fltp")
@@ -468,14 +405,12 @@ def ffmpeg_frames(file, begin_s=0.0):
         for packet in container.demux(stream):
             try:
                 frames = decoder.decode(packet)
-            except av.InvalidDataError as error:
-                if container.format.name != "mp3":
-                    raise
-                frames = []
-                damage = error  # or a tag, if no frame comes behind it
+            except av.InvalidDataError as error:  # or a tag behind the audio, if no frame follows it
+                damage = error
+                continue
+            if frames and damage is not None:
+                raise damage
             for frame in frames:
-                if damage is not None:
-                    raise damage
                 if kind is None and is_timed:
                     position = round((frame.pts - start) * stream.time_base * frame.rate)
                 if kind not in (None, (frame.rate, frame.layout.name)):
@@ -490,16 +425,16 @@ def resampler(rate_hz):
     return torchaudio.transforms.Resample(rate_hz, SAMPLE_RATE)
 
 
-def audio_duration(source, name="audio"):
-    """Seconds of a sound file, given by its path or as its bytes. Raises AudioError.
+def audio_duration(content, name="audio"):
+    """Seconds of a sound file, given as its bytes. Raises AudioError that begins with `name`.
 
-    Of WAV and FLAC it is the header's; anything else is decoded. `name` stands for bytes in messages.
+    Of WAV and FLAC it is the header's; anything else is decoded.
     """
-    is_path = isinstance(source, str | os.PathLike)
-    with audio_errors(source if is_path else name):
-        file = io.BytesIO(pathlib.Path(source).read_bytes() if is_path else source)
+    with audio_errors(name):
+        file = io.BytesIO(content)
         audio = sound_file(file)
-        if audio is None:
+        n_streams = max(content.count(b"OggS\0\2"), content.count(b"fLaC"))
+        if audio is None or n_streams > 1:
             return sum(frame.samples / frame.rate for _, frame in ffmpeg_frames(file))
         n_samples = audio.frames
         if audio.format not in ("WAV", "WAVEX", "FLAC"):
@@ -508,9 +443,9 @@ def audio_duration(source, name="audio"):
 
 
 def clip_from_file(path):
-    """A `Clip` of a bare audio file. Raises InputError."""
-    duration = audio_duration(path)
-    return Clip(os.path.abspath(path), max(duration, 1e-3), path, {"audio": path, "duration": duration})
+    """A `Clip` of a bare audio file. Raises AudioError."""
+    duration = audio_duration(pathlib.Path(path).read_bytes(), path)
+    return Clip(os.path.abspath(path), duration, path, {"audio": path, "duration": duration})
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -573,10 +508,8 @@ class Batch:
 
     def to(self, device):
         """The batch with its tensors on another device."""
-        moved = {}
-        for name, value in vars(self).items():
-            moved[name] = value.to(device) if isinstance(value, torch.Tensor) else value
-        return Batch(**moved)
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return dataclasses.replace(self, **{name: value.to(device) for name, value in tensors.items()})
 
 
 def collate(waveforms, front_end, languages, default_language=None, contexts=None):
@@ -591,17 +524,13 @@ def collate(waveforms, front_end, languages, default_language=None, contexts=Non
     mel_lens = [mel.shape[1] for mel in mels]
     multiple = front_end.frame_multiple
     padded_frames = math.ceil(max(mel_lens) / multiple) * multiple
-    mel = torch.zeros(len(mels), len(mels[0]), padded_frames)
-    for b, clip_mel in enumerate(mels):
-        mel[b, :, : mel_lens[b]] = clip_mel
-
     audio_lens = [front_end.n_audio_tokens(len(waveform)) for waveform in waveforms]
     prompts = []
     for audio_len, language, context in zip(audio_lens, languages, contexts):
         prompts.append(front_end.prompt(audio_len, language or default_language, context))
     prompt_ids, prompt_mask = pad_left(prompts, front_end.pad_id)
     return Batch(
-        mel=mel,
+        mel=torch.stack([F.pad(mel, (0, padded_frames - mel.shape[1])) for mel in mels]),
         mel_lens=torch.tensor(mel_lens),
         audio_lens=torch.tensor(audio_lens),
         prompt_ids=prompt_ids,
@@ -618,19 +547,14 @@ def contexts_of(clips, whose):
     """The contexts for the prompts of student and teacher, by --context: both, teacher or none."""
     contexts = [clip.context for clip in clips]
     nobody = [None] * len(clips)
-    student_contexts = contexts if whose == "both" else nobody
-    teacher_contexts = nobody if whose == "none" else contexts
-    return student_contexts, teacher_contexts
+    return contexts if whose == "both" else nobody, nobody if whose == "none" else contexts
 
 
 def pad_left(prompts, pad_id):
     """Prompt ids (B, S) and their mask (B, S) from B lists of ids."""
-    S = max(len(prompt) for prompt in prompts)
-    prompt_ids = torch.full((len(prompts), S), pad_id)
-    prompt_mask = torch.zeros(len(prompts), S, dtype=torch.bool)
-    for b, prompt in enumerate(prompts):
-        prompt_ids[b, S - len(prompt) :] = torch.tensor(prompt)
-        prompt_mask[b, S - len(prompt) :] = True
+    options = {"batch_first": True, "padding_side": "left"}
+    prompt_ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], padding_value=pad_id, **options)
+    prompt_mask = pad_sequence([torch.ones(len(prompt), dtype=torch.bool) for prompt in prompts], **options)
     return prompt_ids, prompt_mask
 
 
@@ -653,9 +577,7 @@ class BatchOrder:
         self.batch_size = batch_size
         self.seed = seed
         self.pool_batches = max(min(pool_batches, len(seconds) // batch_size), 1)  # at most one epoch
-        # Kept by each object: the steps in flight need one or two epochs and pools.
-        self.epoch = functools.lru_cache(2)(self.epoch)
-        self.pool = functools.lru_cache(2)(self.pool)
+        self.pool = functools.lru_cache(1)(self.pool)  # kept for the steps that follow
 
     def epoch(self, epoch):
         """(n,) the permutation of one epoch."""
@@ -670,13 +592,10 @@ class BatchOrder:
         n = len(self.seconds)
         size = self.pool_batches * self.batch_size
         epochs, places = np.divmod(np.arange(pool * size, (pool + 1) * size), n)
-        stream = np.empty(size, dtype=np.int64)
-        for epoch in np.unique(epochs):
-            stream[epochs == epoch] = self.epoch(int(epoch))[places[epochs == epoch]]
+        stream = np.concatenate([self.epoch(epoch)[places[epochs == epoch]] for epoch in np.unique(epochs)])
         # Longest first within an epoch: only a batch that straddles two epochs can hold a clip twice.
-        batches = stream[np.lexsort((-self.seconds[stream], epochs))].reshape(
-            self.pool_batches, self.batch_size
-        )
+        stream = stream[np.lexsort((-self.seconds[stream], epochs))]
+        batches = stream.reshape(self.pool_batches, self.batch_size)
         shuffled = np.random.default_rng((self.seed, 1, pool, 0)).permutation(self.pool_batches)
         if pool == 0:
             shuffled = np.concatenate([[0], shuffled[shuffled != 0]])
@@ -693,14 +612,10 @@ def cut_micro_batches(indices, seconds, micro_seconds):
     indices: clip numbers; seconds: durations by clip number. → lists of clip numbers.
     """
     batches = []
-    current = []
     for i in sorted(indices, key=lambda i: (-seconds[i], i)):
-        if current and (len(current) + 1) * seconds[current[0]] > micro_seconds:
-            batches.append(current)
-            current = []
-        current.append(i)
-    if current:
-        batches.append(current)
+        if not batches or (len(batches[-1]) + 1) * seconds[batches[-1][0]] > micro_seconds:
+            batches.append([])
+        batches[-1].append(i)
     return batches
 
 
@@ -730,10 +645,10 @@ class StepDataset(torch.utils.data.Dataset):
                 clips = [self.clips[i] for i in indices]
                 usable, waveforms, defects = load_usable(clips, self.check)
                 bad += defects
+                indices = [indices[b] for b in usable]
+                clips = [clips[b] for b in usable]
                 if usable:
-                    items.append(
-                        self.make(step, [indices[b] for b in usable], [clips[b] for b in usable], waveforms)
-                    )
+                    items.append(self.make(step, indices, clips, waveforms))
         except InputError as error:
             return AudioError(error)  # a value: raised in the worker, it would arrive wrapped in a traceback
         if bad and self.on_bad_audio == "error":
@@ -742,10 +657,7 @@ class StepDataset(torch.utils.data.Dataset):
 
 
 def load_usable(clips, check=None):
-    """→ places of the clips that can be used, their waveforms, and {clip, audio, reason} of the others.
-
-    check(clip) may raise AudioError too.
-    """
+    """→ places of the clips that can be used, their waveforms, and {clip, audio, reason} of the others."""
     usable = []
     waveforms = []
     bad = []
@@ -770,18 +682,16 @@ def step_batches(dataset, first_step, last_step, workers):
         multiprocessing_context="fork" if workers else None,
         worker_init_fn=lambda worker: torch.set_num_threads(1),
     )
-    items = iter(loader)
-    for step in range(first_step, last_step):
-        try:
-            item = next(items)
-        except RuntimeError as error:
-            if "exited unexpectedly" not in str(error):
-                raise
-            remedy = "if memory was short, give fewer --workers; go on by --resume"
-            raise AudioError(f"step {step + 1}: a data worker was killed; {remedy}") from error
-        if isinstance(item, InputError):
-            raise item
-        yield step, *item
+    try:
+        for step, item in zip(range(first_step, last_step), loader):
+            if isinstance(item, InputError):
+                raise item
+            yield step, *item
+    except RuntimeError as error:
+        if "exited unexpectedly" not in str(error):
+            raise
+        remedy = "if memory was short, give fewer --workers; go on by --resume"
+        raise AudioError(f"a data worker was killed; {remedy}") from error
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -856,10 +766,9 @@ MAY_CHANGE = """
 def open_run(args, script, inputs):
     """Opens a run's folder before anything slow. → (steps done, folder of that checkpoint or None, config)
 
-    A new run wants a new or empty folder. --resume goes on from the newest complete checkpoint, or from 0
-    where there is none. The steps are None where the run is finished. inputs: {name of a flag: path, or list
-    of paths} of training data and model folders. config is what `begin_run` writes; nothing is written here.
-    Rank 0 looks, and every rank gets its answer or its InputError.
+    The steps are 0 where there is no checkpoint, and None where the run is finished. inputs: {flag: path, or
+    list of paths} of training data and model folders. config is what `begin_run` writes. Rank 0 looks, and
+    every rank gets its answer or its InputError.
     """
     answer = None
     if rank_and_world()[0] == 0:
@@ -876,7 +785,7 @@ def open_run(args, script, inputs):
 def look_at_run(args, script, inputs):
     """`open_run` on rank 0."""
     out = args.out
-    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
+    if getattr(args, "tensorboard", False) and importlib.util.find_spec("tensorboard") is None:
         raise InputError("--tensorboard needs the package tensorboard: pip install tensorboard")
     config = {
         "script": script,
@@ -914,33 +823,30 @@ def look_at_run(args, script, inputs):
         os.rename(damaged, damaged + ".damaged")
     step = max(steps, default=0)
     if "summary.json" in names:
-        print(f"{out}: finished at step {step}; nothing to do", flush=True)
+        print(f"{out}: finished{f' at step {step}' if steps else ''}; nothing to do", flush=True)
         return None, None, config
-    print(f"{out}: goes on from step {step}", flush=True)
+    if "steps" in vars(args):  # not of eval.py, which says itself how much is decoded
+        print(f"{out}: goes on from step {step}", flush=True)
     return step, steps.get(step), config
 
 
 def fingerprint(path):
-    """SHA-256 of a manifest, or of a model folder: its config, and of each file of weights size and samples.
+    """SHA-256 of a manifest, or of a model folder; of a list of paths a list.
 
-    The samples are 64 pieces of 64 kB, evenly spread from the first byte to the last, so that gigabytes are
-    not read. Of a list of paths it is a list.
+    Of a model: its config, and of each file of weights the size and the first 4 kB of every 64 kB. Where a
+    part was trained, all of its tensors have changed, so it shows.
     """
     if isinstance(path, list):
         return [fingerprint(one_path) for one_path in path]
-    if not os.path.exists(path):
-        raise InputError(f"{path}: no such file or folder")
-    is_model = os.path.isdir(path)
-    with open(os.path.join(path, "config.json") if is_model else path, "rb") as file:
+    with open(os.path.join(path, "config.json") if os.path.isdir(path) else path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256")
-    piece = 2**16
-    for weights in sorted(glob.glob("*.safetensors", root_dir=path)) if is_model else []:
-        with open(os.path.join(path, weights), "rb") as file:
-            size = os.fstat(file.fileno()).st_size
+    for weights in sorted(pathlib.Path(path).glob("*.safetensors")):
+        with open(weights, "rb") as file:
+            size = os.path.getsize(weights)
             digest.update(size.to_bytes(8))
-            for offset in np.linspace(0, max(size - piece, 0), min(math.ceil(size / piece), 64), dtype=int):
+            for offset in range(0, size, 2**16):
                 file.seek(offset)
-                digest.update(file.read(piece))
+                digest.update(file.read(2**12))
     return digest.hexdigest()
 
 
@@ -953,10 +859,7 @@ def git_commit():
 
 def complete_steps(out):
     """{step: folder} of the complete checkpoints of a run; what was being written has another name."""
-    steps = {}
-    for name in os.listdir(out) if os.path.isdir(out) else []:
-        if re.fullmatch(r"step-\d+", name):
-            steps[int(name.removeprefix("step-"))] = os.path.join(out, name)
+    steps = {int(path.name[5:]): str(path) for path in pathlib.Path(out).glob("step-*[0-9]")}
     return dict(sorted(steps.items()))
 
 
@@ -1044,7 +947,7 @@ def add_lines(path, lines, mode="a"):
 def tensorboard_writer(args, first_step):
     """Rank 0's writer to OUT/tensorboard, or None.
 
-    It drops the points of later steps than `first_step`, which a resumed run writes again.
+    Points of later steps than `first_step` are dropped: a resumed run writes them again.
     """
     if not args.tensorboard or rank_and_world()[0] > 0:
         return None
@@ -1069,12 +972,7 @@ def log_metrics(out, metrics, writer):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults in --help, where there is one, and the script's docstring as it is written."""
-
-    def _get_help_string(self, action):
-        if action.default is None or action.default is False or action.default == []:
-            return action.help
-        return super()._get_help_string(action)
+    """Defaults in --help, and the script's docstring as it is written."""
 
 
 def argument_parser(script, docstring):
@@ -1100,21 +998,16 @@ def at_least(low, kind=float):
             raise argparse.ArgumentTypeError(f"must be at least {low:g}, found {text}")
         return value
 
-    number.__name__ = kind.__name__  # for argparse's own message, "invalid int value"
     return number
 
 
 def run_script(main, args):
-    """Runs main(args). A user's mistake is one line and status 2 (a loss that is not finite: 3).
+    """Runs main(args). A user's mistake, or a path that fails, is one line and status 2 (not finite: 3).
 
-    So is a path that cannot be read or written. Mistakes that all ranks meet are printed once a node, others
-    by the rank that met them.
+    Mistakes that all ranks meet are printed once a node, others by the rank that met them.
     """
     try:
         main(args)
-        sys.stdout.flush()
-    except BrokenPipeError:  # `… | head -1` has read enough: what is left goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (InputError, OSError) as error:
         if isinstance(error, OSError) and error.errno is None:  # not the system's: a library uses the class
             raise
@@ -1146,12 +1039,13 @@ def language_code(name):
     """The code of a manifest's `language`: "Chinese", "zh-CN", "cmn" → "zh"; "zh-HK", "zh-yue" → "yue".
 
     Understood are the codes of ISO 639 with two or three letters and English names, each with tags of region
-    or script. Raises InputError for anything else: a Chinese set labelled "cn" must not be scored by word in
-    silence.
+    or script. Raises InputError for anything else: a Chinese set labelled "cn" must not be scored by word.
     """
     first, *tags = re.split("[-_]", name.strip().lower())
     if not re.fullmatch("[a-z]{2,3}", first):
-        first = english_names().get(first, "und")
+        from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE  # slow to import
+
+        first = {**TO_LANGUAGE_CODE, "filipino": "fil"}.get(first, "und")
     language = langcodes.Language.get(first)
     are_tags = all(re.fullmatch("[a-z0-9]{2,8}", tag) for tag in tags)
     if language.language is None or not language.is_valid() or not are_tags:
@@ -1162,22 +1056,11 @@ def language_code(name):
     return "yue" if code == "zh" and ("hk" in tags or "yue" in tags) else code
 
 
-@functools.cache
-def english_names():
-    """{English name: code} of Whisper's languages and of `LANGUAGES`."""
-    from transformers.models.whisper import tokenization_whisper  # slow to import
-
-    names = {name.lower(): code for code, name in LANGUAGES.items()}
-    return {**tokenization_whisper.TO_LANGUAGE_CODE, **names}
-
-
 def script_language(text, default=None):
     """The language that the script of a text decides, or None.
 
-    Kana means Japanese, else Hangul Korean, else Han Chinese; Thai and Greek letters decide where most
-    letters are theirs. Latin, Cyrillic, Arabic and Devanagari letters are shared by many languages and
-    decide nothing.
-    Han is no objection to a default of Cantonese or Japanese. Control tokens do not count.
+    Kana means Japanese, else Hangul Korean, else Han Chinese, unless the default is Cantonese or Japanese.
+    Thai and Greek letters decide where most letters are theirs; many languages share the other scripts.
     """
     text = unicodedata.normalize("NFKC", MARKUP.sub(" ", text))
     scripts = [unicodedata.name(c, "?").split()[0] for c in text if c.isalpha()]

@@ -51,7 +51,6 @@ RESULT_KEYS = ("hyp", "stopped", "error", *COUNTS)  # what a result line adds to
 
 def parse_args(argv=None):
     parser = data.argument_parser("eval.py", __doc__)
-    parser.set_defaults(tensorboard=False)  # for `data.open_run`
     add = parser.add_argument
 
     # task

@@ -14,6 +14,7 @@ import contextlib
 import io
 import json
 import os
+import pathlib
 import tarfile
 import typing
 
@@ -119,34 +120,28 @@ def manifest_line(clip, shards):
     name = line.get("id", line["audio"])
     content = line.pop("content", None)
     suffix = os.path.splitext(line["audio"])[1]
+    is_segment = line.get("end_time", -1) >= 0
     try:
-        line["duration"] = duration_s(line, content, name)
+        place = name
+        if content is None and not is_segment:
+            place = line["audio"]
+            content = pathlib.Path(place).read_bytes()
+        end_s = line["end_time"] if is_segment else data.audio_duration(content, place)
+        line["duration"] = round(end_s - max(line.get("begin_time", 0), 0), 4)
         if line["duration"] <= 0:
             return LeftOut("lasts 0 s or less", name)
         readable = data.parse_line(json.dumps(line).encode(), name, "")
         if shards is None:
             return line
-        if content is None and "end_time" in line:
+        if "end_time" in line:
             content = flac(data.load_audio(readable))
             suffix = ".flac"
-        elif content is None:
-            with open(line["audio"], "rb") as file:
-                content = file.read()
     except (data.InputError, OSError) as error:
         return LeftOut("cannot be used", str(error))
     line.update(shards.add(content, suffix))
     line.pop("begin_time", None)
     line.pop("end_time", None)
     return line
-
-
-def duration_s(line, content, name):
-    """Seconds of a clip: of a segment by its times, else of its file."""
-    begin_s = max(line.get("begin_time", 0), 0)
-    end_s = line.get("end_time", -1)
-    if end_s < 0:
-        end_s = data.audio_duration(content or line["audio"], name)
-    return round(end_s - begin_s, 4)
 
 
 def flac(waveform):
