@@ -19,7 +19,6 @@ import json
 import math
 import os
 import pathlib
-import re
 import sys
 import time
 import unicodedata
@@ -28,6 +27,7 @@ import zlib
 import jiwer
 import numpy as np
 import opencc
+import regex
 import scipy.special
 import torch
 from tqdm import tqdm
@@ -42,11 +42,11 @@ DECODING = {
     "default_language": None,  # in the prompt of a clip whose line names none
     "with_context": True,  # prompts give a line's context
     "max_new_tokens": 800,  # cap on a transcript
-    "tokens_per_second": 25.0,  # cap by the audio: this × seconds + 16 tokens; 0 = off
+    "tokens_per_second": model.TOKENS_PER_SECOND,  # cap by the audio: this × seconds + 16 tokens; 0 = off
 }
 
+ANSWER = ("hyp", "stopped", "error")  # what a result line adds to the manifest's fields, and then COUNTS
 COUNTS = ("errors", "units", "substitutions", "deletions", "insertions")
-RESULT_KEYS = ("hyp", "stopped", "error", *COUNTS)  # what a result line adds to the manifest's fields
 
 
 def parse_args(argv=None):
@@ -57,9 +57,7 @@ def parse_args(argv=None):
     # task
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--model", help="student or teacher, folder or hub name: decode and score --data")
-    task.add_argument(
-        "--score", nargs="+", metavar="FILE", default=[], help="score result files again, without a model"
-    )
+    task.add_argument("--score", nargs="+", metavar="FILE", default=[], help="score result files again")
     task.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two result files, or folders of them")
     add("--data", nargs="+", default=[], help="manifests (.jsonl) or audio files, with --model")
     add("--out", help="new folder for result files and summary.json; without it results are only printed")
@@ -100,8 +98,7 @@ def main(args):
             data.write_json(args.json, comparison)
         return
 
-    scoring = {**style, "cluster": args.cluster}
-    summaries = decode_and_score(args, scoring, rank, world, device) if args.model else {}
+    summaries = decode_and_score(args, style, rank, world, device) if args.model else {}
     for stem, path in by_stem(args.score).items():
         results = read_results(path, args.cluster)
         clusters = [result["cluster"] for result in results]
@@ -121,7 +118,7 @@ def main(args):
         sys.exit(1)
 
 
-def decode_and_score(args, scoring, rank, world, device):
+def decode_and_score(args, style, rank, world, device):
     """--model: decodes and scores --data on all ranks. → {stem: summary}."""
     done = None
     if args.out:
@@ -130,7 +127,7 @@ def decode_and_score(args, scoring, rank, world, device):
         if first_step is None:
             return data.read_json(os.path.join(args.out, "summary.json"))
         done = read_parts(args.out)
-    sets = read_sets(args.data, args.max_seconds, in_memory=False)
+    sets = read_sets(args.data, args.max_seconds)
     for clips in sets.values():
         clusters_of(clips, args.cluster)  # a line without its key shows before the model is loaded
     language = data.language_code(args.language) if args.language else None
@@ -142,8 +139,6 @@ def decode_and_score(args, scoring, rank, world, device):
         os.makedirs(args.out, exist_ok=True)
         if rank == 0:
             data.write_json(os.path.join(args.out, "config.json"), config)
-            if done:
-                print(f"{sum(map(len, done.values()))} clips are decoded already", flush=True)
     decoding = {
         "batch_seconds": args.batch_seconds,
         "default_language": language,
@@ -154,7 +149,7 @@ def decode_and_score(args, scoring, rank, world, device):
     # A warm-up: what happens once, such as loading kernels, does not count in the real-time factor.
     first_clip = next(iter(sets.values()))[0]
     transcribe(speech_lm, [first_clip] * world, device, decoding, "warm-up")
-    return evaluate(speech_lm, sets, device, decoding, args.out, scoring=scoring, strict=False, done=done)
+    return evaluate(speech_lm, sets, device, decoding, args.out, args.cluster, False, done, **style)
 
 
 def by_stem(paths):
@@ -173,23 +168,19 @@ def by_stem(paths):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def read_sets(paths, max_seconds, in_memory=True):
-    """{stem: clips} of manifests or audio files: lists, or of manifests `data.Clips`, which hold no line."""
-
-    def is_wanted(clip):
-        if clip.duration > max_seconds:
-            too_long = f"{clip.duration:.1f} s, over --max-seconds {max_seconds:g}; split the clip"
-            raise data.InputError(f"{clip.where}: {too_long} (docs/data.md, Long recordings), or raise it")
-        return True
-
+def read_sets(paths, max_seconds):
+    """{stem: clips} of manifests or audio files. Raises InputError for a clip that is too long."""
     sets = {}
     for stem, path in by_stem(paths).items():
-        if not path.endswith((".jsonl", ".json")):
-            sets[stem] = list(filter(is_wanted, [data.clip_from_file(path)]))
-        elif in_memory:
-            sets[stem] = list(filter(is_wanted, data.read_manifest(path)))
+        if path.endswith((".jsonl", ".json")):
+            sets[stem] = data.Clips([path], math.inf, "text", learns_text=False)
         else:
-            sets[stem] = data.Clips([path], math.inf, "text", is_wanted, learns_text=False)
+            sets[stem] = [data.clip_from_file(path)]
+        for clip in sets[stem]:
+            if clip.duration > max_seconds:
+                too_long = f"{clip.duration:.1f} s, over --max-seconds {max_seconds:g}"
+                remedy = "split the clip (docs/data.md, Long recordings), or raise it"
+                raise data.InputError(f"{clip.where}: {too_long}; {remedy}")
     return sets
 
 
@@ -202,17 +193,15 @@ def languages_of(sets):
     return languages
 
 
-def evaluate(speech_lm, sets, device, decoding, out=None, *, scoring=None, strict=True, done=None):
+def evaluate(speech_lm, sets, device, decoding, out=None, cluster=None, strict=True, done=None, **style):
     """Decodes and scores `sets` {stem: clips} on all ranks. → {stem: summary}, see `summarize`.
 
-    decoding: some of the keys of DECODING. scoring: some of style, simplify and cluster. Rank 0 writes
+    decoding: some of the keys of DECODING. style: `style` and `simplify` of `normalize`. Rank 0 writes
     out/<stem>.jsonl and out/summary.json, or without `out` prints the transcripts of sets without texts. With
     `strict`, a clip that cannot be decoded is an InputError. With `done`, the answers of `read_parts`, each
     rank adds its answers to a part file in `out` as they come.
     """
     rank, _ = data.rank_and_world()
-    scoring = dict(scoring or {})
-    cluster = scoring.pop("cluster", None)
     clusters = {stem: clusters_of(clips, cluster) for stem, clips in sets.items()}
     summaries = {}
     for stem, clips in sets.items():
@@ -221,14 +210,14 @@ def evaluate(speech_lm, sets, device, decoding, out=None, *, scoring=None, stric
         errors = [answer["error"] for answer in answers if "error" in answer]
         if errors and strict:
             raise data.InputError(errors[0])
-        results = score(result_lines(clips, answers, out), **scoring)
+        results = score(result_lines(clips, answers, out), **style)
         if rank == 0 and out:
             os.makedirs(out, exist_ok=True)
             results = write_lines(results, os.path.join(out, f"{stem}.jsonl"))
-        summaries[stem] = summarize(results, clusters[stem], **scoring, rtf=rtf)
-        if rank == 0 and not out and summaries[stem]["scored"] == 0:
-            print_transcripts(clips, answers)
+        summaries[stem] = summarize(results, clusters[stem], **style, rtf=rtf)
         if rank == 0:
+            if not out and summaries[stem]["scored"] == 0:
+                print_transcripts(clips, answers)
             for error in errors:
                 print(f"eval.py: not decoded: {error}", file=sys.stderr, flush=True)
     if rank == 0 and out:
@@ -256,24 +245,12 @@ def transcribe(speech_lm, clips, device, decoding, label, done=(), part=None):
             batches.append(missing)
 
     answers = {}  # clip number → answer
-    left_s = sum(durations[indices].sum() for indices in batches)
-    is_hidden = rank > 0 or len(batches) < 2
-    # Over seconds of audio, because the longest clips come first: rank 0's share of what is left.
-    form = "{desc}{postfix}, {remaining} left |{bar}|"
-    bar = tqdm(total=math.ceil(left_s), desc=label, bar_format=form, leave=False, disable=is_hidden)
-    decoded_s = 0.0
     start = time.perf_counter()
-    for indices in batches:
+    for indices in tqdm(batches, desc=label, leave=False, disable=rank > 0 or len(batches) < 2):
         batch_answers = decode_batch(speech_lm, [clips[i] for i in indices], device, decoding)
         answers.update(zip(indices, batch_answers))
         if part:
             data.add_lines(part, [{"set": label, "clips": indices, "answers": batch_answers}])
-        decoded_s += durations[indices].sum()
-        rtf = (time.perf_counter() - start) / decoded_s / world
-        hours = f"{decoded_s / 3600:.2f} of {left_s / 3600:.2f} h"
-        bar.set_postfix_str(f"{len(answers)} clips, {hours}, RTF {rtf:.4f}", refresh=False)
-        bar.update(durations[indices].sum())
-    bar.close()
 
     fresh = collections.ChainMap(*data.gather(answers))
     seconds = time.perf_counter() - start
@@ -292,8 +269,11 @@ def decode_batch(speech_lm, clips, device, decoding):
     contexts = [clips[b].context for b in usable] if decoding["with_context"] else None
     language = decoding["default_language"]
     batch = data.collate(waveforms, speech_lm.front_end, languages, language, contexts).to(device)
-    caps = {key: decoding[key] for key in ("max_new_tokens", "tokens_per_second")}
-    rollout = speech_lm.sample(batch, **caps)
+    rollout = speech_lm.sample(
+        batch,
+        max_new_tokens=decoding["max_new_tokens"],
+        tokens_per_second=decoding["tokens_per_second"],
+    )
     hyps = speech_lm.front_end.texts(rollout)
     for b, hyp, stopped in zip(usable, hyps, rollout.stopped.tolist()):
         answers.insert(b, {"hyp": hyp, "stopped": stopped})  # `usable` ascends
@@ -319,11 +299,10 @@ def read_parts(out):
 
 def result_lines(clips, answers, out):
     """Yields the manifest's fields with each answer. Paths are relative to `out`: the file is a manifest."""
-    folder = os.path.realpath(out) if out else None
     for clip, answer in zip(clips, answers, strict=True):
-        fields = {key: value for key, value in clip.fields.items() if key not in RESULT_KEYS}
+        fields = {key: value for key, value in clip.fields.items() if key not in ANSWER}
         if out:
-            fields["audio"] = os.path.relpath(os.path.realpath(clip.audio), folder)
+            fields["audio"] = os.path.relpath(os.path.realpath(clip.audio), os.path.realpath(out))
         yield {**fields, **answer}
 
 
@@ -356,7 +335,8 @@ DOTTED_I_LANGUAGES = ("tr", "az")
 # and a mark of them. So does the Arabic tatweel, which only stretches a word.
 SIGNS = str.maketrans({**dict.fromkeys("’‘ʼʻʹ`´′＇", "'"), **dict.fromkeys("¨¯¸˜\u0640")})
 ROMANIAN = str.maketrans("şţŞŢ", "șțȘȚ")  # cedillas, as old keyboards have them, are commas below
-VARIATION = re.compile("[\ufe00-\ufe0f\U000e0100-\U000e01ef]")  # selectors of a character's glyph
+# Format characters, enclosing marks, and selectors of a character's glyph.
+INVISIBLE = regex.compile(r"[\p{Cf}\p{Me}\ufe00-\ufe0f\U000e0100-\U000e01ef]")
 
 # hk2s leaves Taiwan's forms. The mainland has 著 too (著名), and its 幺 (the digit one) is Taiwan's 么: such
 # pairs become one character, because this is for comparing and not for reading.
@@ -369,33 +349,24 @@ hk2s = opencc.OpenCC("hk2s")
 def normalize(text, language, style="default", simplify=False):
     """The units of a text: a list of words, or of characters for CHARACTER_LANGUAGES.
 
-    Markup (`data.MARKUP`), format characters, variation selectors and enclosing marks go first, and signs
-    are made one (SIGNS), whatever the style. Then
+    Markup (`data.MARKUP`) and INVISIBLE characters go first, and signs are made one (SIGNS), whatever the
+    style. Then
 
     - default, English: NFKC, then Whisper's English normaliser;
     - default, others and None: NFKC, lower case, punctuation and symbols as blanks;
     - paper: NFC, lower case, punctuation and symbols deleted.
     """
-    text = data.MARKUP.sub(" ", text).translate(SIGNS)
-    text = "".join(c for c in text if unicodedata.category(c) not in ("Cf", "Me") and not VARIATION.match(c))
+    text = INVISIBLE.sub("", data.MARKUP.sub(" ", text).translate(SIGNS))
     text = unicodedata.normalize("NFKC" if style == "default" else "NFC", text)
     if style == "default" and language == "en":
-        text = re.sub(r"\.{2,}", " ", text)  # Whisper's would leave a dot of "Wait…"
+        text = regex.sub(r"\.{2,}", " ", text)  # Whisper's would leave a dot of "Wait…"
         return english(text).split()
     if language == "ro":
         text = text.translate(ROMANIAN)
-
     if language in DOTTED_I_LANGUAGES:
         text = text.replace("İ", "i").replace("I", "ı")  # I is the capital of ı
-    characters = []
-    for c in text.lower():
-        category = unicodedata.category(c)
-        if category[0] in "PS":
-            c = " " if style == "default" else ""
-        elif category in ("Zs", "Zl", "Zp", "Cc"):
-            c = " "
-        characters.append(c)
-    text = "".join(characters)
+    text = regex.sub(r"[\p{P}\p{S}]", " " if style == "default" else "", text.lower())
+    text = regex.sub(r"[\p{Z}\p{Cc}]", " ", text)
     if language not in CHARACTER_LANGUAGES:
         return text.split()
     text = text.replace(" ", "")
@@ -407,13 +378,13 @@ def normalize(text, language, style="default", simplify=False):
 def normalizer_name(language, style="default", simplify=False):
     """Name and version of what `normalize` does; a change of its results changes the version."""
     if style == "paper":
-        name = "paper/3"
+        name = "paper/4"
     elif language == "en":
-        name = f"en/3-whisper-{importlib.metadata.version('whisper-normalizer')}"
+        name = f"en/4-whisper-{importlib.metadata.version('whisper-normalizer')}"
     elif language in CHARACTER_LANGUAGES:
-        name = "zh/2"
+        name = "zh/3"
     else:
-        name = "words/3"
+        name = "words/4"
     return f"{name}+t2s/2" if simplify and language in CHINESE else name
 
 
@@ -499,7 +470,7 @@ def summarize(results, clusters, style="default", simplify=False, rtf=None):
         "hours": tally["audio_s"] / 3600,
         "normalizer": ", ".join(sorted(names)),
         "rtf": rtf,
-        **cluster_figures(sums),
+        **cluster_figures([sums]),
     }
 
 
@@ -525,37 +496,32 @@ def clusters_of(clips, key=None):
         has_speaker = any(clip.fields.get("speaker") not in (None, "") for clip in clips)
         key = "speaker" if has_speaker else "recording"
     clusters = []
-    names = {}  # one object for each cluster, however many clips it has
     for clip in clips:
         value = clip.fields.get(key)
         if value not in (None, ""):
-            cluster = (key, str(value))
+            clusters.append((key, str(value)))
         elif key == "recording":
-            cluster = ("audio+offset", (os.path.realpath(clip.audio), clip.offset))
+            clusters.append(("audio+offset", (os.path.realpath(clip.audio), clip.offset)))
         else:
             remedy = "give it to every line, or choose another key (eval.py --cluster)"
             raise data.InputError(f'{clip.where}: no "{key}", which intervals are clustered by; {remedy}')
-        clusters.append(names.setdefault(cluster, cluster))
     return clusters
 
 
-def cluster_figures(clusters):
-    """{clusters, cluster_key}: how many different clusters there are, and what they were made of."""
+def cluster_figures(sets):
+    """{clusters, cluster_key}: how many clusters sets {cluster: …} have, and what these were made of."""
+    clusters = set().union(*sets)
     keys = {key for key, _ in clusters}
-    return {"clusters": len(set(clusters)), "cluster_key": ", ".join(sorted(keys)) or None}
+    return {"clusters": len(clusters), "cluster_key": ", ".join(sorted(keys)) or None}
 
 
-def cluster_table(clusters, counts):
-    """The table (G, S, C) of sums over the clips of each cluster, from n clusters and counts (n, C) a set."""
-    rows = {}  # name → row
-    for names in clusters:
-        for name in names:
-            rows.setdefault(name, len(rows))
-    table = np.zeros((len(rows), len(counts), counts[0].shape[1]))
-    for s, names in enumerate(clusters):
-        indices = [rows[name] for name in names]
-        np.add.at(table[:, s], indices, counts[s])
-    return table
+def cluster_table(sets):
+    """The table (G, S, C) of sets, each of which is {cluster: its sums (C,)}."""
+    rows = {}
+    for s, sums in enumerate(sets):
+        for cluster, row in sums.items():
+            rows.setdefault(cluster, np.zeros((len(sets), len(row))))[s] = row
+    return np.array(list(rows.values()))
 
 
 def rate(sums):
@@ -638,8 +604,8 @@ class CountedSet:
     """n clips of one set, counted in C − 1 result files."""
 
     metric: str
-    clusters: list  # (n,) of (key, value)
-    counts: np.ndarray  # (n, C): errors in each file, then reference units
+    n: int
+    sums: dict  # (key, value) of a cluster → (C,): errors in each file, then reference units
 
 
 def read_results(path, cluster=None):
@@ -665,36 +631,29 @@ def count_set(paths, style="default", simplify=False, cluster=None):
     Raises InputError where they do not hold the same clips with the same texts, each once. A clip that no
     file has decoded, or that has no text, is left out; one that only some have decoded is an error.
     """
-    files = []  # {clip: result} of each file
+    files = []  # {clip: scored result} of each file
     for path in paths:
         results = {}
         for result in score(read_results(path, cluster), style, simplify):
             if result["clip"] in results:
                 raise data.InputError(f"{result['where']}: {result['audio']} is there twice")
-            results[result["clip"]] = result
+            if "errors" in result:
+                results[result["clip"]] = result
         files.append(results)
-    clusters = []
-    languages = []
-    rows = []
-    for clip, result in collections.ChainMap(*files).items():  # the clips of all files
-        same_clip = []
+    languages = set()
+    sums = {}
+    clips = collections.ChainMap(*files)
+    for clip, result in clips.items():
         for results, path in zip(files, paths):
             if clip not in results:
-                defect = f"is not in {path} with the same text, language and cluster"
+                defect = f"is not in {path}, decoded and with the same text, language and cluster"
                 raise data.InputError(f"{result['where']}: {result['audio']} {defect}")
-            same_clip.append(results[clip])
-        unscored = [other for other in same_clip if "errors" not in other]
-        if len(unscored) == len(files):
-            continue
-        if unscored:
-            raise data.InputError(f"{unscored[0]['where']}: {unscored[0]['audio']} was not decoded")
-        clusters.append(result["cluster"])
-        languages.append(language_of(result))
-        rows.append([*(other["errors"] for other in same_clip), result["units"]])
-    counts = np.array(rows, dtype=float).reshape(-1, len(paths) + 1)
-    if not counts[:, -1].any():
+        languages.add(language_of(result))
+        counts = np.array([*(results[clip]["errors"] for results in files), result["units"]])
+        sums[result["cluster"]] = sums.get(result["cluster"], 0) + counts
+    if not any(counts[-1] for counts in sums.values()):
         raise data.InputError(f"{paths[0]}: no reference has a unit to compare")
-    return CountedSet(metric_name(languages), clusters, counts)
+    return CountedSet(metric_name(languages), len(clips), sums)
 
 
 def result_stems(folder):
@@ -736,7 +695,7 @@ def compare_folders(folder_a, folder_b, style="default", simplify=False, cluster
 
 def pair_figures(counted):
     """Both rates of a `CountedSet` of two files in %, their difference in points, and `change_figures`."""
-    errors_a, errors_b, units = counted.counts.sum(axis=0).tolist()
+    errors_a, errors_b, units = sum(counted.sums.values()).tolist()
     return {
         "metric": counted.metric,
         "a": 100 * errors_a / units,
@@ -751,15 +710,15 @@ def change_figures(sets):
 
     A cluster leaves all sets at once. None where it is not defined.
     """
-    clusters = [counted.clusters for counted in sets]
-    change = estimate(cluster_table(clusters, [counted.counts for counted in sets]), log_ratio)
+    sums = [counted.sums for counted in sets]
+    change = estimate(cluster_table(sums), log_ratio)
     return {
-        "n": sum(map(len, clusters)),
+        "n": sum(counted.n for counted in sets),
         "relative": number_or_none(percent(change.value)),
         "relative_low": number_or_none(percent(change.low)),
         "relative_high": number_or_none(percent(change.high)),
         "p": number_or_none(change.p),
-        **cluster_figures(sum(clusters, [])),
+        **cluster_figures(sums),
     }
 
 
@@ -770,27 +729,15 @@ def change_figures(sets):
 
 def print_summaries(summaries):
     """Prints the summaries {stem: summary} as a table, their normalisers, and their clusters."""
+    header = "set,metric,%,95 %,S,D,I,clips,hours,empty,loops,capped,failed,RTF".split(",")
+    keys = ["substitutions", "deletions", "insertions", "n", "hours", "empty", "looping", "capped", "failed"]
     rows = []
     for stem, summary in summaries.items():
-        row = [
-            stem,
-            summary["metric"],
-            summary["value"],
-            interval_text(summary["low"], summary["high"]),
-            summary["substitutions"],
-            summary["deletions"],
-            summary["insertions"],
-            summary["n"],
-            summary["hours"],
-            summary["empty"],
-            summary["looping"],
-            summary["capped"],
-            summary["failed"],
-            number_text(summary["rtf"], ".4f"),
-        ]
+        row = [stem, summary["metric"], summary["value"], interval_text(summary["low"], summary["high"])]
+        row += [summary[key] for key in keys]
+        row.append(number_text(summary["rtf"], ".4f"))
         rows.append(row)
-    header = "set,metric,%,95 %,S,D,I,clips,hours,empty,loops,capped,failed,RTF"
-    print_table(rows, header.split(","))
+    print_table(rows, header)
     names = {summary["normalizer"] or "none" for summary in summaries.values()}
     tqdm.write("normalizer: " + "; ".join(sorted(names)))
     print_clusters(summaries)

@@ -94,9 +94,9 @@ def compare_seeds(runs_a, runs_b, style="default", simplify=False, cluster=None)
     for stem in eval.result_stems(folders[0]):
         paths = [os.path.join(folder, f"{stem}.jsonl") for folder in folders]
         counted[stem] = eval.count_set(paths, style, simplify, cluster)
-        *errors, units = counted[stem].counts.sum(axis=0).tolist()
+        *errors, units = sum(counted[stem].sums.values()).tolist()
         rates = [100 * n / units for n in errors]
-        sets[stem] = {"metric": counted[stem].metric, "n": len(counted[stem].counts)}
+        sets[stem] = {"metric": counted[stem].metric, "n": counted[stem].n}
         sets[stem] |= {"a": rates[:n_a], "b": rates[n_a:]}
         sets[stem] |= figures_of([counted[stem]], n_a, is_paired)
     stems = [stem for stem in sets if sets[stem]["clusters"] > 1]
@@ -145,9 +145,8 @@ def check_folders(runs, folders):
 
 def figures_of(sets, n_a, is_paired):
     """`change_over_seeds` and clusters of one or several `eval.CountedSet`; the first n_a files are of A."""
-    clusters = [counted.clusters for counted in sets]
-    table = eval.cluster_table(clusters, [counted.counts for counted in sets])
-    return {**change_over_seeds(table, n_a, is_paired), **eval.cluster_figures(sum(clusters, []))}
+    sums = [counted.sums for counted in sets]
+    return {**change_over_seeds(eval.cluster_table(sums), n_a, is_paired), **eval.cluster_figures(sums)}
 
 
 def change_over_seeds(table, n_a, is_paired):

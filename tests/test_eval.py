@@ -318,11 +318,11 @@ def test_flags_reach_the_decoder(tmp_path, wav, command, capsys):
     path = write_manifest(tmp_path / "m.jsonl", line(text="Don't", language="de"))
     assert command("--data", path, stub=stub) == 0
     assert stub.caps == [(800, 25.0)] * 2 and stub.dtype == torch.float32
-    assert "normalizer: words/3" in capsys.readouterr().out
+    assert "normalizer: words/4" in capsys.readouterr().out
     flags = ["--max-new-tokens", 9, "--tokens-per-second", 2, "--normalizer", "paper", "--bf16"]
     assert command("--data", path, *flags, stub=stub) == 0
     assert stub.caps[2:] == [(9, 2.0)] * 2 and stub.dtype == torch.bfloat16
-    assert "normalizer: paper/3" in capsys.readouterr().out
+    assert "normalizer: paper/4" in capsys.readouterr().out
 
 
 def test_language_is_needed_where_the_prompt_names_one(tmp_path, wav, command, capsys):

@@ -12,7 +12,7 @@ from coverage import simulate_pairs
 import eval as evaluation
 from data import Clip, InputError
 
-ENGLISH = f"en/3-whisper-{importlib.metadata.version('whisper-normalizer')}"
+ENGLISH = f"en/4-whisper-{importlib.metadata.version('whisper-normalizer')}"
 FAMILY = "\U0001f468\u200d\U0001f469\u200d\U0001f467"  # man, woman, girl, joined by ZWJ
 KEYCAP = "5\ufe0f\u20e3"  # the 5 key
 THUMB = "\U0001f44d\U0001f3fd"  # thumbs up with a skin tone
@@ -266,7 +266,7 @@ def test_score_recounts_and_sums_up(tmp_path, capsys):
         "looping": 1,
         "capped": 1,
         "hours": pytest.approx(0.09),
-        "normalizer": f"{ENGLISH}, words/3, zh/2",
+        "normalizer": f"{ENGLISH}, words/4, zh/3",
         "rtf": None,
         "clusters": 7,
         "cluster_key": "audio+offset",
@@ -275,7 +275,7 @@ def test_score_recounts_and_sums_up(tmp_path, capsys):
     assert header.split()[:4] == ["set", "metric", "%", "95"]
     assert row.split() == f"mixed MER 366.67 {low:.2f} to {high:.2f} 0 5 61 9 0.09 2 1 1 1 –".split()
     assert notes == [
-        f"normalizer: {ENGLISH}, words/3, zh/2",
+        f"normalizer: {ENGLISH}, words/4, zh/3",
         "clusters: mixed 7 by audio+offset (few, so intervals are rough)",
     ]
 
@@ -520,7 +520,11 @@ UNPAIRED = {
     "other text": ([77], [result_line(77, text="anna bert")], "77.wav is not in .* with the same text"),
     "other language": ([77], [result_line(77, language="en")], "with the same text, language"),
     "other speaker": ([result_line(7, speaker="x")], [result_line(7, speaker="y")], "is not in .* cluster"),
-    "failed": ([0, 77], [0, result_line(77, error="bad")], r"b\.jsonl:2: 77\.wav was not decoded"),
+    "failed": (
+        [0, 77],
+        [0, result_line(77, error="bad")],
+        r"a\.jsonl:2: 77\.wav is not in .*b\.jsonl, decoded and",
+    ),
     "no text": ([result_line(77, text=None)], [result_line(77, text=None)], "no reference has a unit"),
     "no hyp": ([77], [{"audio": "77.wav", "duration": 36.0}], r"b\.jsonl:1: neither"),
     "nothing to say": ([result_line(7, text="")], [result_line(7, text="")], "no reference has a unit"),
@@ -592,10 +596,10 @@ def test_intervals_cover_the_truth(n_speakers, is_balanced):
 
 
 OPTIONS = [  # flags, errors, units, normalizer
-    ([], 3, 7, f"{ENGLISH}, zh/2"),
-    (["--normalizer", "paper"], 5, 6, "paper/3"),
-    (["--simplify"], 0, 7, f"{ENGLISH}, zh/2+t2s/2"),
-    (["--simplify", "--normalizer", "paper"], 2, 6, "paper/3, paper/3+t2s/2"),
+    ([], 3, 7, f"{ENGLISH}, zh/3"),
+    (["--normalizer", "paper"], 5, 6, "paper/4"),
+    (["--simplify"], 0, 7, f"{ENGLISH}, zh/3+t2s/2"),
+    (["--simplify", "--normalizer", "paper"], 2, 6, "paper/4, paper/4+t2s/2"),
 ]
 
 
