@@ -26,7 +26,6 @@ import zlib
 
 import jiwer
 import numpy as np
-import opencc
 import regex
 import scipy.special
 import torch
@@ -45,7 +44,6 @@ DECODING = {
     "tokens_per_second": model.TOKENS_PER_SECOND,  # cap by the audio: this × seconds + 16 tokens; 0 = off
 }
 
-ANSWER = ("hyp", "stopped", "error")  # what a result line adds to the manifest's fields, and then COUNTS
 COUNTS = ("errors", "units", "substitutions", "deletions", "insertions")
 
 
@@ -75,7 +73,6 @@ def parse_args(argv=None):
     add("--tokens-per-second", type=data.at_least(0), default=DECODING["tokens_per_second"], help="0 = off")
     # scoring
     add("--normalizer", choices=["default", "paper"], default="default", help="by language, or the paper's")
-    add("--simplify", action="store_true", help="score traditional Chinese as simplified, both sides")
     add("--cluster", metavar="KEY", help="key of clips that belong together, if not speaker or recording")
 
     args = parser.parse_args(argv)
@@ -90,19 +87,18 @@ def parse_args(argv=None):
 
 def main(args):
     rank, world, device = data.setup_distributed()
-    style = {"style": args.normalizer, "simplify": args.simplify}
     if args.compare:
-        comparison = compare_folders(*args.compare, **style, cluster=args.cluster)
+        comparison = compare_folders(*args.compare, args.normalizer, args.cluster)
         print_comparison(comparison)
         if args.json:
             data.write_json(args.json, comparison)
         return
 
-    summaries = decode_and_score(args, style, rank, world, device) if args.model else {}
+    summaries = decode_and_score(args, rank, world, device) if args.model else {}
     for stem, path in by_stem(args.score).items():
         results = read_results(path, args.cluster)
         clusters = [result["cluster"] for result in results]
-        summaries[stem] = summarize(score(results, **style), clusters, **style)
+        summaries[stem] = summarize(score(results, args.normalizer), clusters, args.normalizer)
     if rank > 0:
         return  # also where a clip failed: torchrun would stop rank 0 before it has printed
     if args.out:  # what was kept for --resume
@@ -118,27 +114,27 @@ def main(args):
         sys.exit(1)
 
 
-def decode_and_score(args, style, rank, world, device):
+def decode_and_score(args, rank, world, device):
     """--model: decodes and scores --data on all ranks. → {stem: summary}."""
-    done = None
+    done = {}
+    log = None
     if args.out:
         inputs = {"model": model.local_folder(args.model), "data": args.data}
         first_step, _, config = data.open_run(args, "eval.py", inputs)
-        if first_step is None:
+        if first_step is None:  # it is finished
             return data.read_json(os.path.join(args.out, "summary.json"))
         done = read_parts(args.out)
+        log = os.path.join(args.out, f"rank-{rank}.part")
     sets = read_sets(args.data, args.max_seconds)
     for clips in sets.values():
         clusters_of(clips, args.cluster)  # a line without its key shows before the model is loaded
     language = data.language_code(args.language) if args.language else None
-    speech_lm = model.SpeechLM.from_pretrained(args.model, torch.bfloat16 if args.bf16 else torch.float32)
-    speech_lm = speech_lm.to(device).eval()
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    speech_lm = model.SpeechLM.from_pretrained(args.model, dtype).to(device).eval()
     model.check_languages(languages_of(sets), language, speech_lm)
     if args.out:
-        data.barrier()  # no rank writes before all have read, and a refused run leaves no folder behind
-        os.makedirs(args.out, exist_ok=True)
-        if rank == 0:
-            data.write_json(os.path.join(args.out, "config.json"), config)
+        data.begin_run(args.out, config, first_step)  # when all ranks have read the part files
+        data.barrier()  # the folder is there
     decoding = {
         "batch_seconds": args.batch_seconds,
         "default_language": language,
@@ -149,7 +145,9 @@ def decode_and_score(args, style, rank, world, device):
     # A warm-up: what happens once, such as loading kernels, does not count in the real-time factor.
     first_clip = next(iter(sets.values()))[0]
     transcribe(speech_lm, [first_clip] * world, device, decoding, "warm-up")
-    return evaluate(speech_lm, sets, device, decoding, args.out, args.cluster, False, done, **style)
+    return evaluate(
+        speech_lm, sets, device, decoding, args.out, args.normalizer, args.cluster, False, done, log
+    )
 
 
 def by_stem(paths):
@@ -193,28 +191,28 @@ def languages_of(sets):
     return languages
 
 
-def evaluate(speech_lm, sets, device, decoding, out=None, cluster=None, strict=True, done=None, **style):
+def evaluate(
+    speech_lm, sets, device, decoding, out=None, style="default", cluster=None, strict=True, done=(), log=None
+):
     """Decodes and scores `sets` {stem: clips} on all ranks. → {stem: summary}, see `summarize`.
 
-    decoding: some of the keys of DECODING. style: `style` and `simplify` of `normalize`. Rank 0 writes
+    decoding: some of the keys of DECODING. style: of `normalize`. cluster: of `clusters_of`. Rank 0 writes
     out/<stem>.jsonl and out/summary.json, or without `out` prints the transcripts of sets without texts. With
-    `strict`, a clip that cannot be decoded is an InputError. With `done`, the answers of `read_parts`, each
-    rank adds its answers to a part file in `out` as they come.
+    `strict`, a clip that cannot be decoded is an InputError. done, log: see `transcribe`.
     """
     rank, _ = data.rank_and_world()
     clusters = {stem: clusters_of(clips, cluster) for stem, clips in sets.items()}
     summaries = {}
     for stem, clips in sets.items():
-        parts = {} if done is None else {"done": done[stem], "part": os.path.join(out, f"rank-{rank}.part")}
-        answers, rtf = transcribe(speech_lm, clips, device, decoding, stem, **parts)
+        answers, rtf = transcribe(speech_lm, clips, device, decoding, stem, done, log)
         errors = [answer["error"] for answer in answers if "error" in answer]
         if errors and strict:
             raise data.InputError(errors[0])
-        results = score(result_lines(clips, answers, out), **style)
+        results = score(result_lines(clips, answers, out), style)
         if rank == 0 and out:
             os.makedirs(out, exist_ok=True)
             results = write_lines(results, os.path.join(out, f"{stem}.jsonl"))
-        summaries[stem] = summarize(results, clusters[stem], **style, rtf=rtf)
+        summaries[stem] = summarize(results, clusters[stem], style, rtf)
         if rank == 0:
             if not out and summaries[stem]["scored"] == 0:
                 print_transcripts(clips, answers)
@@ -225,55 +223,50 @@ def evaluate(speech_lm, sets, device, decoding, out=None, cluster=None, strict=T
     return summaries
 
 
-def transcribe(speech_lm, clips, device, decoding, label, done=(), part=None):
+def transcribe(speech_lm, clips, device, decoding, label, done=(), log=None):
     """Greedy transcripts: each rank decodes its share, and every rank gets all of them.
 
     → answers, {hyp, stopped} for each of `clips`, in their order, or {error} where it cannot be decoded; and
     the real-time factor. Batches hold clips of like length, the longest first. decoding: some of the keys of
-    DECODING. done: {clip number: answer} of what is not decoded again. part: file that gets a line a batch.
+    DECODING. done: what is not decoded again, see `read_parts`. log: file that gets a line a batch.
     """
     decoding = {**DECODING, **decoding}
-    assert decoding.keys() == DECODING.keys(), f"decoding takes the keys {', '.join(DECODING)}"
+    batch_seconds = decoding.pop("batch_seconds")
     rank, world = data.rank_and_world()
     durations = np.array([clip.duration for clip in clips])
     share = np.argsort(-durations, kind="stable").tolist()[rank::world]
     batches = []
-    for batch in data.cut_micro_batches(share, durations, decoding["batch_seconds"]):
+    for batch in data.cut_micro_batches(share, durations, batch_seconds):
         # What is done leaves its batch after the cut: batch mates decide the last bits of a clip's scores.
-        missing = [i for i in batch if i not in done]
+        missing = [i for i in batch if (label, i) not in done]
         if missing:
             batches.append(missing)
 
     answers = {}  # clip number → answer
     start = time.perf_counter()
     for indices in tqdm(batches, desc=label, leave=False, disable=rank > 0 or len(batches) < 2):
-        batch_answers = decode_batch(speech_lm, [clips[i] for i in indices], device, decoding)
+        batch_answers = decode_batch(speech_lm, [clips[i] for i in indices], device, **decoding)
         answers.update(zip(indices, batch_answers))
-        if part:
-            data.add_lines(part, [{"set": label, "clips": indices, "answers": batch_answers}])
+        if log:
+            data.add_lines(log, [{"set": label, "clips": indices, "answers": batch_answers}])
 
     fresh = collections.ChainMap(*data.gather(answers))
     seconds = time.perf_counter() - start
     audio_s = sum(durations[i] for i, answer in fresh.items() if "hyp" in answer)
-    answers = [fresh[i] if i in fresh else done[i] for i in range(len(clips))]
+    answers = [fresh[i] if i in fresh else done[label, i] for i in range(len(clips))]
     return answers, seconds / audio_s if audio_s else None
 
 
-def decode_batch(speech_lm, clips, device, decoding):
-    """The answers of the clips of one batch, see `transcribe`."""
+def decode_batch(speech_lm, clips, device, default_language, with_context, max_new_tokens, tokens_per_second):
+    """The answers of the clips of one batch, see `transcribe`; the options are those of DECODING."""
     usable, waveforms, defects = data.load_usable(clips)
     answers = [{"error": defect["reason"]} for defect in defects]  # without the usable ones so far
     if not usable:
         return answers
     languages = [clips[b].language for b in usable]
-    contexts = [clips[b].context for b in usable] if decoding["with_context"] else None
-    language = decoding["default_language"]
-    batch = data.collate(waveforms, speech_lm.front_end, languages, language, contexts).to(device)
-    rollout = speech_lm.sample(
-        batch,
-        max_new_tokens=decoding["max_new_tokens"],
-        tokens_per_second=decoding["tokens_per_second"],
-    )
+    contexts = [clips[b].context for b in usable] if with_context else None
+    batch = data.collate(waveforms, speech_lm.front_end, languages, default_language, contexts).to(device)
+    rollout = speech_lm.sample(batch, max_new_tokens=max_new_tokens, tokens_per_second=tokens_per_second)
     hyps = speech_lm.front_end.texts(rollout)
     for b, hyp, stopped in zip(usable, hyps, rollout.stopped.tolist()):
         answers.insert(b, {"hyp": hyp, "stopped": stopped})  # `usable` ascends
@@ -281,26 +274,24 @@ def decode_batch(speech_lm, clips, device, decoding):
 
 
 def read_parts(out):
-    """{stem: {clip number: answer}} of a folder's part files. A last line that a kill cut off is removed."""
-    done = collections.defaultdict(dict)
+    """{(stem, clip number): answer} of a folder's part files. A last line that a kill cut off is removed."""
+    done = {}
     for path in pathlib.Path(out).glob("*.part"):
-        size = 0
-        with open(path, "rb") as file:
-            for raw in file:
-                if raw.endswith(b"\n"):
-                    size += len(raw)
-                    line = json.loads(raw)
-                    for i, answer in zip(line["clips"], line["answers"]):
-                        if "hyp" in answer:  # what could not be decoded is tried again
-                            done[line["set"]][i] = answer
+        raw = path.read_bytes()
+        size = raw.rfind(b"\n") + 1
         os.truncate(path, size)
+        for raw_line in raw[:size].splitlines():
+            line = json.loads(raw_line)
+            for i, answer in zip(line["clips"], line["answers"]):
+                if "hyp" in answer:  # what could not be decoded is tried again
+                    done[line["set"], i] = answer
     return done
 
 
 def result_lines(clips, answers, out):
     """Yields the manifest's fields with each answer. Paths are relative to `out`: the file is a manifest."""
     for clip, answer in zip(clips, answers, strict=True):
-        fields = {key: value for key, value in clip.fields.items() if key not in ANSWER}
+        fields = {key: clip.fields[key] for key in clip.fields if key not in ("hyp", "stopped", "error")}
         if out:
             fields["audio"] = os.path.relpath(os.path.realpath(clip.audio), os.path.realpath(out))
         yield {**fields, **answer}
@@ -329,7 +320,6 @@ def print_transcripts(clips, answers):
 
 # Scored by character: scripts that write no blanks between words, and Korean, whose blanks are not settled.
 CHARACTER_LANGUAGES = ("zh", "yue", "ja", "ko", "th", "lo", "my", "km", "bo")
-CHINESE = ("zh", "yue")
 DOTTED_I_LANGUAGES = ("tr", "az")
 # One apostrophe for every sign that is typed for it. Accents that stand alone go before NFKC makes a blank
 # and a mark of them. So does the Arabic tatweel, which only stretches a word.
@@ -338,15 +328,10 @@ ROMANIAN = str.maketrans("şţŞŢ", "șțȘȚ")  # cedillas, as old keyboards h
 # Format characters, enclosing marks, and selectors of a character's glyph.
 INVISIBLE = regex.compile(r"[\p{Cf}\p{Me}\ufe00-\ufe0f\U000e0100-\U000e01ef]")
 
-# hk2s leaves Taiwan's forms. The mainland has 著 too (著名), and its 幺 (the digit one) is Taiwan's 么: such
-# pairs become one character, because this is for comparing and not for reading.
-TAIWAN_FORMS = str.maketrans("著簷痺睪幺", "着檐痹睾么")
-
 english = EnglishTextNormalizer()
-hk2s = opencc.OpenCC("hk2s")
 
 
-def normalize(text, language, style="default", simplify=False):
+def normalize(text, language, style="default"):
     """The units of a text: a list of words, or of characters for CHARACTER_LANGUAGES.
 
     Markup (`data.MARKUP`) and INVISIBLE characters go first, and signs are made one (SIGNS), whatever the
@@ -367,25 +352,18 @@ def normalize(text, language, style="default", simplify=False):
         text = text.replace("İ", "i").replace("I", "ı")  # I is the capital of ı
     text = regex.sub(r"[\p{P}\p{S}]", " " if style == "default" else "", text.lower())
     text = regex.sub(r"[\p{Z}\p{Cc}]", " ", text)
-    if language not in CHARACTER_LANGUAGES:
-        return text.split()
-    text = text.replace(" ", "")
-    if simplify and language in CHINESE:
-        text = hk2s.convert(text).translate(TAIWAN_FORMS).replace("甚么", "什么")  # 甚麼: Hong Kong's 什么
-    return list(text)
+    if language in CHARACTER_LANGUAGES:
+        return list(text.replace(" ", ""))
+    return text.split()
 
 
-def normalizer_name(language, style="default", simplify=False):
+def normalizer_name(language, style="default"):
     """Name and version of what `normalize` does; a change of its results changes the version."""
     if style == "paper":
-        name = "paper/4"
-    elif language == "en":
-        name = f"en/4-whisper-{importlib.metadata.version('whisper-normalizer')}"
-    elif language in CHARACTER_LANGUAGES:
-        name = "zh/3"
-    else:
-        name = "words/4"
-    return f"{name}+t2s/2" if simplify and language in CHINESE else name
+        return "paper/4"
+    if language == "en":
+        return f"en/4-whisper-{importlib.metadata.version('whisper-normalizer')}"
+    return "zh/3" if language in CHARACTER_LANGUAGES else "words/4"
 
 
 def language_of(fields):
@@ -400,16 +378,15 @@ def language_of(fields):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def count_errors(reference, hypothesis, language, style="default", simplify=False):
+def count_errors(reference, hypothesis, language, style="default"):
     """{errors, units, substitutions, deletions, insertions} of one clip, counted by jiwer."""
-    reference_units = normalize(reference, language, style, simplify)
-    hypothesis_units = normalize(hypothesis, language, style, simplify)
+    reference_units = normalize(reference, language, style)
+    hypothesis_units = normalize(hypothesis, language, style)
     counts = {"substitutions": 0, "deletions": 0, "insertions": len(hypothesis_units)}
     if reference_units:  # jiwer refuses an empty reference, where every unit of the hypothesis is inserted
         alignment = jiwer.process_words(" ".join(reference_units), " ".join(hypothesis_units))
         counts = {name: getattr(alignment, name) for name in counts}
-    n_errors = sum(counts.values())
-    return {"errors": n_errors, "units": len(reference_units), **counts}
+    return {"errors": sum(counts.values()), "units": len(reference_units), **counts}
 
 
 def looping(text):
@@ -418,13 +395,12 @@ def looping(text):
     return len(raw) > 2.4 * len(zlib.compress(raw))
 
 
-def score(results, style="default", simplify=False):
+def score(results, style="default"):
     """Yields result lines with error counts where a line has a text and a hypothesis. Old counts go."""
     for result in results:
         fields = {key: value for key, value in result.items() if key not in COUNTS}
         if fields.get("text") is not None and "error" not in fields:
-            language = language_of(fields)
-            fields.update(count_errors(fields["text"], fields["hyp"], language, style, simplify))
+            fields.update(count_errors(fields["text"], fields["hyp"], language_of(fields), style))
         yield fields
 
 
@@ -434,14 +410,14 @@ def metric_name(languages):
     return "MER" if len(metrics) > 1 else min(metrics, default="WER")
 
 
-def summarize(results, clusters, style="default", simplify=False, rtf=None):
+def summarize(results, clusters, style="default", rtf=None):
     """Figures of one set from its scored result lines and the cluster of each line (`clusters_of`).
 
     rtf: the real-time factor. docs/scores.md defines all keys.
     """
     tally = collections.Counter()
     languages = set()
-    sums = {}  # cluster → its sums of COUNTS
+    sums = {}  # cluster → its errors and units
     for result, cluster in zip(results, clusters, strict=True):
         tally["n"] += 1
         if "error" in result:
@@ -454,19 +430,17 @@ def summarize(results, clusters, style="default", simplify=False, rtf=None):
         if "errors" in result:
             tally["scored"] += 1
             languages.add(language_of(result))
-            sums[cluster] = sums.get(cluster, 0) + np.array([result[key] for key in COUNTS])
+            tally.update({key: result[key] for key in COUNTS})
+            sums[cluster] = sums.get(cluster, 0) + np.array([result["errors"], result["units"]])
 
-    counts = np.array(list(sums.values()), dtype=int).reshape(-1, len(COUNTS))  # (G, 5)
-    total = dict(zip(COUNTS, counts.sum(axis=0).tolist()))
-    interval = estimate(counts[:, None, :2], rate)  # of errors and units
-    names = {normalizer_name(language, style, simplify) for language in languages}
+    interval = estimate(np.array(list(sums.values())).reshape(-1, 1, 2), rate)
+    names = {normalizer_name(language, style) for language in languages}
     return {
         "metric": metric_name(languages),
-        "value": 100 * total["errors"] / total["units"] if total["units"] else None,
+        "value": 100 * tally["errors"] / tally["units"] if tally["units"] else None,
         "low": number_or_none(interval.low),
         "high": number_or_none(interval.high),
-        **total,
-        **{key: tally[key] for key in ("n", "scored", "failed", "empty", "looping", "capped")},
+        **{key: tally[key] for key in (*COUNTS, "n", "scored", "failed", "empty", "looping", "capped")},
         "hours": tally["audio_s"] / 3600,
         "normalizer": ", ".join(sorted(names)),
         "rtf": rtf,
@@ -478,7 +452,7 @@ def summarize(results, clusters, style="default", simplify=False, rtf=None):
 # Intervals: the jackknife over clusters
 #
 # What varies by chance is the cluster, such as a speaker, and not the clip. Figures come from a table
-# (..., G, S, C) of counts: G clusters, S sets, and C columns, the errors of each result file and last the
+# (G, S, C) of counts: G clusters, S sets, and C columns, the errors of each result file and last the
 # reference units. A statistic takes sums over clusters (..., S, C) to a number (...).
 # ----------------------------------------------------------------------------------------------------------
 
@@ -557,22 +531,22 @@ class Estimate:
 
 
 def estimate(table, statistic):
-    """The `Estimate` of a statistic by leaving out one cluster at a time, from one or many tables (G, S, C).
+    """The `Estimate` of a statistic by leaving out one cluster of a table (G, S, C) at a time.
 
     SE² = (G − 1)/G Σ_g (θ_(g) − θ)². One cluster gives a value only. Nothing is defined where the statistic
     is not, with all clusters or without one.
     """
-    n_clusters = table.shape[-3]
-    total = table.sum(axis=-3)
-    left_out = total[..., None, :, :] - table
+    n_clusters = len(table)
+    total = table.sum(axis=0)
     with np.errstate(divide="ignore", invalid="ignore"):
         value = statistic(total)
-        deviations = statistic(left_out) - value[..., None]  # (..., G)
-        se = np.sqrt((n_clusters - 1) / max(n_clusters, 1) * (deviations**2).sum(axis=-1))
-    se = np.where(se < ROUNDING, 0.0, se)
-    is_defined = np.isfinite(value) & (np.isfinite(se) | (n_clusters == 1))
-    value = np.where(is_defined, value, np.nan)[()]  # [()]: a float where it is one number
-    se = np.where(is_defined, se, np.nan)[()]
+        deviations = statistic(total - table) - value  # (G,)
+        se = np.sqrt((n_clusters - 1) / max(n_clusters, 1) * (deviations**2).sum())
+    if se < ROUNDING:
+        se = 0.0
+    if not np.isfinite(value) or n_clusters > 1 and not np.isfinite(se):
+        value = np.nan
+        se = np.nan
     return t_estimate(value, se, n_clusters - 1)
 
 
@@ -582,10 +556,10 @@ def t_estimate(value, se, df):
     p = 2 (1 − T_df(|value| / se)). With se = 0 it is 1 for the value 0, else NaN.
     """
     half = scipy.special.stdtrit(df, 0.975) * se  # both tails together leave out 5 %
-    with np.errstate(divide="ignore", invalid="ignore"):
-        p = 2 * scipy.special.stdtr(df, -np.abs(value) / se)
-    p_without_spread = np.where(np.abs(value) < ROUNDING, 1.0, np.nan)
-    p = np.where(se == 0, p_without_spread, p)[()]
+    if se == 0:
+        p = 1.0 if abs(value) < ROUNDING else np.nan
+    else:
+        p = 2 * scipy.special.stdtr(df, -abs(value) / se)
     return Estimate(value, se, value - half, value + half, p)
 
 
@@ -625,7 +599,7 @@ def read_results(path, cluster=None):
     return results
 
 
-def count_set(paths, style="default", simplify=False, cluster=None):
+def count_set(paths, style="default", cluster=None):
     """The `CountedSet` of result files of the same clips, in whatever order their lines are.
 
     Raises InputError where they do not hold the same clips with the same texts, each once. A clip that no
@@ -634,7 +608,7 @@ def count_set(paths, style="default", simplify=False, cluster=None):
     files = []  # {clip: scored result} of each file
     for path in paths:
         results = {}
-        for result in score(read_results(path, cluster), style, simplify):
+        for result in score(read_results(path, cluster), style):
             if result["clip"] in results:
                 raise data.InputError(f"{result['where']}: {result['audio']} is there twice")
             if "errors" in result:
@@ -664,7 +638,7 @@ def result_stems(folder):
     return stems
 
 
-def compare_folders(folder_a, folder_b, style="default", simplify=False, cluster=None, strict=True):
+def compare_folders(folder_a, folder_b, style="default", cluster=None, strict=True):
     """Compares the result files of two folders, paired by name, or two result files.
 
     → {"sets": {stem: `pair_figures`}, "macro", "left_out"}. The macro is the primary figure of several sets,
@@ -681,7 +655,7 @@ def compare_folders(folder_a, folder_b, style="default", simplify=False, cluster
     left_out = {}
     for stem, paths in pairs.items():
         try:
-            counted[stem] = count_set(paths, style, simplify, cluster)
+            counted[stem] = count_set(paths, style, cluster)
         except data.InputError as error:
             if strict:
                 raise
@@ -799,10 +773,9 @@ def print_table(rows, header):
         table.append(cells)
     widths = [max(map(len, column)) for column in zip(*table)]
     for first, *others in table:
-        cells = [first.ljust(widths[0])]
-        for cell, width in zip(others, widths[1:]):
-            cells.append(cell.rjust(width))
-        tqdm.write("  ".join(cells))  # not print: a progress bar may be on the screen
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:])]
+        # Not print, because a progress bar may be on the screen.
+        tqdm.write("  ".join([first.ljust(widths[0]), *cells]))
 
 
 if __name__ == "__main__":

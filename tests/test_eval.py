@@ -142,7 +142,7 @@ def test_transcribe_answers_in_the_manifests_order(six_clips):
     assert evaluation.transcribe(stub, six_clips, CPU, decoding, "x")[0] == ANSWERS
     assert stub.batches == [[0.7], [0.5, 0.4], [0.3, 0.2, 0.1]]  # within 1 s, counted as clips × longest
     assert stub.caps == [(50, 5.0)] * 3
-    with pytest.raises(AssertionError, match="decoding takes the keys batch_seconds, "):
+    with pytest.raises(TypeError, match="language"):
         evaluation.transcribe(stub, six_clips, CPU, {"language": "en"}, "x")
 
 

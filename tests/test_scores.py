@@ -101,30 +101,17 @@ PAPER = [
     ("zh", "５０％", "５ ０"),
     ("zh", "臺灣《》" + FAMILY, "臺 灣"),
 ]
-SIMPLIFIED = [
-    ("zh", "default", "臺灣大學", "台 湾 大 学"),
-    ("zh", "default", "頭髮、發現，後來", "头 发 发 现 后 来"),
-    ("zh", "default", "乾燥的乾坤", "干 燥 的 乾 坤"),  # by phrase: 乾 stays in 乾坤
-    ("zh", "default", "軟體 ＯＫ", "软 体 o k"),  # characters, not the mainland's words
-    ("zh", "default", "看著名著，看着名著", "看 着 名 着 看 着 名 着"),  # 著 and 着 are one
-    ("zh", "default", "衞生，甚麼，麻痺", "卫 生 什 么 麻 痹"),
-    ("zh", "default", "一幺三，一么三", "一 么 三 一 么 三"),
-    ("zh", "paper", "臺灣！", "台 湾"),
-    ("yue", "default", "廣東話", "广 东 话"),
-    ("ja", "default", "廣島", "廣 島"),  # zh and yue only
-]
 TABLE = [
-    *(("en", "default", False, *row) for row in EN),
-    *(("zh", "default", False, *row) for row in ZH),
-    *((language, "default", False, *row) for language, *row in OTHERS),
-    *((language, "paper", False, *row) for language, *row in PAPER),
-    *((language, style, True, *row) for language, style, *row in SIMPLIFIED),
+    *(("en", "default", *row) for row in EN),
+    *(("zh", "default", *row) for row in ZH),
+    *((language, "default", *row) for language, *row in OTHERS),
+    *((language, "paper", *row) for language, *row in PAPER),
 ]
 
 
-@pytest.mark.parametrize("language, style, simplify, text, units", TABLE)
-def test_normalize(language, style, simplify, text, units):
-    assert evaluation.normalize(text, language, style, simplify) == units.split(" ") * bool(units)
+@pytest.mark.parametrize("language, style, text, units", TABLE)
+def test_normalize(language, style, text, units):
+    assert evaluation.normalize(text, language, style) == units.split(" ") * bool(units)
 
 
 def test_language_of():
@@ -595,24 +582,14 @@ def test_intervals_cover_the_truth(n_speakers, is_balanced):
 # ----------------------------------------------------------------------------------------------------------
 
 
-OPTIONS = [  # flags, errors, units, normalizer
-    ([], 3, 7, f"{ENGLISH}, zh/3"),
-    (["--normalizer", "paper"], 5, 6, "paper/4"),
-    (["--simplify"], 0, 7, f"{ENGLISH}, zh/3+t2s/2"),
-    (["--simplify", "--normalizer", "paper"], 2, 6, "paper/4, paper/4+t2s/2"),
-]
-
-
-@pytest.mark.parametrize("options, errors, units, names", OPTIONS)
-def test_score_takes_normalizer_and_simplify(tmp_path, options, errors, units, names):
-    """Three errors are traditional characters; don't against do not is two where contractions stay."""
-    lines = [
-        result_line(0, text="台湾大学!", hyp="臺灣大學", language="zh"),
-        result_line(1, text="I don't", hyp="I do not", language="en"),
-    ]
-    run("--score", write_lines(tmp_path / "r.jsonl", lines), "--json", tmp_path / "s.json", *options)
-    summary = stored(tmp_path / "s.json")["r"]
-    assert (summary["errors"], summary["units"], summary["normalizer"]) == (errors, units, names)
+def test_score_takes_a_normalizer(tmp_path):
+    """don't against do not is no error by default, and two where contractions stay."""
+    lines = [result_line(0, text="I don't", hyp="I do not", language="en")]
+    path = write_lines(tmp_path / "r.jsonl", lines)
+    for normalizer, expected in (("default", (0, 3, ENGLISH)), ("paper", (2, 2, "paper/4"))):
+        run("--score", path, "--json", tmp_path / "s.json", "--normalizer", normalizer)
+        summary = stored(tmp_path / "s.json")["r"]
+        assert (summary["errors"], summary["units"], summary["normalizer"]) == expected
 
 
 def test_score_refuses_equal_stems(tmp_path):
