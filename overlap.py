@@ -9,9 +9,9 @@ student, both over the ids that both models may write; S and T are the top-k ids
 U = S ∪ T (the paper's union support), I = S ∩ T. Only VUSS is in the paper.
 
 Prints a table with a column for all rows, each set, each language and each quarter of the transcripts. --out
-gets overlap.json (the table), clips.jsonl (a line a clip) and positions.png; docs/metrics.md defines every
-number. Values are sums over rows divided by counts, over all ranks. It takes about as long as decoding the
-clips with both models.
+gets overlap.json (the table) and clips.jsonl (a line a clip); docs/metrics.md defines every number. Values
+are sums over rows divided by counts, over all ranks. It takes about as long as decoding the clips with both
+models.
 """
 
 import collections
@@ -28,7 +28,6 @@ import model
 from data import at_least
 
 QUARTERS = 4  # parts of a transcript in the table
-TENTHS = 10  # and in the picture
 
 
 def parse_args(argv=None):
@@ -46,13 +45,11 @@ def parse_args(argv=None):
     add("--batch-seconds", type=at_least(0.01), default=600.0, help="seconds of audio scored at once")
     add("--max-seconds", type=at_least(0.01), default=30.0, help="longest clip accepted; longer is an error")
     # transcripts
-    add(
-        "--states", choices=whose, default="student", help="whose transcripts are scored; reference: the text"
-    )
+    add("--states", choices=whose, default="student", help="whose are scored; reference: the text")
     add("--max-new-tokens", type=at_least(1, int), default=800, help="cap on a written transcript")
     add("--tokens-per-second", type=at_least(0), default=25.0, help="cap too: this × seconds + 16; 0 = off")
     # output
-    add("--out", help="new folder for tables and pictures; without it the table is only printed")
+    add("--out", help="new folder for overlap.json and clips.jsonl; without it the table is only printed")
     return parser.parse_args(argv)
 
 
@@ -89,13 +86,12 @@ def main(args):
         rollout = transcripts["scored"].to("cpu")
         values = {name: value.cpu() for name, value in values.items()}
 
-        # Sums over the rows of each part of the transcripts.
+        # Sums over the rows of each quarter of the transcripts.
         row_clip, position = rollout.row_mask().nonzero(as_tuple=True)  # (N,), (N,)
         n_rows = (rollout.lens + rollout.stopped)[row_clip]  # (N,) of the row's clip
-        for name, n_parts in (("quarter", QUARTERS), ("tenth", TENTHS)):
-            part = n_parts * position // n_rows
-            for n in range(n_parts):
-                add_rows(sums[f"{name} {n + 1}"], values, part == n)
+        quarter = QUARTERS * position // n_rows
+        for n in range(QUARTERS):
+            add_rows(sums[f"quarter {n + 1}"], values, quarter == n)
 
         # A clip has a line, with the means over its rows, and counts in several groups.
         texts = {whose: student.front_end.texts(written) for whose, written in transcripts.items()}
@@ -129,7 +125,6 @@ def main(args):
         lines_of_all.update(rank_lines)
     if rank > 0:
         return
-    tenths = [means(total.pop(f"tenth {n + 1}", {})) for n in range(TENTHS)]
     table = {group: means(total[group]) for group in sorted(total) if total[group]}
 
     # ---- report ----------------------------------------------------------------------------------------
@@ -144,12 +139,10 @@ def main(args):
             "k": args.k,
             "clips": len(clips),
             "measures": table,
-            "tenths": tenths,
         }
         data.write_json(os.path.join(args.out, "overlap.json"), result)
         lines = [lines_of_all[i] for i in range(len(clips))]
         data.add_lines(os.path.join(args.out, "clips.jsonl"), lines, mode="w")
-        position_figure(tenths, args.k).savefig(os.path.join(args.out, "positions.png"))
     rows = []
     for name in table["all"]:
         row = [name]
@@ -188,7 +181,7 @@ def add_rows(sums, values, row_mask):
 
 def means(sums):
     """{positions, and the mean of each measure} from the sums over the rows of a group."""
-    n = sums.get("positions", 0)
+    n = sums["positions"]
     table = {"positions": n}
     for name, value in sums.items():
         if name != "positions":
@@ -351,50 +344,8 @@ def expectation(weights, values):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Pictures
+# The picture of a run of opd.py
 # ----------------------------------------------------------------------------------------------------------
-
-POSITION_PANELS = {
-    "overlap of sets": ["overlap_ratio", "jaccard", "top1"],
-    "mass on I": ["mass_student", "mass_teacher"],
-    "advantage, nats": ["advantage"],
-    "entropy gap, nats": ["entropy_gap"],
-    "KL, nats": ["kl_union", "kl_full"],
-    "log p of the token, nats": ["teacher_logp"],
-    "rows": ["positions"],
-}
-
-
-def new_figure(n_rows, n_columns):
-    """A matplotlib figure with n_rows × n_columns axes, and these in a list. It needs no screen."""
-    figure = Figure(figsize=(4 * n_columns, 3 * n_rows), layout="constrained")
-    return figure, figure.subplots(n_rows, n_columns, squeeze=False).flatten().tolist()
-
-
-def position_figure(tenths, k):
-    """Means by tenth of the transcript, from its begin to its end: eight panels, VUSS / k first."""
-    figure, axes = new_figure(2, 4)
-    middles = (np.arange(TENTHS) + 0.5) / TENTHS
-
-    def draw(axis, name, label, divisor=1):
-        values = [row.get(name, np.nan) / divisor for row in tenths]  # no row in a tenth: a hole
-        axis.plot(middles, values, marker=".", label=label)
-
-    axes[0].set_title("VUSS / k: 1 = the same sets, 2 = disjoint")
-    for nested_k in nested_ks(k):
-        draw(axes[0], f"vuss_{nested_k}", f"k = {nested_k}", nested_k)
-    draw(axes[0], "vuss", f"k = {k}", k)
-    for axis, (title, names) in zip(axes[1:], POSITION_PANELS.items()):
-        axis.set_title(title)
-        for name in names:
-            draw(axis, name, name)
-
-    for axis in axes:
-        axis.set_xlim(0, 1)
-        axis.set_xlabel("relative position in the transcript")
-        if len(axis.lines) > 1:
-            axis.legend(fontsize="small")
-    return figure
 
 
 def draw_report(out, lines, compared):
@@ -403,7 +354,8 @@ def draw_report(out, lines, compared):
     lines: those of metrics.jsonl. compared: {set: summaries before and after}, errors in % with their 95 %
     intervals.
     """
-    figure, (loss_axis, vuss_axis, health_axis, error_axis) = new_figure(1, 4)
+    figure = Figure(figsize=(16, 3), layout="constrained")  # needs no screen
+    loss_axis, vuss_axis, health_axis, error_axis = figure.subplots(1, 4)
     metrics = max(lines, key=len)  # a step without a row has no VUSS
     panels = {
         loss_axis: ("nats a row", ["loss", "kl"]),

@@ -206,7 +206,7 @@ def total_estimate(values, n_a, is_paired, across, n_clusters):
         square_per_df += (square / n_seeds) ** 2 / max(n_seeds - 1, 1)
     variance = seed_variance + across.se**2
     with np.errstate(divide="ignore", invalid="ignore"):
-        df = variance**2 / square_per_df
+        df = np.divide(variance**2, square_per_df)
     return eval.t_estimate(across.value, np.sqrt(variance), df), df, np.sqrt(seed_square)
 
 

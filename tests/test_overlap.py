@@ -1,4 +1,4 @@
-"""overlap.py: each measure by hand and against plain Python, the lines and tables of a run, the picture."""
+"""overlap.py: each measure by hand and against plain Python, the lines and tables of a run."""
 
 import dataclasses
 import functools
@@ -174,14 +174,8 @@ def run(stage, out, *more):
     return out
 
 
-@pytest.fixture
-def no_picture(monkeypatch):
-    """The picture takes a second, and most tests do not look at it."""
-    monkeypatch.setattr(overlap, "position_figure", lambda tenths, k: overlap.Figure(figsize=(1, 1)))
-
-
 @pytest.mark.parametrize("states", ["student", "reference", "teacher"])
-def test_lines_and_tables_against_each_clip_alone(stage, no_picture, tmp_path, monkeypatch, capsys, states):
+def test_lines_and_tables_against_each_clip_alone(stage, tmp_path, monkeypatch, capsys, states):
     """Transcripts by their definition, clip by clip, and the measures of their rows in plain Python."""
     texts_read = []
     with_script_languages = model.SpeechLM.with_script_languages
@@ -230,16 +224,15 @@ def test_lines_and_tables_against_each_clip_alone(stage, no_picture, tmp_path, m
             q = {j: student_rows[n][j] for j in names}
             p = {j: teacher_rows[n][teacher_vocabulary[names[j]]] for j in names}
             rows.append(in_plain_python(q, p, i))
-            parts = [f"quarter {4 * n // len(ids) + 1}", f"tenth {10 * n // len(ids) + 1}"]
+            quarter = f"quarter {4 * n // len(ids) + 1}"
             set_name = "m" if line["clip"].startswith(str(stage / "m.jsonl")) else "n"
-            for group in ("all", f"set {set_name}", f"language {clip.language or '(none)'}", *parts):
+            for group in ("all", f"set {set_name}", f"language {clip.language or '(none)'}", quarter):
                 groups.setdefault(group, []).append(rows[-1])
         for name, mean in mean_of(rows).items():
             assert line[name] == mean, (clip.where, name)
 
     result = json.loads((out / "overlap.json").read_text())
     assert [result[key] for key in ("states", "k", "clips")] == [states, K, 6]
-    assert result["tenths"] == [mean_of(groups.pop(f"tenth {n}", [])) for n in range(1, 11)]
     assert result["measures"] == {group: mean_of(groups[group]) for group in sorted(groups)}
     assert {"language (none)", "language en", "language fr", "quarter 4", "set n"} < groups.keys()
     printed = capsys.readouterr().out.splitlines()
@@ -250,9 +243,9 @@ def test_lines_and_tables_against_each_clip_alone(stage, no_picture, tmp_path, m
 
 
 def mean_of(rows):
-    """{positions, measure: mean over the rows}, to compare with; no measure where there is no row."""
+    """{positions, measure: mean over the rows}, to compare with."""
     means = {"positions": len(rows)}
-    for name in MEASURES if rows else []:
+    for name in MEASURES:
         mean = sum(row[name] for row in rows) / len(rows)
         means[name] = pytest.approx(mean, rel=1e-4, abs=1e-6)
     return means
@@ -279,7 +272,7 @@ def logits_of(speech_lm, batch, ids, stopped):
     return speech_lm.head(speech_lm(batch, rollout)).tolist()
 
 
-def test_no_cut_into_batches_rows_or_ranks_changes_the_tables(stage, no_picture, tmp_path, monkeypatch):
+def test_no_cut_into_batches_rows_or_ranks_changes_the_tables(stage, tmp_path, monkeypatch):
     one = run(stage, tmp_path / "one")
     with monkeypatch.context() as patch:
         patch.setattr(overlap, "measure", functools.partial(overlap.measure, chunk=3))
@@ -292,8 +285,6 @@ def test_no_cut_into_batches_rows_or_ranks_changes_the_tables(stage, no_picture,
         result = json.loads((tmp_path / name / "overlap.json").read_text())
         for group, row in expected["measures"].items():
             assert result["measures"][group] == pytest.approx(row, rel=1e-5), group
-        for row, want in zip(result["tenths"], expected["tenths"], strict=True):
-            assert row == pytest.approx(want, rel=1e-5)
         lines = lines_of(tmp_path / name / "clips.jsonl")
         for line, want in zip(lines, lines_of(one / "clips.jsonl"), strict=True):
             for key, value in want.items():
@@ -312,23 +303,3 @@ def test_a_reference_that_cannot_be_scored_is_named(stage, tmp_path, monkeypatch
     with pytest.raises(data.InputError, match=message):
         run(stage, tmp_path / "out", "--states", "reference", "--data", tmp_path / "x.jsonl")
     assert not (tmp_path / "out").exists()
-
-
-# ---- the picture -------------------------------------------------------------------------------------------
-
-
-def test_position_figure():
-    """Eight panels; VUSS over its own k; a hole where a tenth has no row."""
-    row = {"positions": 2, "vuss": 6.0, "vuss_1": 1.0, "vuss_2": 3.0, "teacher_logp": -0.5}
-    row.update(dict.fromkeys(["overlap_ratio", "jaccard", "top1", "mass_student", "mass_teacher"], 0.25))
-    row.update(dict.fromkeys(["advantage", "entropy_gap", "kl_union", "kl_full"], 0.125))
-    figure = overlap.position_figure([*[row] * 9, {"positions": 0}], k=4)
-    assert len(figure.axes) == 8
-    curves = {line.get_label(): line.get_ydata().tolist() for line in figure.axes[0].lines}
-    assert list(curves) == ["k = 1", "k = 2", "k = 4"]
-    assert [curve[0] for curve in curves.values()] == [1, 1.5, 1.5]
-    assert math.isnan(curves["k = 4"][9]) and not math.isnan(curves["k = 4"][8])
-    x, y = figure.axes[7].lines[0].get_data()
-    assert x.tolist() == pytest.approx([0.05 + 0.1 * n for n in range(10)]) and y.tolist() == [2] * 9 + [0]
-    names = [line.get_label() for axis in figure.axes[1:] for line in axis.lines]
-    assert names == [*MEASURES[6:16], "positions"]
