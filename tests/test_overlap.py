@@ -5,7 +5,6 @@ import functools
 import json
 import math
 
-import numpy as np
 import pytest
 import tokenizers
 import torch
@@ -18,19 +17,10 @@ import model
 import overlap
 
 K = 5
-MEASURES = [
-    "vuss",
-    "vuss_1",
-    "vuss_2",
-    "vuss_4",
-    "n_student",
-    "n_teacher",
-    "overlap_ratio",
-    "jaccard",
-    "top1",
-]
-MEASURES += ["mass_student", "mass_teacher", "advantage", "entropy_gap", "kl_union", "kl_full"]
-MEASURES += ["teacher_logp", "first_student", "first_teacher"]
+MEASURES = """
+    vuss vuss_1 vuss_2 vuss_4 n_student n_teacher overlap_ratio jaccard top1 mass_student mass_teacher
+    advantage entropy_gap kl_union kl_full teacher_logp first_student first_teacher
+""".split()
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -59,36 +49,11 @@ def test_invalid_ids_and_disjoint_sets():
     }
     student_logits = torch.tensor([[1.0, 0.5, 2.0, 0.0, -math.inf]] * 3)
     teacher_logits = torch.tensor([[0.0, 1.0, 2.0, 3.0, -math.inf]] * 3)
-    token_ids = torch.tensor([2, 0, 3])
-    values = overlap.probability_overlap(
-        student_logits, teacher_logits, student_topk, teacher_topk, token_ids
-    )
+    topk = (student_topk, teacher_topk)
+    values = overlap.probability_overlap(student_logits, teacher_logits, *topk, torch.tensor([2, 0, 3]))
     assert all(value.isfinite().all() for value in values.values())
     for name in ("mass_student", "mass_teacher", "advantage"):
         assert values[name][1] == 0 and values[name][0] != 0
-    z = math.log(1 + math.e + math.e**2 + math.e**3)
-    assert values["teacher_logp"].tolist() == pytest.approx([2 - z, -z, 3 - z])
-    assert values["first_teacher"].tolist() == pytest.approx([math.exp(2 - z)] * 3)
-
-
-@pytest.mark.parametrize("has_invalid", [False, True])
-def test_vuss_at_each_k_against_sets(has_invalid):
-    """VUSS at 1, 2, 4, 8 and K; without invalid ids it is K (2 − overlap ratio)."""
-    rng = np.random.default_rng(0)
-    lists = np.stack([rng.permutation(15)[:12] for _ in range(40)])
-    if has_invalid:
-        for row in lists:
-            row[rng.integers(13) :] = -1
-    student_topk, teacher_topk = torch.from_numpy(lists).chunk(2)
-    _, support_mask = model.union_support(student_topk, teacher_topk)
-    values = overlap.set_overlap(student_topk, teacher_topk, support_mask)
-    for name, k in (("vuss_1", 1), ("vuss_2", 2), ("vuss_4", 4), ("vuss_8", 8), ("vuss", 12)):
-        unions = []
-        for S, T in zip(student_topk.tolist(), teacher_topk.tolist()):
-            unions.append(len((set(S[:k]) | set(T[:k])) - {-1}))
-        assert values[name].tolist() == unions and len(set(unions)) > 1
-    if not has_invalid:
-        assert values["vuss"].tolist() == pytest.approx((12 * (2 - values["overlap_ratio"])).tolist())
 
 
 def in_plain_python(student_logits, teacher_logits, token, k=K):
