@@ -42,11 +42,10 @@ DECODING = {
     "default_language": None,  # in the prompt of a clip whose line names none
     "with_context": True,  # prompts give a line's context
     "max_new_tokens": 800,  # cap on a transcript
-    "tokens_per_second": 25.0,  # cap by the audio: this × seconds + 16 tokens; 0 = off
+    "tokens_per_second": model.TOKENS_PER_SECOND,  # cap by the audio: this × seconds + 16 tokens; 0 = off
 }
 
 COUNTS = ("errors", "units", "substitutions", "deletions", "insertions")
-RESULT_KEYS = ("hyp", "stopped", "error", *COUNTS)  # what a result line adds to the manifest's fields
 
 
 def parse_args(argv=None):
@@ -56,9 +55,7 @@ def parse_args(argv=None):
     # task
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--model", help="student or teacher, folder or hub name: decode and score --data")
-    task.add_argument(
-        "--score", nargs="+", metavar="FILE", default=[], help="score result files again, without a model"
-    )
+    task.add_argument("--score", nargs="+", metavar="FILE", default=[], help="score result files again")
     task.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two result files, or folders of them")
     add("--data", nargs="+", default=[], help="manifests (.jsonl) or audio files, with --model")
     add("--out", help="new folder for result files and summary.json; without it results are only printed")
@@ -91,20 +88,19 @@ def parse_args(argv=None):
 
 def main(args):
     rank, world, device = data.setup_distributed()
-    style = {"style": args.normalizer, "simplify": args.simplify}
+    style = args.normalizer + ("+t2s" if args.simplify else "")
     if args.compare:
-        comparison = compare_folders(*args.compare, **style, cluster=args.cluster)
+        comparison = compare_folders(*args.compare, style, args.cluster)
         print_comparison(comparison)
         if args.json:
             data.write_json(args.json, comparison)
         return
 
-    scoring = {**style, "cluster": args.cluster}
-    summaries = decode_and_score(args, scoring, rank, world, device) if args.model else {}
+    summaries = decode_and_score(args, style, rank, world, device) if args.model else {}
     for stem, path in by_stem(args.score).items():
         results = read_results(path, args.cluster)
         clusters = [result["cluster"] for result in results]
-        summaries[stem] = summarize(score(results, **style), clusters, **style)
+        summaries[stem] = summarize(score(results, style), clusters, style)
     if rank > 0:
         return  # also where a clip failed: torchrun would stop rank 0 before it has printed
     if args.out:  # what was kept for --resume
@@ -120,29 +116,27 @@ def main(args):
         sys.exit(1)
 
 
-def decode_and_score(args, scoring, rank, world, device):
+def decode_and_score(args, style, rank, world, device):
     """--model: decodes and scores --data on all ranks. → {stem: summary}."""
-    done = None
+    done = {}
+    log = None
     if args.out:
         inputs = {"model": model.local_folder(args.model), "data": args.data}
         first_step, _, config = data.open_run(args, "eval.py", inputs)
-        if first_step is None:
+        if first_step is None:  # it is finished
             return data.read_json(os.path.join(args.out, "summary.json"))
         done = read_parts(args.out)
-    sets = read_sets(args.data, args.max_seconds, in_memory=False)
+        log = os.path.join(args.out, f"rank-{rank}.part")
+    sets = read_sets(args.data, args.max_seconds)
     for clips in sets.values():
         clusters_of(clips, args.cluster)  # a line without its key shows before the model is loaded
     language = data.language_code(args.language) if args.language else None
-    speech_lm = model.SpeechLM.from_pretrained(args.model, torch.bfloat16 if args.bf16 else torch.float32)
-    speech_lm = speech_lm.to(device).eval()
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    speech_lm = model.SpeechLM.from_pretrained(args.model, dtype).to(device).eval()
     model.check_languages(languages_of(sets), language, speech_lm)
     if args.out:
-        data.barrier()  # no rank writes before all have read, and a refused run leaves no folder behind
-        os.makedirs(args.out, exist_ok=True)
-        if rank == 0:
-            data.write_json(os.path.join(args.out, "config.json"), config)
-            if done:
-                print(f"{sum(map(len, done.values()))} clips are decoded already", flush=True)
+        data.begin_run(args.out, config, first_step)  # when all ranks have read the part files
+        data.barrier()  # the folder is there
     decoding = {
         "batch_seconds": args.batch_seconds,
         "default_language": language,
@@ -153,7 +147,8 @@ def decode_and_score(args, scoring, rank, world, device):
     # A warm-up: what happens once, such as loading kernels, does not count in the real-time factor.
     first_clip = next(iter(sets.values()))[0]
     transcribe(speech_lm, [first_clip] * world, device, decoding, "warm-up")
-    return evaluate(speech_lm, sets, device, decoding, args.out, scoring=scoring, strict=False, done=done)
+    scoring = {"style": style, "cluster": args.cluster, "strict": False}
+    return evaluate(speech_lm, sets, device, decoding, args.out, **scoring, done=done, log=log)
 
 
 def by_stem(paths):
@@ -172,23 +167,19 @@ def by_stem(paths):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def read_sets(paths, max_seconds, in_memory=True):
-    """{stem: clips} of manifests or audio files: lists, or of manifests `data.Clips`, which hold no line."""
-
-    def is_wanted(clip):
-        if clip.duration > max_seconds:
-            too_long = f"{clip.duration:.1f} s, over --max-seconds {max_seconds:g}; split the clip"
-            raise data.InputError(f"{clip.where}: {too_long} (docs/data.md, Long recordings), or raise it")
-        return True
-
+def read_sets(paths, max_seconds):
+    """{stem: clips} of manifests or audio files. Raises InputError for a clip that is too long."""
     sets = {}
     for stem, path in by_stem(paths).items():
-        if not path.endswith((".jsonl", ".json")):
-            sets[stem] = list(filter(is_wanted, [data.clip_from_file(path)]))
-        elif in_memory:
-            sets[stem] = list(filter(is_wanted, data.read_manifest(path)))
+        if path.endswith((".jsonl", ".json")):
+            sets[stem] = data.Clips([path], math.inf, "text", learns_text=False)
         else:
-            sets[stem] = data.Clips([path], math.inf, "text", is_wanted, learns_text=False)
+            sets[stem] = [data.clip_from_file(path)]
+        for clip in sets[stem]:
+            if clip.duration > max_seconds:
+                too_long = f"{clip.duration:.1f} s, over --max-seconds {max_seconds:g}"
+                remedy = "split the clip (docs/data.md, Long recordings), or raise it"
+                raise data.InputError(f"{clip.where}: {too_long}; {remedy}")
     return sets
 
 
@@ -201,56 +192,55 @@ def languages_of(sets):
     return languages
 
 
-def evaluate(speech_lm, sets, device, decoding, out=None, *, scoring=None, strict=True, done=None):
+def evaluate(
+    speech_lm, sets, device, decoding, out=None, style="default", cluster=None, strict=True, done=(), log=None
+):
     """Decodes and scores `sets` {stem: clips} on all ranks. → {stem: summary}, see `summarize`.
 
-    decoding: some of the keys of DECODING. scoring: some of style, simplify and cluster. Rank 0 writes
+    decoding: some of the keys of DECODING. style: of `normalize`. cluster: of `clusters_of`. Rank 0 writes
     out/<stem>.jsonl and out/summary.json, or without `out` prints the transcripts of sets without texts. With
-    `strict`, a clip that cannot be decoded is an InputError. With `done`, the answers of `read_parts`, each
-    rank adds its answers to a part file in `out` as they come.
+    `strict`, a clip that cannot be decoded is an InputError. done, log: see `transcribe`.
     """
     rank, _ = data.rank_and_world()
-    scoring = dict(scoring or {})
-    cluster = scoring.pop("cluster", None)
     clusters = {stem: clusters_of(clips, cluster) for stem, clips in sets.items()}
     summaries = {}
     for stem, clips in sets.items():
-        parts = {} if done is None else {"done": done[stem], "part": os.path.join(out, f"rank-{rank}.part")}
-        answers, rtf = transcribe(speech_lm, clips, device, decoding, stem, **parts)
+        answers, rtf = transcribe(speech_lm, clips, device, decoding, stem, done, log)
         errors = [answer["error"] for answer in answers if "error" in answer]
         if errors and strict:
             raise data.InputError(errors[0])
-        results = score(result_lines(clips, answers, out), **scoring)
+        results = score(result_lines(clips, answers, out), style)
         if rank == 0 and out:
             os.makedirs(out, exist_ok=True)
             results = write_lines(results, os.path.join(out, f"{stem}.jsonl"))
-        summaries[stem] = summarize(results, clusters[stem], **scoring, rtf=rtf)
-        if rank == 0 and not out and summaries[stem]["scored"] == 0:
-            print_transcripts(clips, answers)
+        summaries[stem] = summarize(results, clusters[stem], style, rtf)
         if rank == 0:
+            if not out and summaries[stem]["scored"] == 0:
+                print_transcripts(clips, answers)
             for error in errors:
                 print(f"eval.py: not decoded: {error}", file=sys.stderr, flush=True)
+    speech_lm.free_decoders()  # they are longer than a training's
     if rank == 0 and out:
         data.write_json(os.path.join(out, "summary.json"), summaries)
     return summaries
 
 
-def transcribe(speech_lm, clips, device, decoding, label, done=(), part=None):
+def transcribe(speech_lm, clips, device, decoding, label, done=(), log=None):
     """Greedy transcripts: each rank decodes its share, and every rank gets all of them.
 
     → answers, {hyp, stopped} for each of `clips`, in their order, or {error} where it cannot be decoded; and
     the real-time factor. Batches hold clips of like length, the longest first. decoding: some of the keys of
-    DECODING. done: {clip number: answer} of what is not decoded again. part: file that gets a line a batch.
+    DECODING. done: what is not decoded again, see `read_parts`. log: file that gets a line a batch.
     """
     decoding = {**DECODING, **decoding}
-    assert decoding.keys() == DECODING.keys(), f"decoding takes the keys {', '.join(DECODING)}"
+    batch_seconds = decoding.pop("batch_seconds")
     rank, world = data.rank_and_world()
     durations = np.array([clip.duration for clip in clips])
     share = np.argsort(-durations, kind="stable").tolist()[rank::world]
     batches = []
-    for batch in data.cut_micro_batches(share, durations, decoding["batch_seconds"]):
+    for batch in data.cut_micro_batches(share, durations, batch_seconds):
         # What is done leaves its batch after the cut: batch mates decide the last bits of a clip's scores.
-        missing = [i for i in batch if i not in done]
+        missing = [i for i in batch if (label, i) not in done]
         if missing:
             batches.append(missing)
 
@@ -263,36 +253,35 @@ def transcribe(speech_lm, clips, device, decoding, label, done=(), part=None):
     decoded_s = 0.0
     start = time.perf_counter()
     for indices in batches:
-        batch_answers = decode_batch(speech_lm, [clips[i] for i in indices], device, decoding)
+        batch_answers = decode_batch(speech_lm, [clips[i] for i in indices], device, **decoding)
         answers.update(zip(indices, batch_answers))
-        if part:
-            data.add_lines(part, [{"set": label, "clips": indices, "answers": batch_answers}])
-        decoded_s += durations[indices].sum()
+        if log:
+            data.add_lines(log, [{"set": label, "clips": indices, "answers": batch_answers}])
+        batch_s = durations[indices].sum()
+        decoded_s += batch_s
         rtf = (time.perf_counter() - start) / decoded_s / world
         hours = f"{decoded_s / 3600:.2f} of {left_s / 3600:.2f} h"
         bar.set_postfix_str(f"{len(answers)} clips, {hours}, RTF {rtf:.4f}", refresh=False)
-        bar.update(durations[indices].sum())
+        bar.update(batch_s)
     bar.close()
 
     fresh = collections.ChainMap(*data.gather(answers))
     seconds = time.perf_counter() - start
     audio_s = sum(durations[i] for i, answer in fresh.items() if "hyp" in answer)
-    answers = [fresh[i] if i in fresh else done[i] for i in range(len(clips))]
+    answers = [fresh[i] if i in fresh else done[label, i] for i in range(len(clips))]
     return answers, seconds / audio_s if audio_s else None
 
 
-def decode_batch(speech_lm, clips, device, decoding):
-    """The answers of the clips of one batch, see `transcribe`."""
+def decode_batch(speech_lm, clips, device, default_language, with_context, max_new_tokens, tokens_per_second):
+    """The answers of the clips of one batch, see `transcribe`; the options are those of DECODING."""
     usable, waveforms, defects = data.load_usable(clips)
     answers = [{"error": defect["reason"]} for defect in defects]  # without the usable ones so far
     if not usable:
         return answers
     languages = [clips[b].language for b in usable]
-    contexts = [clips[b].context for b in usable] if decoding["with_context"] else None
-    language = decoding["default_language"]
-    batch = data.collate(waveforms, speech_lm.front_end, languages, language, contexts).to(device)
-    caps = {key: decoding[key] for key in ("max_new_tokens", "tokens_per_second")}
-    rollout = speech_lm.sample(batch, **caps)
+    contexts = [clips[b].context for b in usable] if with_context else None
+    batch = data.collate(waveforms, speech_lm.front_end, languages, default_language, contexts).to(device)
+    rollout = speech_lm.sample(batch, max_new_tokens=max_new_tokens, tokens_per_second=tokens_per_second)
     hyps = speech_lm.front_end.texts(rollout)
     for b, hyp, stopped in zip(usable, hyps, rollout.stopped.tolist()):
         answers.insert(b, {"hyp": hyp, "stopped": stopped})  # `usable` ascends
@@ -300,29 +289,26 @@ def decode_batch(speech_lm, clips, device, decoding):
 
 
 def read_parts(out):
-    """{stem: {clip number: answer}} of a folder's part files. A last line that a kill cut off is removed."""
-    done = collections.defaultdict(dict)
+    """{(stem, clip number): answer} of a folder's part files. A last line that a kill cut off is removed."""
+    done = {}
     for path in pathlib.Path(out).glob("*.part"):
-        size = 0
-        with open(path, "rb") as file:
-            for raw in file:
-                if raw.endswith(b"\n"):
-                    size += len(raw)
-                    line = json.loads(raw)
-                    for i, answer in zip(line["clips"], line["answers"]):
-                        if "hyp" in answer:  # what could not be decoded is tried again
-                            done[line["set"]][i] = answer
+        raw = path.read_bytes()
+        size = raw.rfind(b"\n") + 1
         os.truncate(path, size)
+        for raw_line in raw[:size].splitlines():
+            line = json.loads(raw_line)
+            for i, answer in zip(line["clips"], line["answers"]):
+                if "hyp" in answer:  # what could not be decoded is tried again
+                    done[line["set"], i] = answer
     return done
 
 
 def result_lines(clips, answers, out):
     """Yields the manifest's fields with each answer. Paths are relative to `out`: the file is a manifest."""
-    folder = os.path.realpath(out) if out else None
     for clip, answer in zip(clips, answers, strict=True):
-        fields = {key: value for key, value in clip.fields.items() if key not in RESULT_KEYS}
+        fields = {key: clip.fields[key] for key in clip.fields if key not in ("hyp", "stopped", "error")}
         if out:
-            fields["audio"] = os.path.relpath(os.path.realpath(clip.audio), folder)
+            fields["audio"] = os.path.relpath(os.path.realpath(clip.audio), os.path.realpath(out))
         yield {**fields, **answer}
 
 
@@ -365,7 +351,7 @@ english = EnglishTextNormalizer()
 hk2s = opencc.OpenCC("hk2s")
 
 
-def normalize(text, language, style="default", simplify=False):
+def normalize(text, language, style="default"):
     """The units of a text: a list of words, or of characters for CHARACTER_LANGUAGES.
 
     Markup (`data.MARKUP`), format characters, variation selectors and enclosing marks go first, and signs
@@ -374,11 +360,14 @@ def normalize(text, language, style="default", simplify=False):
     - default, English: NFKC, then Whisper's English normaliser;
     - default, others and None: NFKC, lower case, punctuation and symbols as blanks;
     - paper: NFC, lower case, punctuation and symbols deleted.
+
+    A style that ends in "+t2s" also makes traditional Chinese simplified.
     """
+    is_paper = style.startswith("paper")
     text = data.MARKUP.sub(" ", text).translate(SIGNS)
     text = "".join(c for c in text if unicodedata.category(c) not in ("Cf", "Me") and not VARIATION.match(c))
-    text = unicodedata.normalize("NFKC" if style == "default" else "NFC", text)
-    if style == "default" and language == "en":
+    text = unicodedata.normalize("NFC" if is_paper else "NFKC", text)
+    if language == "en" and not is_paper:
         text = re.sub(r"\.{2,}", " ", text)  # Whisper's would leave a dot of "Wait…"
         return english(text).split()
     if language == "ro":
@@ -390,7 +379,7 @@ def normalize(text, language, style="default", simplify=False):
     for c in text.lower():
         category = unicodedata.category(c)
         if category[0] in "PS":
-            c = " " if style == "default" else ""
+            c = "" if is_paper else " "
         elif category in ("Zs", "Zl", "Zp", "Cc"):
             c = " "
         characters.append(c)
@@ -398,14 +387,14 @@ def normalize(text, language, style="default", simplify=False):
     if language not in CHARACTER_LANGUAGES:
         return text.split()
     text = text.replace(" ", "")
-    if simplify and language in CHINESE:
+    if style.endswith("+t2s") and language in CHINESE:
         text = hk2s.convert(text).translate(TAIWAN_FORMS).replace("甚么", "什么")  # 甚麼: Hong Kong's 什么
     return list(text)
 
 
-def normalizer_name(language, style="default", simplify=False):
+def normalizer_name(language, style="default"):
     """Name and version of what `normalize` does; a change of its results changes the version."""
-    if style == "paper":
+    if style.startswith("paper"):
         name = "paper/3"
     elif language == "en":
         name = f"en/3-whisper-{importlib.metadata.version('whisper-normalizer')}"
@@ -413,7 +402,7 @@ def normalizer_name(language, style="default", simplify=False):
         name = "zh/2"
     else:
         name = "words/3"
-    return f"{name}+t2s/2" if simplify and language in CHINESE else name
+    return f"{name}+t2s/2" if style.endswith("+t2s") and language in CHINESE else name
 
 
 def language_of(fields):
@@ -428,16 +417,15 @@ def language_of(fields):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def count_errors(reference, hypothesis, language, style="default", simplify=False):
+def count_errors(reference, hypothesis, language, style="default"):
     """{errors, units, substitutions, deletions, insertions} of one clip, counted by jiwer."""
-    reference_units = normalize(reference, language, style, simplify)
-    hypothesis_units = normalize(hypothesis, language, style, simplify)
+    reference_units = normalize(reference, language, style)
+    hypothesis_units = normalize(hypothesis, language, style)
     counts = {"substitutions": 0, "deletions": 0, "insertions": len(hypothesis_units)}
     if reference_units:  # jiwer refuses an empty reference, where every unit of the hypothesis is inserted
         alignment = jiwer.process_words(" ".join(reference_units), " ".join(hypothesis_units))
         counts = {name: getattr(alignment, name) for name in counts}
-    n_errors = sum(counts.values())
-    return {"errors": n_errors, "units": len(reference_units), **counts}
+    return {"errors": sum(counts.values()), "units": len(reference_units), **counts}
 
 
 def looping(text):
@@ -446,13 +434,12 @@ def looping(text):
     return len(raw) > 2.4 * len(zlib.compress(raw))
 
 
-def score(results, style="default", simplify=False):
+def score(results, style="default"):
     """Yields result lines with error counts where a line has a text and a hypothesis. Old counts go."""
     for result in results:
         fields = {key: value for key, value in result.items() if key not in COUNTS}
         if fields.get("text") is not None and "error" not in fields:
-            language = language_of(fields)
-            fields.update(count_errors(fields["text"], fields["hyp"], language, style, simplify))
+            fields.update(count_errors(fields["text"], fields["hyp"], language_of(fields), style))
         yield fields
 
 
@@ -462,14 +449,14 @@ def metric_name(languages):
     return "MER" if len(metrics) > 1 else min(metrics, default="WER")
 
 
-def summarize(results, clusters, style="default", simplify=False, rtf=None):
+def summarize(results, clusters, style="default", rtf=None):
     """Figures of one set from its scored result lines and the cluster of each line (`clusters_of`).
 
     rtf: the real-time factor. docs/scores.md defines all keys.
     """
     tally = collections.Counter()
     languages = set()
-    sums = {}  # cluster → its sums of COUNTS
+    sums = {}  # cluster → its errors and units
     for result, cluster in zip(results, clusters, strict=True):
         tally["n"] += 1
         if "error" in result:
@@ -482,23 +469,21 @@ def summarize(results, clusters, style="default", simplify=False, rtf=None):
         if "errors" in result:
             tally["scored"] += 1
             languages.add(language_of(result))
-            sums[cluster] = sums.get(cluster, 0) + np.array([result[key] for key in COUNTS])
+            tally.update({key: result[key] for key in COUNTS})
+            sums[cluster] = sums.get(cluster, 0) + np.array([result["errors"], result["units"]])
 
-    counts = np.array(list(sums.values()), dtype=int).reshape(-1, len(COUNTS))  # (G, 5)
-    total = dict(zip(COUNTS, counts.sum(axis=0).tolist()))
-    interval = estimate(counts[:, None, :2], rate)  # of errors and units
-    names = {normalizer_name(language, style, simplify) for language in languages}
+    interval = estimate(np.array(list(sums.values())).reshape(-1, 1, 2), rate)
+    names = {normalizer_name(language, style) for language in languages}
     return {
         "metric": metric_name(languages),
-        "value": 100 * total["errors"] / total["units"] if total["units"] else None,
+        "value": 100 * tally["errors"] / tally["units"] if tally["units"] else None,
         "low": number_or_none(interval.low),
         "high": number_or_none(interval.high),
-        **total,
-        **{key: tally[key] for key in ("n", "scored", "failed", "empty", "looping", "capped")},
+        **{key: tally[key] for key in (*COUNTS, "n", "scored", "failed", "empty", "looping", "capped")},
         "hours": tally["audio_s"] / 3600,
         "normalizer": ", ".join(sorted(names)),
         "rtf": rtf,
-        **cluster_figures(sums),
+        **cluster_figures([sums]),
     }
 
 
@@ -506,7 +491,7 @@ def summarize(results, clusters, style="default", simplify=False, rtf=None):
 # Intervals: the jackknife over clusters
 #
 # What varies by chance is the cluster, such as a speaker, and not the clip. Figures come from a table
-# (..., G, S, C) of counts: G clusters, S sets, and C columns, the errors of each result file and last the
+# (G, S, C) of counts: G clusters, S sets, and C columns, the errors of each result file and last the
 # reference units. A statistic takes sums over clusters (..., S, C) to a number (...).
 # ----------------------------------------------------------------------------------------------------------
 
@@ -538,23 +523,20 @@ def clusters_of(clips, key=None):
     return clusters
 
 
-def cluster_figures(clusters):
-    """{clusters, cluster_key}: how many different clusters there are, and what they were made of."""
+def cluster_figures(sets):
+    """{clusters, cluster_key}: how many clusters sets {cluster: …} have, and what these were made of."""
+    clusters = set().union(*sets)
     keys = {key for key, _ in clusters}
-    return {"clusters": len(set(clusters)), "cluster_key": ", ".join(sorted(keys)) or None}
+    return {"clusters": len(clusters), "cluster_key": ", ".join(sorted(keys)) or None}
 
 
-def cluster_table(clusters, counts):
-    """The table (G, S, C) of sums over the clips of each cluster, from n clusters and counts (n, C) a set."""
-    rows = {}  # name → row
-    for names in clusters:
-        for name in names:
-            rows.setdefault(name, len(rows))
-    table = np.zeros((len(rows), len(counts), counts[0].shape[1]))
-    for s, names in enumerate(clusters):
-        indices = [rows[name] for name in names]
-        np.add.at(table[:, s], indices, counts[s])
-    return table
+def cluster_table(sets):
+    """The table (G, S, C) of sets, each of which is {cluster: its sums (C,)}."""
+    rows = {}
+    for s, sums in enumerate(sets):
+        for cluster, row in sums.items():
+            rows.setdefault(cluster, np.zeros((len(sets), len(row))))[s] = row
+    return np.array(list(rows.values()))
 
 
 def rate(sums):
@@ -590,22 +572,22 @@ class Estimate:
 
 
 def estimate(table, statistic):
-    """The `Estimate` of a statistic by leaving out one cluster at a time, from one or many tables (G, S, C).
+    """The `Estimate` of a statistic by leaving out one cluster of a table (G, S, C) at a time.
 
     SE² = (G − 1)/G Σ_g (θ_(g) − θ)². One cluster gives a value only. Nothing is defined where the statistic
     is not, with all clusters or without one.
     """
-    n_clusters = table.shape[-3]
-    total = table.sum(axis=-3)
-    left_out = total[..., None, :, :] - table
+    n_clusters = len(table)
+    total = table.sum(axis=0)
     with np.errstate(divide="ignore", invalid="ignore"):
         value = statistic(total)
-        deviations = statistic(left_out) - value[..., None]  # (..., G)
-        se = np.sqrt((n_clusters - 1) / max(n_clusters, 1) * (deviations**2).sum(axis=-1))
-    se = np.where(se < ROUNDING, 0.0, se)
-    is_defined = np.isfinite(value) & (np.isfinite(se) | (n_clusters == 1))
-    value = np.where(is_defined, value, np.nan)[()]  # [()]: a float where it is one number
-    se = np.where(is_defined, se, np.nan)[()]
+        deviations = statistic(total - table) - value  # (G,)
+        se = np.sqrt((n_clusters - 1) / max(n_clusters, 1) * (deviations**2).sum())
+    if se < ROUNDING:
+        se = 0.0
+    if not np.isfinite(value) or n_clusters > 1 and not np.isfinite(se):
+        value = np.nan
+        se = np.nan
     return t_estimate(value, se, n_clusters - 1)
 
 
@@ -615,10 +597,10 @@ def t_estimate(value, se, df):
     p = 2 (1 − T_df(|value| / se)). With se = 0 it is 1 for the value 0, else NaN.
     """
     half = scipy.special.stdtrit(df, 0.975) * se  # both tails together leave out 5 %
-    with np.errstate(divide="ignore", invalid="ignore"):
-        p = 2 * scipy.special.stdtr(df, -np.abs(value) / se)
-    p_without_spread = np.where(np.abs(value) < ROUNDING, 1.0, np.nan)
-    p = np.where(se == 0, p_without_spread, p)[()]
+    if se == 0:
+        p = 1.0 if abs(value) < ROUNDING else np.nan
+    else:
+        p = 2 * scipy.special.stdtr(df, -abs(value) / se)
     return Estimate(value, se, value - half, value + half, p)
 
 
@@ -637,8 +619,8 @@ class CountedSet:
     """n clips of one set, counted in C − 1 result files."""
 
     metric: str
-    clusters: list  # (n,) of (key, value)
-    counts: np.ndarray  # (n, C): errors in each file, then reference units
+    n: int
+    sums: dict  # (key, value) of a cluster → (C,): errors in each file, then reference units
 
 
 def read_results(path, cluster=None):
@@ -658,42 +640,35 @@ def read_results(path, cluster=None):
     return results
 
 
-def count_set(paths, style="default", simplify=False, cluster=None):
+def count_set(paths, style="default", cluster=None):
     """The `CountedSet` of result files of the same clips, in whatever order their lines are.
 
     Raises InputError where they do not hold the same clips with the same texts, each once. A clip that no
     file has decoded, or that has no text, is left out; one that only some have decoded is an error.
     """
-    files = []  # {clip: result} of each file
+    files = []  # {clip: scored result} of each file
     for path in paths:
         results = {}
-        for result in score(read_results(path, cluster), style, simplify):
+        for result in score(read_results(path, cluster), style):
             if result["clip"] in results:
                 raise data.InputError(f"{result['where']}: {result['audio']} is there twice")
-            results[result["clip"]] = result
+            if "errors" in result:
+                results[result["clip"]] = result
         files.append(results)
-    clusters = []
-    languages = []
-    rows = []
-    for clip, result in collections.ChainMap(*files).items():  # the clips of all files
-        same_clip = []
+    languages = set()
+    sums = {}
+    clips = collections.ChainMap(*files)
+    for clip, result in clips.items():
         for results, path in zip(files, paths):
             if clip not in results:
-                defect = f"is not in {path} with the same text, language and cluster"
+                defect = f"is not in {path}, decoded and with the same text, language and cluster"
                 raise data.InputError(f"{result['where']}: {result['audio']} {defect}")
-            same_clip.append(results[clip])
-        unscored = [other for other in same_clip if "errors" not in other]
-        if len(unscored) == len(files):
-            continue
-        if unscored:
-            raise data.InputError(f"{unscored[0]['where']}: {unscored[0]['audio']} was not decoded")
-        clusters.append(result["cluster"])
-        languages.append(language_of(result))
-        rows.append([*(other["errors"] for other in same_clip), result["units"]])
-    counts = np.array(rows, dtype=float).reshape(-1, len(paths) + 1)
-    if not counts[:, -1].any():
+        languages.add(language_of(result))
+        counts = np.array([*(results[clip]["errors"] for results in files), result["units"]])
+        sums[result["cluster"]] = sums.get(result["cluster"], 0) + counts
+    if not any(counts[-1] for counts in sums.values()):
         raise data.InputError(f"{paths[0]}: no reference has a unit to compare")
-    return CountedSet(metric_name(languages), clusters, counts)
+    return CountedSet(metric_name(languages), len(clips), sums)
 
 
 def result_stems(folder):
@@ -704,7 +679,7 @@ def result_stems(folder):
     return stems
 
 
-def compare_folders(folder_a, folder_b, style="default", simplify=False, cluster=None, strict=True):
+def compare_folders(folder_a, folder_b, style="default", cluster=None, strict=True):
     """Compares the result files of two folders, paired by name, or two result files.
 
     → {"sets": {stem: `pair_figures`}, "macro", "left_out"}. The macro is the primary figure of several sets,
@@ -721,7 +696,7 @@ def compare_folders(folder_a, folder_b, style="default", simplify=False, cluster
     left_out = {}
     for stem, paths in pairs.items():
         try:
-            counted[stem] = count_set(paths, style, simplify, cluster)
+            counted[stem] = count_set(paths, style, cluster)
         except data.InputError as error:
             if strict:
                 raise
@@ -735,7 +710,7 @@ def compare_folders(folder_a, folder_b, style="default", simplify=False, cluster
 
 def pair_figures(counted):
     """Both rates of a `CountedSet` of two files in %, their difference in points, and `change_figures`."""
-    errors_a, errors_b, units = counted.counts.sum(axis=0).tolist()
+    errors_a, errors_b, units = sum(counted.sums.values()).tolist()
     return {
         "metric": counted.metric,
         "a": 100 * errors_a / units,
@@ -750,15 +725,15 @@ def change_figures(sets):
 
     A cluster leaves all sets at once. None where it is not defined.
     """
-    clusters = [counted.clusters for counted in sets]
-    change = estimate(cluster_table(clusters, [counted.counts for counted in sets]), log_ratio)
+    sums = [counted.sums for counted in sets]
+    change = estimate(cluster_table(sums), log_ratio)
     return {
-        "n": sum(map(len, clusters)),
+        "n": sum(counted.n for counted in sets),
         "relative": number_or_none(percent(change.value)),
         "relative_low": number_or_none(percent(change.low)),
         "relative_high": number_or_none(percent(change.high)),
         "p": number_or_none(change.p),
-        **cluster_figures(sum(clusters, [])),
+        **cluster_figures(sums),
     }
 
 
@@ -769,27 +744,15 @@ def change_figures(sets):
 
 def print_summaries(summaries):
     """Prints the summaries {stem: summary} as a table, their normalisers, and their clusters."""
+    header = "set,metric,%,95 %,S,D,I,clips,hours,empty,loops,capped,failed,RTF".split(",")
+    keys = ["substitutions", "deletions", "insertions", "n", "hours", "empty", "looping", "capped", "failed"]
     rows = []
     for stem, summary in summaries.items():
-        row = [
-            stem,
-            summary["metric"],
-            summary["value"],
-            interval_text(summary["low"], summary["high"]),
-            summary["substitutions"],
-            summary["deletions"],
-            summary["insertions"],
-            summary["n"],
-            summary["hours"],
-            summary["empty"],
-            summary["looping"],
-            summary["capped"],
-            summary["failed"],
-            number_text(summary["rtf"], ".4f"),
-        ]
+        row = [stem, summary["metric"], summary["value"], interval_text(summary["low"], summary["high"])]
+        row += [summary[key] for key in keys]
+        row.append(number_text(summary["rtf"], ".4f"))
         rows.append(row)
-    header = "set,metric,%,95 %,S,D,I,clips,hours,empty,loops,capped,failed,RTF"
-    print_table(rows, header.split(","))
+    print_table(rows, header)
     names = {summary["normalizer"] or "none" for summary in summaries.values()}
     tqdm.write("normalizer: " + "; ".join(sorted(names)))
     print_clusters(summaries)
@@ -851,10 +814,9 @@ def print_table(rows, header):
         table.append(cells)
     widths = [max(map(len, column)) for column in zip(*table)]
     for first, *others in table:
-        cells = [first.ljust(widths[0])]
-        for cell, width in zip(others, widths[1:]):
-            cells.append(cell.rjust(width))
-        tqdm.write("  ".join(cells))  # not print: a progress bar may be on the screen
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:])]
+        # Not print, because a progress bar may be on the screen.
+        tqdm.write("  ".join([first.ljust(widths[0]), *cells]))
 
 
 if __name__ == "__main__":

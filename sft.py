@@ -143,8 +143,8 @@ def main(args):
         # What would end the run after hours shows now: a line without its speaker, a damaged clip.
         eval.clusters_of(set_clips)
         if args.on_bad_audio == "error":
-            for clip in set_clips[rank::world]:
-                data.load_audio(clip)
+            for i in range(rank, len(set_clips), world):
+                data.load_audio(set_clips[i])
     front_end = student.front_end
 
     def make_micro_batch(step, indices, batch_clips, waveforms):

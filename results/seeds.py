@@ -26,14 +26,13 @@ def parse_args(argv=None):
     add("runs", nargs="+", metavar="A", help="folders of recipe A, one for each seed")
     add("--against", nargs="+", required=True, metavar="B", help="folders of recipe B")
     add("--normalizer", choices=["default", "paper"], default="default", help="as in eval.py")
-    add("--simplify", action="store_true", help="as in eval.py")
     add("--cluster", metavar="KEY", help="as in eval.py")
     add("--json", metavar="FILE", help="store the figures")
     return parser.parse_args(argv)
 
 
 def main(args):
-    scoring = {"style": args.normalizer, "simplify": args.simplify, "cluster": args.cluster}
+    scoring = {"style": args.normalizer, "cluster": args.cluster}
     comparison = compare_seeds(args.runs, args.against, **scoring)
     print_seeds(comparison)
     if args.json:
@@ -60,7 +59,7 @@ def evaluation_of(folder):
     return folder, config.get("args", {}).get("seed")
 
 
-def compare_seeds(runs_a, runs_b, style="default", simplify=False, cluster=None):
+def compare_seeds(runs_a, runs_b, style="default", cluster=None):
     """Compares two recipes, as a dict.
 
     → paired; seeds_a, seeds_b, folders_a and folders_b of the runs; sets: {stem: metric, n clips, the rates a
@@ -84,10 +83,10 @@ def compare_seeds(runs_a, runs_b, style="default", simplify=False, cluster=None)
     sets = {}
     for stem in eval.result_stems(folders[0]):
         paths = [os.path.join(folder, f"{stem}.jsonl") for folder in folders]
-        counted[stem] = eval.count_set(paths, style, simplify, cluster)
-        *errors, units = counted[stem].counts.sum(axis=0).tolist()
+        counted[stem] = eval.count_set(paths, style, cluster)
+        *errors, units = sum(counted[stem].sums.values()).tolist()
         rates = [100 * n / units for n in errors]
-        sets[stem] = {"metric": counted[stem].metric, "n": len(counted[stem].counts)}
+        sets[stem] = {"metric": counted[stem].metric, "n": counted[stem].n}
         sets[stem] |= {"a": rates[:n_a], "b": rates[n_a:]}
         sets[stem] |= figures_of([counted[stem]], n_a, is_paired)
     stems = [stem for stem in sets if sets[stem]["clusters"] > 1]
@@ -139,13 +138,11 @@ def figures_of(sets, n_a, is_paired):
 
     What is not defined is None, because JSON has no NaN.
     """
-    clusters = [counted.clusters for counted in sets]
-    table = eval.cluster_table(clusters, [counted.counts for counted in sets])
-    figures = change_over_seeds(table, n_a, is_paired)
+    sums = [counted.sums for counted in sets]
+    figures = change_over_seeds(eval.cluster_table(sums), n_a, is_paired)
     per_seed = [eval.number_or_none(change) for change in figures.pop("per_seed")]
     figures = {name: eval.number_or_none(figure) for name, figure in figures.items()}
-    figures["per_seed"] = per_seed
-    return {**figures, **eval.cluster_figures(sum(clusters, []))}
+    return {**figures, "per_seed": per_seed, **eval.cluster_figures(sums)}
 
 
 def change_over_seeds(table, n_a, is_paired):
@@ -184,28 +181,29 @@ def contrast(values, n_a):
 def total_estimate(values, n_a, is_paired, across, n_clusters):
     """The `eval.Estimate` of B − A over other seeds and other clusters, its df, and the sd over seeds.
 
-    values: (..., runs), a figure of each run. across: the `eval.Estimate` of their `contrast` over clusters.
+    values: (runs,), a figure of each run. across: the `eval.Estimate` of their `contrast` over clusters.
 
     Paired, V_seed = s²(Δ_s)/S of the differences Δ_s, and sd = s(Δ_s). Unpaired, V_seed is the sum of s²/S of
     both sides, and sd = √(s²_A + s²_B). V = V_seed + SE²; df is Satterthwaite's, V² / (Σ (s²/S)²/(S − 1) +
     SE⁴/(G − 1)). All is NaN where a side has one run.
     """
-    arms = [values[..., :n_a], values[..., n_a:]]
+    arms = [values[:n_a], values[n_a:]]
     if is_paired:
         arms = [arms[1] - arms[0]]
     seed_square = 0.0
     seed_variance = 0.0
     square_per_df = across.se**4 / (n_clusters - 1) if n_clusters > 1 else np.nan
     for arm in arms:
-        n_seeds = arm.shape[-1]
-        square = arm.var(axis=-1, ddof=1) if n_seeds > 1 else np.nan
-        square = np.where(square < eval.ROUNDING**2, 0.0, square)
-        seed_square = seed_square + square
-        seed_variance = seed_variance + square / n_seeds
-        square_per_df = square_per_df + (square / n_seeds) ** 2 / max(n_seeds - 1, 1)
+        n_seeds = len(arm)
+        square = arm.var(ddof=1) if n_seeds > 1 else np.nan
+        if square < eval.ROUNDING**2:
+            square = 0.0
+        seed_square += square
+        seed_variance += square / n_seeds
+        square_per_df += (square / n_seeds) ** 2 / max(n_seeds - 1, 1)
     variance = seed_variance + across.se**2
     with np.errstate(divide="ignore", invalid="ignore"):
-        df = variance**2 / square_per_df
+        df = np.divide(variance**2, square_per_df)
     return eval.t_estimate(across.value, np.sqrt(variance), df), df, np.sqrt(seed_square)
 
 

@@ -97,14 +97,12 @@ def runs_of(lines, question):
 
 def joint_counts(lines, stems=TEST_SETS):
     """The table (G, S, runs + 1) of eval.py: errors by speaker and set in each run, then units."""
-    clusters = []
-    counts = []
+    sets = []
     for stem in stems:
         units = units_of(stem)
         columns = [line["errors"][stem] for line in lines] + [list(units.values())]
-        clusters.append(list(units))
-        counts.append(np.array(columns, dtype=float).T)
-    return eval.cluster_table(clusters, counts)
+        sets.append(dict(zip(units, np.array(columns).T)))
+    return eval.cluster_table(sets)
 
 
 def paired(runs_a, runs_b):

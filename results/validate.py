@@ -388,7 +388,8 @@ def predictions(table, measure, axis):
     errors = left_out_ridge(columns, y, groups) - y
 
     counts = np.stack([errors_without**2, errors**2, np.ones(len(y))], axis=1)  # (IJ, 3)
-    figures = eval.estimate(eval.cluster_table([groups.tolist()], [counts]), improvement)
+    sums = {group: counts[groups == group].sum(axis=0) for group in range(shape[axis])}
+    figures = eval.estimate(eval.cluster_table([sums]), improvement)
     return {
         "error_without": math.sqrt((errors_without**2).mean()),
         "error": math.sqrt((errors**2).mean()),

@@ -1,6 +1,5 @@
 """eval.py: sets and their defects, decoding order, result files, clips that fail or are cut, --resume."""
 
-import json
 import os
 import signal
 import tracemalloc
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from runs import run_ranks
+from runs import lines_of, run_ranks, write_lines
 
 import data
 import eval as evaluation
@@ -27,6 +26,7 @@ class StubModel:
 
     def __init__(self, languages=(), hyps=None):
         self.hyps = hyps
+        self.dtype = None
         self.batches = []  # seconds of the clips of each batch
         self.prompted = []  # languages in the prompts
         self.caps = []
@@ -64,8 +64,7 @@ class StubModel:
 
 def write_manifest(path, *lines):
     path.parent.mkdir(exist_ok=True, parents=True)
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return str(path)
+    return str(write_lines(path, lines))
 
 
 def line(**changed):
@@ -76,49 +75,29 @@ def write_wav(path, seconds):
     soundfile.write(path, np.sin(np.arange(round(seconds * 16_000)) / 9) / 2, 16_000)
 
 
-def lines_of(path):
-    return [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
-
-
 @pytest.fixture
 def wav(tmp_path):
     write_wav(tmp_path / "a.wav", 0.3)
     return tmp_path / "a.wav"
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Sets
-# ----------------------------------------------------------------------------------------------------------
+# ---- Sets --------------------------------------------------------------------------------------------------
 
 
 def test_read_sets(tmp_path, wav):
     path = write_manifest(tmp_path / "one.jsonl", line(), line(duration=30.0, language=None))
     sets = evaluation.read_sets([path, str(wav)], 30.0)
-    durations = {stem: [clip.duration for clip in clips] for stem, clips in sets.items()}
-    assert durations == {"one": [0.3, 30.0], "a": [0.3]}
-    assert sets["a"][0].audio == str(wav) and sets["a"][0].text is None
+    assert list(sets) == ["one", "a"]
+    assert [clip.duration for clip in sets["one"]] == [0.3, 30.0]
+    assert (sets["a"][0].audio, sets["a"][0].duration) == (str(wav), 0.3)
     assert evaluation.languages_of(sets) == {"en": sets["one"][0], None: sets["one"][1]}
-
-
-def test_defects_of_sets_name_the_place(tmp_path):
-    x = write_manifest(tmp_path / "x" / "test.jsonl", line(), line(duration=30.5))
-    y = write_manifest(tmp_path / "y" / "test.jsonl", line(language="cn"))
-    (tmp_path / "notes.txt").write_text("no audio " * 100)
-    defects = {
-        r"/x/test\.jsonl:2: 30\.5 s, over --max-seconds 30; split": [x],
-        r"/y/test\.jsonl:1: language 'cn' is not known": [y],
-        r"notes\.txt": [str(tmp_path / "notes.txt")],
-    }
-    for message, paths in defects.items():
-        with pytest.raises(InputError, match=message):
-            evaluation.read_sets(paths, 30.0)
+    with pytest.raises(InputError, match=r"one\.jsonl:2: 30\.0 s, over --max-seconds 29; split"):
+        evaluation.read_sets([path], 29)
     with pytest.raises(InputError, match="have the same name"):
-        evaluation.read_sets([x, x], 30.5)
+        evaluation.read_sets([path, path], 30.0)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Decoding
-# ----------------------------------------------------------------------------------------------------------
+# ---- Decoding ----------------------------------------------------------------------------------------------
 SECONDS = [0.2, 0.7, 0.1, 0.5, 0.4, 0.3]
 HYPS = ["3200", "11200", "1600", "8000", "6400", "4800"]
 ANSWERS = [{"hyp": hyp, "stopped": seconds < 0.5} for hyp, seconds in zip(HYPS, SECONDS)]
@@ -140,7 +119,7 @@ def test_transcribe_answers_in_the_manifests_order(six_clips):
     assert evaluation.transcribe(stub, six_clips, CPU, decoding, "x")[0] == ANSWERS
     assert stub.batches == [[0.7], [0.5, 0.4], [0.3, 0.2, 0.1]]  # within 1 s, counted as clips × longest
     assert stub.caps == [(50, 5.0)] * 3
-    with pytest.raises(AssertionError, match="decoding takes the keys batch_seconds, "):
+    with pytest.raises(TypeError, match="language"):
         evaluation.transcribe(stub, six_clips, CPU, {"language": "en"}, "x")
 
 
@@ -156,9 +135,7 @@ def test_bad_clips_are_left_out_of_their_batches(six_clips):
         assert list(answers[i]) == ["error"] and answers[i]["error"].startswith(f"m:{i}: ")
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Result files
-# ----------------------------------------------------------------------------------------------------------
+# ---- Result files ------------------------------------------------------------------------------------------
 
 
 def evaluate(paths, hyps, out=None, **options):
@@ -177,16 +154,13 @@ def test_evaluate_scores_and_writes(tmp_path, wav):
     )
     summaries = evaluate([path], ["cut", "hello", "好好"], str(tmp_path / "out"))
     expected = {"metric": "MER", "value": 100 * 2 / 3, "n": 3, "scored": 2, "failed": 0, "capped": 1}
-    assert summaries["test"].items() >= expected.items()
-    assert (summaries["test"]["clusters"], summaries["test"]["cluster_key"]) == (1, "audio+offset")
-    assert summaries["test"]["hours"] == pytest.approx(1.2 / 3600) and summaries["test"]["rtf"] > 0
-    assert summaries == json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summaries["test"].items() >= expected.items() and summaries["test"]["rtf"] > 0
+    assert summaries == data.read_json(tmp_path / "out" / "summary.json")
     cut, english, chinese = lines_of(tmp_path / "out" / "test.jsonl")
     counts = {"errors": 1, "units": 2, "substitutions": 0, "deletions": 1, "insertions": 0}
     assert english == line(room={"id": 5}, audio="../a.wav", hyp="hello", stopped=True, **counts)
     assert chinese["hyp"] == "好好" and chinese["errors"] == chinese["insertions"] == 1
     assert cut == line(audio="../long.wav", duration=0.6, text=None, hyp="cut", stopped=False)
-    assert "好好" in (tmp_path / "out" / "test.jsonl").read_text()  # readable, not \u597d
 
 
 @pytest.mark.parametrize("out", ["out", "deep/er/out", ".", "absolute", "link/out"])
@@ -239,9 +213,7 @@ def test_strict_evaluation_ends_at_a_clip_that_cannot_be_decoded(tmp_path, wav):
     assert evaluate([path], None, str(tmp_path / "out"), strict=False)["m"]["failed"] == 1
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The command
-# ----------------------------------------------------------------------------------------------------------
+# ---- The command -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -272,42 +244,33 @@ def test_a_clip_that_fails_is_reported_counted_and_nothing_else(tmp_path, wav, c
     (tmp_path / "bad.wav").write_text("no audio " * 100)
     bad = line(audio="bad.wav", speaker=9)
     path = write_manifest(tmp_path / "m.jsonl", line(speaker=8), bad, line(text="4800", speaker=7))
-    assert command("--data", path, "--out", tmp_path / "out") == 1
+    flags = ["--cluster", "speaker", "--json", tmp_path / "x.json"]
+    assert command("--data", path, "--out", tmp_path / "out", *flags) == 1
     out, err = capsys.readouterr()
     assert "not decoded: " in err and "m.jsonl:2: " in err
     assert err.splitlines()[-1] == "eval.py: 1 clip(s) not decoded"
-    assert out.splitlines()[0].split()[:3] == ["set", "metric", "%"]
-    # Two words against "4800" are a substitution and a deletion; the other text is right: 2 of 3.
     assert out.splitlines()[1].split()[:3] == ["m", "WER", "66.67"]
-    summary = json.loads((tmp_path / "out" / "summary.json").read_text())["m"]
+    summary = data.read_json(tmp_path / "out" / "summary.json")["m"]
+    assert data.read_json(tmp_path / "x.json") == {"m": summary}
     assert [summary[key] for key in ("n", "scored", "failed", "errors", "units")] == [3, 2, 1, 2, 3]
-    # Without speaker 8 there is no error, without 7 two in two words: SE² = ½ (66.7² + 33.3²).
-    assert summary["high"] - summary["value"] == pytest.approx(12.7062047 * (500 / 18) ** 0.5 * 10)
     assert (summary["clusters"], summary["cluster_key"]) == (2, "speaker")
     assert summary["hours"] == pytest.approx(0.6 / 3600)
     result = lines_of(tmp_path / "out" / "m.jsonl")[1]
     assert result.pop("error").endswith("convert it to wav or flac")
     assert result == {**bad, "audio": "../bad.wav"}
 
-    argv = ["--score", str(tmp_path / "out" / "m.jsonl"), "--json", str(tmp_path / "x.json")]
-    with pytest.raises(SystemExit) as stop:
-        evaluation.main(evaluation.parse_args(argv))
-    assert stop.value.code == 1
-    assert json.loads((tmp_path / "x.json").read_text()) == {"m": {**summary, "rtf": None}}
+    argv = ["--score", tmp_path / "out" / "m.jsonl", *flags]
+    with pytest.raises(SystemExit):
+        evaluation.main(evaluation.parse_args(list(map(str, argv))))
+    assert data.read_json(tmp_path / "x.json") == {"m": {**summary, "rtf": None}}
 
 
-def test_clusters_and_json_of_a_decoded_set(tmp_path, wav, command, capsys):
-    """A key that lines lack is said before the model is loaded; --json has what summary.json has."""
-    path = write_manifest(tmp_path / "m.jsonl", line(room=1), line(room=1), line(room=2))
-    flags = ["--data", path, "--out", tmp_path / "out", "--json", tmp_path / "s.json"]
+def test_a_key_of_clusters_that_lines_lack_is_said_before_the_model_is_loaded(tmp_path, command, capsys):
+    path = write_manifest(tmp_path / "m.jsonl", line(room=1), line())
     stub = StubModel()
-    assert command(*flags, "--cluster", "studio", stub=stub) == 2
-    assert 'm.jsonl:1: no "studio"' in capsys.readouterr().err and stub.batches == []
-    assert command(*flags, "--cluster", "room") == 0
-    stored = json.loads((tmp_path / "s.json").read_text())
-    assert stored == json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert (stored["m"]["clusters"], stored["m"]["cluster_key"]) == (2, "room")
-    assert "clusters: m 2 by room" in capsys.readouterr().out
+    assert command("--data", path, "--out", tmp_path / "out", "--cluster", "room", stub=stub) == 2
+    assert 'm.jsonl:2: no "room"' in capsys.readouterr().err
+    assert stub.dtype is None and not (tmp_path / "out").exists()
 
 
 def test_flags_reach_the_decoder(tmp_path, wav, command, capsys):
@@ -325,22 +288,17 @@ def test_flags_reach_the_decoder(tmp_path, wav, command, capsys):
 
 def test_language_is_needed_where_the_prompt_names_one(tmp_path, wav, command, capsys):
     path = write_manifest(tmp_path / "m.jsonl", line(language=None), line(language="fr"))
-    for flags, message in (
-        ([], 'm.jsonl:1: no "language"'),
-        (["--language", "cn"], "language 'cn' is not known"),
-        (["--language", "km"], "--language km"),
-    ):
-        assert command("--data", path, *flags, stub=StubModel(["en", "fr"])) == 2
-        assert message in capsys.readouterr().err
+    assert command("--data", path, stub=StubModel(["en", "fr"])) == 2
+    assert 'm.jsonl:1: no "language"' in capsys.readouterr().err
+    assert command("--data", path, "--language", "km", stub=StubModel(["en", "fr"])) == 2
+    assert "--language km" in capsys.readouterr().err
     stub = StubModel(["en", "fr"])
     assert command("--data", path, "--language", "English", "--out", tmp_path / "out", stub=stub) == 0
     assert stub.prompted == ["en", "en", "fr"]  # the first of them a warm-up
     assert lines_of(tmp_path / "out" / "m.jsonl")[0]["language"] is None  # as in the manifest
 
 
-# ----------------------------------------------------------------------------------------------------------
-# --resume
-# ----------------------------------------------------------------------------------------------------------
+# ---- --resume ----------------------------------------------------------------------------------------------
 
 
 class MortalModel(StubModel):
@@ -371,7 +329,7 @@ def assert_same_results(out, expected):
     assert sorted(os.listdir(out)) == ["a.jsonl", "b.jsonl", "config.json", "summary.json"]
     for name in ("a.jsonl", "b.jsonl"):
         assert (out / name).read_bytes() == (expected / name).read_bytes()
-    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (out, expected)]
+    summaries = [data.read_json(folder / "summary.json") for folder in (out, expected)]
     for stem in "ab":
         assert {**summaries[0][stem], "rtf": 0} == {**summaries[1][stem], "rtf": 0}
 
@@ -431,21 +389,17 @@ def test_another_number_of_ranks_goes_on(tmp_path, two_sets, command, capsys):
     assert "nothing to do" in printed[0] and printed[2].split()[0] == "a"
 
 
-def test_a_run_goes_on_with_the_same_flags_model_and_data_only(tmp_path, wav, command, capsys):
+def test_a_run_goes_on_by_resume_with_the_same_flags_and_data_only(tmp_path, wav, command, capsys):
     path = write_manifest(tmp_path / "m.jsonl", line())
     flags = ["--data", path, "--out", tmp_path / "out"]
     assert command(*flags) == 0
-    assert command(*flags) == 2 and "is not empty" in capsys.readouterr().err
-    for more, message in (
-        (["--max-new-tokens", 9], "--max-new-tokens was 800, now 9"),
-        (["--bf16"], "--bf16 was False, now True"),
-    ):
-        assert command(*flags, "--resume", *more) == 2 and message in capsys.readouterr().err
+    assert command(*flags) == 2
+    assert "is not empty" in capsys.readouterr().err
+    assert command(*flags, "--resume", "--bf16") == 2
+    assert "--bf16 was False, now True" in capsys.readouterr().err
     write_manifest(tmp_path / "m.jsonl", line(), line())
-    assert command(*flags, "--resume") == 2 and "--data was " in capsys.readouterr().err
-    write_manifest(tmp_path / "m.jsonl", line())
-    (tmp_path / "model" / "config.json").write_text('{"a": 1}')
-    assert command(*flags, "--resume") == 2 and "--model was " in capsys.readouterr().err
+    assert command(*flags, "--resume") == 2
+    assert "--data was " in capsys.readouterr().err
 
 
 def test_memory_does_not_grow_with_the_manifest(tmp_path, wav, command):
