@@ -219,7 +219,6 @@ def evaluate(
                 print_transcripts(clips, answers)
             for error in errors:
                 print(f"eval.py: not decoded: {error}", file=sys.stderr, flush=True)
-    speech_lm.free_decoders()  # they are longer than a training's
     if rank == 0 and out:
         data.write_json(os.path.join(out, "summary.json"), summaries)
     return summaries
@@ -697,7 +696,7 @@ def compare_folders(folder_a, folder_b, style="default", cluster=None, strict=Tr
     for stem, paths in pairs.items():
         try:
             counted[stem] = count_set(paths, style, cluster)
-        except data.InputError as error:
+        except (data.InputError, OSError) as error:
             if strict:
                 raise
             left_out[stem] = str(error)

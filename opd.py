@@ -220,9 +220,13 @@ def main(args):
     }
 
     def run_eval(step):
+        if not eval_sets:
+            return {}
         folder = os.path.join(args.out, f"eval-{step}")
         strict = args.on_bad_audio == "error"
-        return eval.evaluate(student, eval_sets, device, decoding, folder, strict=strict) if eval_sets else {}
+        summaries = eval.evaluate(student, eval_sets, device, decoding, folder, strict=strict)
+        student.free_decoders()  # an evaluation's transcripts are longer, and training needs the memory
+        return summaries
 
     data.begin_run(args.out, config, first_step)
     writer = data.tensorboard_writer(args, first_step)

@@ -187,6 +187,7 @@ def main(args):
         folder = os.path.join(args.out, f"eval-{step}")
         strict = args.on_bad_audio == "error"
         summaries = eval.evaluate(student, eval_sets, device, decoding, folder, strict=strict)
+        student.free_decoders()  # training does not need their memory
         if rank == 0:
             eval.print_summaries(summaries)
         return summaries
