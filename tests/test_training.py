@@ -166,7 +166,7 @@ def test_bf16_computes_in_bf16_and_trains_float32(script, stage, tmp_path):
 @pytest.mark.slow
 def test_draws_depend_on_the_seed_the_step_and_the_clip(stage, tmp_path):
     """The same audio on two lines and weights that stand still: what differs is drawn."""
-    line = runs.lines_of(stage / "m.jsonl")[11]
+    line = runs.lines_of(stage / "m.jsonl")[0]  # whose rollout is long
     path = runs.write_lines(tmp_path / "m.jsonl", [line, line])
 
     def rollouts(name, *more):
