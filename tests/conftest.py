@@ -108,6 +108,34 @@ def batch_of(speech_lm, lengths_s, languages=None, default_language=None):
     return data.collate(waveforms, speech_lm.front_end, languages, default_language)
 
 
+# ---- whole runs --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def stage(tmp_path_factory):
+    """The folder of `runs.write_stage`, which no test changes."""
+    import runs  # which imports this file
+
+    return runs.write_stage(tmp_path_factory.mktemp("stage"))
+
+
+@pytest.fixture(scope="session")
+def finished(stage, tmp_path_factory):
+    """finished(script, *flags) → the folder of such a run in one process, made once. No test changes it."""
+    import runs
+
+    folders = {}
+
+    def folder_of(script, *flags):
+        key = (script, *flags)
+        if key not in folders:
+            folders[key] = tmp_path_factory.mktemp("finished") / "run"
+            runs.train(script, stage, folders[key], *flags)
+        return folders[key]
+
+    return folder_of
+
+
 # ---- folders -----------------------------------------------------------------------------------------------
 
 

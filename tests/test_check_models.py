@@ -4,18 +4,13 @@ import re
 
 import pytest
 from conftest import byte_tokenizer, tiny_model
-from runs import run_on_cpu, write_stage
+from runs import run_on_cpu
 
 import data
 import model as m
 from prepare import check
 
 on_cpu = pytest.fixture(autouse=True, scope="module")(run_on_cpu)
-
-
-@pytest.fixture(scope="module")
-def stage(tmp_path_factory):
-    return write_stage(tmp_path_factory.mktemp("stage"))
 
 
 def look(*argv):

@@ -5,18 +5,13 @@ import pytest
 import torch
 import transformers
 from conftest import batch_of, qwen3_asr_folder, tiny_model
-from runs import BOTH, argv_of, lines_of, run_on_cpu, weights_of, write_stage
+from runs import BOTH, argv_of, lines_of, run_on_cpu, weights_of
 from safetensors.torch import load_file
 from torch import nn
 
 import model as m
 
 on_cpu = pytest.fixture(autouse=True, scope="module")(run_on_cpu)
-
-
-@pytest.fixture(scope="module")
-def stage(tmp_path_factory):
-    return write_stage(tmp_path_factory.mktemp("stage"))
 
 
 def train(script, stage, out, *more):

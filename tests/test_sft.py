@@ -15,11 +15,6 @@ import sft
 on_cpu = pytest.fixture(autouse=True, scope="module")(runs.run_on_cpu)
 
 
-@pytest.fixture(scope="module")
-def stage(tmp_path_factory):
-    return runs.write_stage(tmp_path_factory.mktemp("stage"))
-
-
 def test_a_step_of_sft_is_its_definition(stage, tmp_path):
     """Mean cross-entropy of transcript and stop tokens, plus 0.5 times the clips' mean CTC per byte."""
     # A learning rate of 0 leaves the drawn CTC head in the checkpoint.
