@@ -5,7 +5,6 @@ import transformers
 from conftest import QWEN3_ASR_TOKENS, noise, qwen3_asr_folder, qwen3_tokenizer, tiny_model
 from runs import argv_of, lines_of, run_on_cpu, write_lines, write_stage
 
-import data
 import eval as evaluation
 import model as m
 import opd
@@ -43,14 +42,6 @@ def test_control_tokens_in_a_context_stay_text():
     ids = front_end.prompt(3, None, context)
     assert [i for i in ids if i >= 256] == [i for i in front_end.prompt(3) if i >= 256]
     assert context in front_end.tokenizer.decode(ids)
-
-
-def test_a_script_language_keeps_the_context(tmp_path):
-    speech_lm = m.SpeechLM.from_pretrained(qwen3_asr_folder(tmp_path / "qwen"))
-    batch = data.collate([noise(0.5)] * 2, speech_lm.front_end, [None, "de"], "en", ["names", "names"])
-    renamed = speech_lm.with_script_languages(batch, ["今天", "heute"])
-    expected = [speech_lm.front_end.prompt(7, code, "names") for code in ("zh", "de")]
-    assert [ids[mask].tolist() for ids, mask in zip(renamed.prompt_ids, renamed.prompt_mask)] == expected
 
 
 # ---- whole runs --------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import pytest
 import torch
 import transformers
 from conftest import batch_of, qwen3_asr_folder, tiny_model
-from runs import BOTH, argv_of, lines_of, run_on_cpu, weights_of
+from runs import BOTH, argv_of, run_on_cpu, weights_of
 from safetensors.torch import load_file
 from torch import nn
 
@@ -91,18 +91,3 @@ def test_merged_folder_and_pefts_folder_are_the_model(tmp_path, kind):
     assert len(lora_names) == 7 * len(speech_lm.lm.layers)  # none beside the encoder's projections
     assert (merged_logits - on_base(input_ids=ids).logits).abs().max() < 1e-5
     assert (merged_logits - base_logits).abs().max() > 1e-2
-
-
-@pytest.mark.slow
-@BOTH
-def test_resume_is_the_straight_run(stage, tmp_path, script):
-    flags = ["--steps", 4, "--save-every", 2, "--keep", 9]
-    straight = train(script, stage, tmp_path / "straight", *flags)
-    resumed = train(script, stage, tmp_path / "resumed", *flags)
-    for name in ("step-4", "model", "lora", "summary.json"):
-        (resumed / name).rename(tmp_path / name)
-    train(script, stage, resumed, *flags, "--resume")
-    losses = [[line["loss"] for line in lines_of(out / "metrics.jsonl")] for out in (straight, resumed)]
-    assert len(losses[0]) == 4 and losses[0] == losses[1]
-    for file in ("model/model.safetensors", "lora/adapter_model.safetensors", "step-4/state.safetensors"):
-        assert (straight / file).read_bytes() == (resumed / file).read_bytes(), file
