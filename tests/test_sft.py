@@ -81,34 +81,23 @@ def test_a_models_transcripts_are_learned_as_they_are(stage, tmp_path, capsys):
     assert line["cut"] == 0 and line["tokens"] == sum(len(line["text"]) + 1 for line in audio[:4])
 
 
-def test_what_it_cannot_train_on_is_refused(stage, tmp_path, capsys):
-    """A line without text; CTC for Qwen3-ASR, whose encoder has no frames of a fixed rate."""
+def test_what_would_end_the_run_late_is_refused_at_its_start(stage, tmp_path, capsys):
+    """A line without text, a damaged clip to evaluate on, CTC for Qwen3-ASR (no frames of a fixed rate)."""
     lines = runs.lines_of(stage / "m.jsonl")
+    (tmp_path / "none.wav").write_bytes(b"RIFF")
+    damaged = runs.write_lines(tmp_path / "test.jsonl", [*lines[:2], {**lines[0], "audio": "none.wav"}])
     del lines[4]["text"]
-    path = runs.write_lines(tmp_path / "m.jsonl", lines)
+    textless = runs.write_lines(tmp_path / "m.jsonl", lines)
     student = qwen3_asr_folder(tmp_path / "student")
     for flags, message in (
-        (["--train", path], f'{path}:5: no "text"'),
+        (["--train", textless], f'{textless}:5: no "text"'),
         (["--model", student, "--ctc-weight", 1], "--ctc-weight"),
+        (["--eval", damaged], f"{damaged}:3: "),
     ):
         assert runs.status_of(sft, runs.argv_of(sft, stage, tmp_path / "run", *flags)) == 2
         assert message in runs.error_line(capsys.readouterr().err)
     assert not (tmp_path / "run").exists()
-
-
-def test_a_damaged_clip_to_evaluate_on_shows_before_the_training(stage, tmp_path, capsys):
-    """After it, hours would be lost. With --on-bad-audio skip it is counted and shown."""
-    lines = runs.lines_of(stage / "m.jsonl")[:2]
-    for line in lines:
-        line["audio"] = str(stage / line["audio"])
-    (tmp_path / "none.wav").write_bytes(b"RIFF")
-    lines.append({**lines[0], "audio": "none.wav"})
-    path = runs.write_lines(tmp_path / "test.jsonl", lines)
-    argv = runs.argv_of(sft, stage, tmp_path / "run", "--eval", path, "--steps", 1)
-    assert runs.status_of(sft, argv) == 2
-    assert f"{path}:3: " in runs.error_line(capsys.readouterr().err)
-    assert not (tmp_path / "run").exists()
-    assert runs.status_of(sft, [*argv, "--on-bad-audio", "skip"]) == 0
+    runs.train(sft, stage, tmp_path / "run", "--eval", damaged, "--on-bad-audio", "skip")
     assert json.loads((tmp_path / "run/summary.json").read_text())["eval"]["test"]["failed"] == 1
 
 

@@ -3,6 +3,7 @@ what cannot be used is counted, listed or refused. (Steps by their definition: t
 
 import json
 import math
+import os
 import re
 
 import pytest
@@ -143,15 +144,11 @@ def test_the_learning_rate_of_the_log_is_the_schedules_and_the_optimizers(script
 def test_clip_reaches_the_gradient_norm(script, stage, finished, tmp_path):
     """The log has the norm before clipping."""
     line = runs.train(script, stage, tmp_path / "run", "--clip", 0.01, "--batch-size", 5)[0]
-    norms = []
-    for out in (tmp_path / "run", finished(script, "--batch-size", 5, "--clip", 0)):
-        gradient = runs.gradient_of(out)
-        norms.append(math.sqrt(sum(g.square().sum().item() for g in gradient.values())))
-        for name in gradient:  # AdamW's second beta is 0.95
-            second_moment = runs.state_of(out, 1)[f"exp_avg_sq.{name}"]
-            torch.testing.assert_close(second_moment, 0.05 * gradient[name].square(), rtol=1e-3, atol=1e-12)
-    assert norms[0] == pytest.approx(0.01, rel=1e-4)
-    assert line["grad_norm"] == pytest.approx(norms[1], rel=1e-5)
+    gradient = runs.gradient_of(tmp_path / "run")
+    norm = math.sqrt(sum(g.square().sum().item() for g in gradient.values()))
+    assert norm == pytest.approx(0.01, rel=1e-4)
+    unclipped = finished(script, "--batch-size", 5, "--clip", 0)
+    assert line["grad_norm"] == runs.lines_of(unclipped / "metrics.jsonl")[0]["grad_norm"]
 
 
 # ---- metrics -----------------------------------------------------------------------------------------------
@@ -314,14 +311,19 @@ def test_a_bad_clip_ends_the_run_with_one_line_of_the_rank_that_meets_it(script,
 # ---- numbers that are not finite ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "script, more", [(opd, ["--temperature", 0.7]), (sft, [])], ids=["opd, sampled", "sft"]
-)
-def test_a_loss_that_is_not_finite_stops_all_ranks(script, more, stage, tmp_path):
-    """A learning rate that makes the weights of step 1 enormous. Status 3; each rank lists its clips."""
+@runs.BOTH
+def test_a_gradient_that_is_not_finite_stops_all_ranks(script, stage, tmp_path, monkeypatch):
+    """NaN on one rank at step 2. Status 3; each rank lists its clips, and no weight has been saved."""
     out = tmp_path / "run"
-    flags = ["--lr", 1e30, "--warmup-steps", 0, "--steps", 3, "--batch-size", 12, "--save-every", 1, *more]
-    argv = runs.argv_of(script, stage, out, *flags)
+    sum_gradients = model.sum_gradients
+
+    def poison(trained):
+        if os.environ["RANK"] == "1" and (out / "step-1").exists():
+            next(iter(trained.values())).grad[0] = math.nan
+        sum_gradients(trained)
+
+    monkeypatch.setattr(model, "sum_gradients", poison)
+    argv = runs.argv_of(script, stage, out, "--steps", 3, "--batch-size", 12, "--save-every", 1)
     results = runs.run_ranks(lambda: runs.status_of(script, argv), 2)
     assert [status for status, _ in results] == [3, 3], results
     line = runs.error_line(results[0][1])
@@ -336,25 +338,4 @@ def test_a_loss_that_is_not_finite_stops_all_ranks(script, more, stage, tmp_path
         clips += [entry["clip"] for entry in listed]
     assert sorted(clips) == sorted(clip.where for clip in data.read_manifest(stage / "m.jsonl"))
     assert [line["step"] for line in runs.lines_of(out / "metrics.jsonl")] == [1]
-    assert (out / "step-1").exists() and not (out / "step-2").exists()
-
-
-@runs.BOTH
-def test_a_gradient_that_is_not_finite_never_reaches_the_weights(script, stage, tmp_path, monkeypatch):
-    seen = {}
-    sum_gradients = model.sum_gradients
-
-    def poison(trained):
-        sum_gradients(trained)
-        seen.update(trained)
-        if (tmp_path / "run/step-1").exists():
-            next(iter(trained.values())).grad.view(-1)[0] = math.nan
-
-    monkeypatch.setattr(model, "sum_gradients", poison)
-    argv = runs.argv_of(script, stage, tmp_path / "run", "--steps", 3, "--save-every", 1)
-    assert runs.status_of(script, argv) == 3
-    weights = runs.weights_of(tmp_path / "run/step-1/model")
-    assert len(weights) > 20
-    for name, tensor in weights.items():
-        assert torch.equal(seen[name], tensor), name
-    assert runs.lines_of(tmp_path / "run/nonfinite-2-0.jsonl")
+    assert [path.name for path in out.glob("step-*")] == ["step-1"] and not (out / "model").exists()
