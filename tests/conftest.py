@@ -95,6 +95,14 @@ def tiny_model(seed=0, tokenizer=None, **sizes):
     return m.SpeechLM(config, tokenizer).eval()
 
 
+def add_random_lora(speech_lm, spread=1.0):
+    """LoRA whose B is not zero."""
+    m.add_lora(speech_lm, rank=3, seed=0)
+    for name, parameter in speech_lm.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter, std=spread)
+
+
 def noise(seconds, seed=0):
     """(samples,) float32 of coloured noise: something for the encoder to tell apart."""
     white = np.random.default_rng(seed).standard_normal(max(int(seconds * 16000), 1)).astype(np.float32)

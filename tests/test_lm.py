@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from conftest import batch_of, qwen3_asr_folder, tiny_model
+from conftest import add_random_lora, batch_of, qwen3_asr_folder, tiny_model
 from torch import nn
 
 import data
@@ -79,13 +79,6 @@ def put_hook(speech_lm):
     speech_lm.lm.layers[0].mlp.register_forward_hook(lambda module, inputs, output: -2 * output)
 
 
-def put_lora(speech_lm):
-    m.add_lora(speech_lm, rank=2, seed=0)
-    for name, parameter in speech_lm.named_parameters():
-        if ".lora_B." in name:
-            nn.init.normal_(parameter, std=1.0)
-
-
 class Doubled(nn.Linear):
     def forward(self, x):
         return -2 * super().forward(x)
@@ -100,7 +93,8 @@ def put_class(projection):
     return put
 
 
-PUTS = {"hook": put_hook, "LoRA": put_lora, **{f"class of {name}": put_class(name) for name in m.PROJECTIONS}}
+CLASSES = {f"class of {name}": put_class(name) for name in m.PROJECTIONS}
+PUTS = {"hook": put_hook, "LoRA": add_random_lora, **CLASSES}
 
 
 @pytest.mark.parametrize("how", PUTS)

@@ -4,29 +4,13 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import batch_of, qwen3_asr_folder, tiny_model
-from runs import BOTH, argv_of, run_on_cpu, weights_of
+from conftest import add_random_lora, batch_of, qwen3_asr_folder, tiny_model
+from runs import BOTH, run_on_cpu, train, weights_of
 from safetensors.torch import load_file
-from torch import nn
 
 import model as m
 
 on_cpu = pytest.fixture(autouse=True, scope="module")(run_on_cpu)
-
-
-def train(script, stage, out, *more):
-    script.main(script.parse_args(argv_of(script, stage, out, "--lora-rank", 4, *more)))
-    return out
-
-
-def with_lora(speech_lm):
-    """The model with LoRA that is not zero."""
-    m.add_lora(speech_lm, rank=3, seed=1)
-    torch.manual_seed(2)
-    for name, parameter in speech_lm.named_parameters():
-        if ".lora_B." in name:
-            nn.init.normal_(parameter, std=0.2)
-    return speech_lm
 
 
 def is_lm(name):
@@ -38,7 +22,8 @@ def test_only_lora_encoder_and_adapter_train(stage, tmp_path, script):
     """The LM's own weights stay bit for bit; the merged projections, the encoder and the adapter move."""
     before = weights_of(stage / "student")
     projections = tuple(f"{projection}.weight" for projection in m.PROJECTIONS)
-    out = train(script, stage, tmp_path / "run", "--steps", 3)
+    out = tmp_path / "run"
+    train(script, stage, out, "--lora-rank", 4, "--steps", 3)
     after = weights_of(out / "model")
     assert before.keys() == after.keys()
     for name, tensor in before.items():
@@ -48,8 +33,8 @@ def test_only_lora_encoder_and_adapter_train(stage, tmp_path, script):
         names = load_file(folder / "lora" / "adapter_model.safetensors")
         assert len(names) == 2 * 7 * 2
         assert all(name.startswith("base_model.model.model.language_model.layers.") for name in names)
-    out = train(script, stage, tmp_path / "lm", "--steps", 2, "--train-parts", "lm")
-    after = weights_of(out / "model")  # lora/ is now the whole change
+    train(script, stage, tmp_path / "lm", "--lora-rank", 4, "--steps", 2, "--train-parts", "lm")
+    after = weights_of(tmp_path / "lm/model")  # lora/ is now the whole change
     assert all(torch.equal(before[name], after[name]) for name in before if not is_lm(name))
 
 
@@ -64,7 +49,8 @@ def test_merged_folder_and_pefts_folder_are_the_model(tmp_path, kind):
         stock_class = transformers.Qwen3ASRForConditionalGeneration
     else:
         tiny_model(model_type=kind, spread=0.1).save_pretrained(base)
-    speech_lm = with_lora(m.SpeechLM.from_pretrained(base).eval())
+    speech_lm = m.SpeechLM.from_pretrained(base).eval()
+    add_random_lora(speech_lm, spread=0.2)
     before = {name: tensor.clone() for name, tensor in speech_lm.state_dict().items()}
     speech_lm.save_pretrained(tmp_path / "merged")
     m.save_lora(speech_lm, tmp_path / "lora")

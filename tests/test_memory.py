@@ -5,10 +5,7 @@ import functools
 import bench
 import pytest
 import torch
-import transformers
 from conftest import noise, qwen3_asr_folder, tiny_model
-from runs import run_ranks
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import data
 import model
@@ -63,61 +60,6 @@ def test_activations_are_those_that_autograd_keeps(kind, rank, recompute, tmp_pa
         of_lm, _ = bench.lm_memory(speech_lm, length, False, recompute)
         computed.append(3 * (seconds * of_encoder + length * of_lm))
     assert computed == pytest.approx(measured, rel=0.15)
-
-
-def memory_efficient_attention(q, k, v, attn_mask, dropout_p=0.0, scale=None, is_causal=False):
-    """PyTorch's attention as a GPU computes it where there is a mask."""
-    dtype = torch.bfloat16 if torch.is_autocast_enabled("cuda") else torch.float32
-    bias = torch.zeros_like(attn_mask, dtype=dtype).expand(len(q), q.shape[1], q.shape[2], k.shape[2])
-    attention = torch.ops.aten._scaled_dot_product_efficient_attention
-    return attention(q.to(dtype), k.to(dtype), v.to(dtype), bias, True, dropout_p, is_causal, scale=scale)[0]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("rank", [0, 16])
-@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
-@pytest.mark.parametrize("recompute", [False, True])
-def test_activations_at_full_width_on_a_fake_gpu(recompute, kind, rank, bf16):
-    """In a process of its own: after autograd on a fake GPU, forks of a process cannot train any more."""
-    ((status, text),) = run_ranks(lambda: check_full_width(recompute, kind, rank, bf16), 1)
-    assert status == 0, text
-
-
-def check_full_width(recompute, kind, rank, bf16):
-    """The release's widths, with fewer layers, and autocast's rules for GPUs. Tensors have no storage.
-
-    The attention is set here, because PyTorch's choice among its kernels would want a GPU.
-    """
-    torch.nn.functional.scaled_dot_product_attention = memory_efficient_attention
-    # All is on one device and float32 already; fake tensors refuse that a module moves or converts them.
-    torch.nn.Module._apply = lambda module, *args: module
-    seconds = 10
-    length = 205
-    sizes = {"num_hidden_layers": 4, "head_dim": 64, "vocab_size": 1000}
-    text = transformers.CONFIG_MAPPING[kind](**bench.RELEASE_WIDTHS, **sizes)
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
-        speech_lm = prepare(bench.our_student(text, layers=4), rank, recompute)
-        mel = torch.randn(2, 128, 100 * seconds)
-        mel_lens = torch.full((2,), 50 * seconds)
-        embeds = torch.randn(2, length, 896, requires_grad=True)
-        mask = torch.ones(2, 1, length, length, dtype=torch.bool)
-        rotary = speech_lm.lm.rotary(torch.arange(length).expand(2, length), embeds.dtype)
-
-        def forward():
-            frames = speech_lm.encoder(mel, mel_lens)
-            encoded = speech_lm.adapter(frames.reshape(2, -1, 4 * 1280).clone())
-            return encoded.sum() + speech_lm.lm(embeds, rotary, mask).sum()
-
-        torch.set_autocast_dtype("cuda", torch.bfloat16)
-        torch.set_autocast_enabled("cuda", bf16)  # torch.autocast itself would want a GPU
-        measured = kept_bytes(forward, speech_lm)
-    of_encoder, _ = bench.encoder_memory(speech_lm, bf16, recompute)
-    of_lm, _ = bench.lm_memory(speech_lm, length, bf16, recompute)
-    computed = 2 * (seconds * of_encoder + length * of_lm)
-    if bf16:
-        computed += 2 * bench.n_kept_weights(speech_lm, recompute)
-    assert computed == pytest.approx(measured, rel=0.01)
 
 
 @pytest.mark.parametrize("rank", [0, 4])

@@ -10,7 +10,6 @@ import pytest
 import runs
 import soundfile
 import torch
-import transformers
 from conftest import ROOT, qwen3_asr_folder
 
 import data
@@ -224,22 +223,14 @@ def test_a_refused_run_leaves_no_folder_behind(script, mistake, stage, tmp_path,
 
 
 @runs.BOTH
-def test_qwen3_asr_as_a_student_trains_and_reloads_as_the_stock_class(script, stage, tmp_path):
-    """Every weight moves, in float32."""
+def test_every_weight_of_qwen3_asr_trains(script, stage, tmp_path):
     student = qwen3_asr_folder(tmp_path / "student")
     teacher = qwen3_asr_folder(tmp_path / "teacher", seed=1, hidden=64)
     models = ["--student", student, "--teacher", teacher] if script is opd else ["--model", student]
-    line = runs.train(script, stage, tmp_path / "run", *models, "--batch-size", 12, "--weight-decay", 0)[0]
-    assert math.isfinite(line["loss"]) and line["loss"] > 0
-    stock_class = transformers.Qwen3ASRForConditionalGeneration
-    stock, info = stock_class.from_pretrained(tmp_path / "run/model", output_loading_info=True)
-    assert not any(info.values())
-    end = stock.state_dict()
-    for name, tensor in stock_class.from_pretrained(student).state_dict().items():
-        assert end[name].dtype == torch.float32
-        assert (end[name] - tensor).abs().max() > 1e-5, name
-    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "run/model")
-    assert type(processor).__name__ == "Qwen3ASRProcessor"
+    runs.train(script, stage, tmp_path / "run", *models, "--batch-size", 12, "--weight-decay", 0)
+    end = runs.weights_of(tmp_path / "run/model")
+    for name, start in runs.weights_of(student).items():
+        assert (end[name] - start).abs().max() > 1e-5, name
 
 
 # ---- bad audio ---------------------------------------------------------------------------------------------
