@@ -63,11 +63,14 @@ def test_a_step_is_its_definition(name, stage, tmp_path):
     assert (line["loss"] == line["kl"]) == (name in ("opd", "offline-kl", "teacher-kl"))
     runs.assert_same_gradient(runs.gradient_of(out), gradient, 1e-5)
     if name == "opd":  # all kinds of rollouts are in it
-        assert 0 < metrics["empty"] < 1 and 0 < metrics["capped"] < 1
+        assert 0 < metrics["empty"] < 1
+        assert 0 < metrics["capped"] < 1
 
     lines = runs.lines_of(out / "samples.jsonl")
     for line, clip, sample in zip(lines, runs.longest_clips(stage, 2), samples[:2], strict=True):
-        assert line["step"] == 1 and line["clip"] == clip.where and line["ref"] == clip.text
+        assert line["step"] == 1
+        assert line["clip"] == clip.where
+        assert line["ref"] == clip.text
         assert {key: line[key] for key in ("transcript", "teacher", "stopped")}.items() <= sample.items()
         assert line["kl"] == pytest.approx(sample["kl"], abs=1e-4)
         assert len(line["tokens"]) == len(line["kl"]) == sample["n_tokens"] + sample["stopped"]
@@ -96,7 +99,8 @@ def test_rows_whose_support_is_one_id_do_not_count(stage, tmp_path):
 def test_a_teachers_transcript_that_a_cap_cut_has_no_stop_row(caps, n_tokens, stage, tmp_path):
     """min(--max-new-tokens, ⌊seconds · --tokens-per-second⌋ + 16)"""
     line = runs.train(opd, stage, tmp_path / "run", *ARMS["ce-teacher"], *caps)[0]
-    assert line["capped"] == 1 and line["mean_tokens"] == n_tokens
+    assert line["capped"] == 1
+    assert line["mean_tokens"] == n_tokens
     assert line["positions"] == n_tokens * 6
 
 
@@ -124,7 +128,8 @@ def test_arms_see_the_same_clips_prompts_and_draws(stage, tmp_path, monkeypatch)
         lines = runs.train(opd, stage, tmp_path / arm, "--steps", 2, "--micro-seconds", 2, *flags)
         inputs.append([*seen, *[line["lr"] for line in lines]])
         losses.add(lines[0]["loss"])
-    assert len(seen) > 4 and len(losses) == 5
+    assert len(seen) > 4
+    assert len(losses) == 5
     assert all(arm_inputs == inputs[0] for arm_inputs in inputs)
 
 
@@ -194,7 +199,8 @@ def test_parts_that_do_not_train_stay_bit_for_bit(parts, kind, stage, tmp_path):
     }
     trained = {name for name in start if name.startswith(prefixes[parts])}
     moved = {name for name in start if not torch.equal(start[name], end[name])}
-    assert moved <= trained and len(moved) > 0.9 * len(trained)
+    assert moved <= trained
+    assert len(moved) > 0.9 * len(trained)
     state = runs.state_of(tmp_path / "run", 1)
     moments = {key.removeprefix("exp_avg.") for key in state if key.startswith("exp_avg.")}
     assert moments == trained

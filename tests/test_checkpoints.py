@@ -102,7 +102,8 @@ def test_qwen3_asr_greedy_sample_equals_stock_generate(qwen):
         assert rollout.ids[b][rollout.row_mask()[b]].tolist() == ids
         assert rollout.stopped[b] == (ids[-1] == stop)
         written.add(tuple(ids))
-    assert len(written) > 1 and rollout.stopped.any()
+    assert len(written) > 1
+    assert rollout.stopped.any()
 
 
 @pytest.mark.slow
@@ -116,7 +117,9 @@ def test_qwen3_asr_with_the_released_ids(tmp_path):
     assert (~speech_lm.forbidden).nonzero()[:, 0].tolist() == [*range(151643), 151645]
     text = "今天 is <asr_text> 25 °C <|im_end|>"
     *ids, stop = speech_lm.front_end.transcripts([text]).ids[0].tolist()
-    assert stop == 151645 and max(ids) < 151643 and speech_lm.front_end.decode(ids) == text
+    assert stop == 151645
+    assert max(ids) < 151643
+    assert speech_lm.front_end.decode(ids) == text
 
 
 def test_qwen3_asr_saved_folder_is_stock(qwen, tmp_path):
@@ -126,8 +129,10 @@ def test_qwen3_asr_saved_folder_is_stock(qwen, tmp_path):
     change_json(tmp_path / "saved" / "generation_config.json", do_sample=False, temperature=1e-6)
     m.SpeechLM.from_pretrained(tmp_path / "saved").save_pretrained(tmp_path / "again")
     again, again_processor, _ = load_both(tmp_path / "again")
-    assert again.state_dict().keys() == stock.state_dict().keys()
-    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in stock.state_dict().items())
+    state = again.state_dict()
+    assert state.keys() == stock.state_dict().keys()
+    for name, tensor in stock.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
     assert again.generation_config.eos_token_id == stock.generation_config.eos_token_id == [256, 258]
     flags = {"audio": noise(1.3).numpy(), "language": "ja", "prompt": "names"}
     expected, inputs = (each.apply_transcription_request(**flags) for each in (processor, again_processor))
@@ -184,16 +189,19 @@ def test_self_check_passes_and_leaves_the_mode_as_it_was(checked):
     speech_lm, *clips = checked
     figures = m.self_check(speech_lm.train(), *clips)
     assert speech_lm.training
-    assert figures["agreement"] == 1 and 0 <= figures["batch_difference"] < 1e-4
+    assert figures["agreement"] == 1
+    assert 0 <= figures["batch_difference"] < 1e-4
     batch = data.collate(clips[0], speech_lm.front_end, *clips[1:])
     rollout = speech_lm.sample(batch, 32)
     with torch.no_grad():
         logits = speech_lm.head(speech_lm(batch, rollout))
     tokens = rollout.ids[rollout.row_mask()]
     logp = logits.masked_fill(speech_lm.forbidden, -torch.inf).log_softmax(dim=1)
-    assert figures["nll"] == pytest.approx(-float(logp.gather(1, tokens[:, None]).mean()), rel=1e-3)
+    nll = -logp.gather(1, tokens[:, None]).mean()
+    assert figures["nll"] == pytest.approx(nll.item(), rel=1e-3)
     stops = logits.softmax(dim=1)[tokens == speech_lm.front_end.stop_id, speech_lm.front_end.pad_id]
-    assert figures["endoftext"] == pytest.approx(float(stops.mean()) if len(stops) else 0.0, rel=1e-3)
+    endoftext = stops.mean().item() if len(stops) else 0.0
+    assert figures["endoftext"] == pytest.approx(endoftext, rel=1e-3)
 
 
 @pytest.mark.parametrize("how", ["rows are shifted", "padding is attended to", "a weight is NaN"])
@@ -239,7 +247,8 @@ def test_optimizer_sees_a_tied_matrix_once_and_decays_only_matrices(tied):
 def test_cosine_lr():
     values = [m.cosine_lr(step, 10, 2, 1.0) for step in (0, 1, 2, 4, 6, 10)]
     assert values == pytest.approx([0.5, 1.0, 1.0, 0.5 + 0.25 * 2**0.5, 0.5, 0.0])
-    assert m.cosine_lr(0, 1, 0, 3.0) == 3.0 and m.cosine_lr(4, 5, 5, 1.0) == 1.0
+    assert m.cosine_lr(0, 1, 0, 3.0) == 3.0
+    assert m.cosine_lr(4, 5, 5, 1.0) == 1.0
 
 
 def test_sum_gradients_over_all_buckets(monkeypatch):

@@ -57,7 +57,8 @@ def test_topk_ids_are_the_best_allowed_ones_of_each_row():
         ids = model.topk_ids(teacher, hidden, alignment.teacher_forbidden, k)
         n_allowed = min(k, V - 2)
         assert torch.equal(ids[:, :n_allowed], order[:, :n_allowed]) and not ids.requires_grad
-        assert ids.shape[1] == min(k, V) and (ids[:, n_allowed:] == -1).all()
+        assert ids.shape[1] == min(k, V)
+        assert (ids[:, n_allowed:] == -1).all()
         student_ids = alignment.in_student(ids)
         assert torch.equal(student_ids, torch.where(ids >= 0, V - 1 - ids, -1))
         assert torch.equal(alignment.in_teacher(student_ids), ids)
@@ -218,7 +219,8 @@ def test_ids_go_to_the_teacher_as_they_are_and_stop_where_one_has_no_counterpart
     rollout = student.front_end.transcripts(["ac", "今"])
     mapped = model.mapped_rollout(rollout, alignment.to_teacher)
     a, c, stop = vocabulary["a"], vocabulary["c"], teacher.front_end.stop_id
-    assert mapped.ids[0, :3].tolist() == [a, c, stop] and mapped.ids[1, 3] == stop
+    assert mapped.ids[0, :3].tolist() == [a, c, stop]
+    assert mapped.ids[1, 3] == stop
     assert stop != student.front_end.stop_id and torch.equal(mapped.row_mask(), rollout.row_mask())
     back = model.mapped_rollout(mapped, alignment.to_student)
     assert torch.equal(back.ids[back.row_mask()], rollout.ids[rollout.row_mask()])

@@ -76,7 +76,8 @@ def test_a_resumed_run_is_the_straight_run(script, step, lora, stage, straight, 
     assert [line["step"] for line in lines] == [1, 2, 3]
     runs.assert_same_run(out, expected)
     assert runs.weight_bytes(out / "model") == runs.weight_bytes(out / "step-3/model")
-    assert sorted(path.name for path in out.glob("step-*")) == [f"step-{n}" for n in range(step + 1, 4)]
+    checkpoints = sorted(path.name for path in out.glob("step-*"))
+    assert checkpoints == (["step-3"] if step == 2 else ["step-1", "step-2", "step-3"])
     assert json.loads((out / "summary.json").read_text())["steps"] == 3
     # Training data and models are remembered by their content (test_data.py).
     config = json.loads((out / "config.json").read_text())
@@ -84,7 +85,8 @@ def test_a_resumed_run_is_the_straight_run(script, step, lora, stage, straight, 
     # Now it is finished: a further --resume says so, and does nothing.
     before = snapshot(out)
     assert runs.train(script, stage, out, *flags, "--resume") == lines
-    assert "finished at step 3" in capsys.readouterr().out and snapshot(out) == before
+    assert "finished at step 3" in capsys.readouterr().out
+    assert snapshot(out) == before
 
 
 @pytest.mark.slow
@@ -96,7 +98,8 @@ def test_a_run_may_go_on_on_more_or_fewer_ranks(script, stage, straight, tmp_pat
     lines = runs.train_on_ranks(script, stage, on_two, 2, *FLAGS[script], "--resume")
     runs.assert_same_metrics(lines, expected, 1e-5)
     on_one = interrupted(on_two, tmp_path / "one", 2)
-    runs.assert_same_metrics(runs.train(script, stage, on_one, *FLAGS[script], "--resume"), expected, 1e-5)
+    lines = runs.train(script, stage, on_one, *FLAGS[script], "--resume")
+    runs.assert_same_metrics(lines, expected, 1e-5)
 
 
 def test_a_run_killed_in_its_last_evaluation_is_evaluated(stage, tmp_path, monkeypatch):
@@ -114,7 +117,8 @@ def test_a_run_killed_in_its_last_evaluation_is_evaluated(stage, tmp_path, monke
     monkeypatch.setattr(eval, "evaluate", killed)
     with pytest.raises(KeyboardInterrupt):
         runs.train(opd, stage, out, *flags)
-    assert (out / "model").exists() and not (out / "summary.json").exists()
+    assert (out / "model").exists()
+    assert not (out / "summary.json").exists()
     before = runs.lines_of(out / "metrics.jsonl")
     monkeypatch.undo()
     assert runs.train(opd, stage, out, *flags, "--resume") == before
@@ -152,7 +156,8 @@ def test_kills_change_nothing(script, world, n_steps, n_kills, stage, tmp_path):
         processes = runs.start_ranks(lambda: runs.status_of(script, argv), world, logs)
         deadline = time.monotonic() + 60
         while n_logged(out) <= n_before:
-            assert processes[0].is_alive() and time.monotonic() < deadline
+            assert processes[0].is_alive()
+            assert time.monotonic() < deadline
             time.sleep(0.0005)
         time.sleep(rng.uniform(0, 0.05))
         for process in processes:

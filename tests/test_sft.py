@@ -78,7 +78,8 @@ def test_a_models_transcripts_are_learned_as_they_are(stage, tmp_path, capsys):
     assert line["ctc"] == pytest.approx(expected.item() / 2, rel=1e-5)
     # A reference is complete, whatever `stopped` says: that is of the hypothesis.
     line = runs.train(sft, stage, tmp_path / "text", "--train", path, "--batch-size", 4)[0]
-    assert line["cut"] == 0 and line["tokens"] == sum(len(line["text"]) + 1 for line in audio[:4])
+    assert line["cut"] == 0
+    assert line["tokens"] == sum(len(line["text"]) + 1 for line in audio[:4])
 
 
 def test_what_would_end_the_run_late_is_refused_at_its_start(stage, tmp_path, capsys):
@@ -122,7 +123,8 @@ def test_ctc_by_hand():
     for b, (text, n_frames, expected) in enumerate(cases):
         clip_frames = frames[b : b + 1, :n_frames]
         loss, n_too_short = sft.ctc_loss(head, clip_frames, torch.tensor([n_frames]), [text])
-        assert loss.item() == pytest.approx(expected.item(), rel=1e-5) and n_too_short == (text == "aa")
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+        assert n_too_short == (text == "aa")
     texts, lens, losses = zip(*cases)
     loss, n_too_short = sft.ctc_loss(head, frames, torch.tensor(lens), texts)
     assert loss.item() == pytest.approx(sum(losses).item(), rel=1e-5) and n_too_short == 1
@@ -139,7 +141,8 @@ def test_spec_augment_is_a_function_of_seed_step_and_clip():
     masks = ["--time-masks", 2, "--freq-masks", 2]
     args = augmentation(*masks)
     first = sft.spec_augment(mel, args, 3, 5)
-    assert torch.equal(first, sft.spec_augment(mel, args, 3, 5)) and not torch.equal(first, mel)
+    assert torch.equal(first, sft.spec_augment(mel, args, 3, 5))
+    assert not torch.equal(first, mel)
     others = [sft.spec_augment(mel, args, 4, 5), sft.spec_augment(mel, args, 3, 6)]
     others.append(sft.spec_augment(mel, augmentation(*masks, "--seed", 1), 3, 5))
     assert not any(torch.equal(first, other) for other in others)

@@ -29,7 +29,8 @@ def test_a_step_without_a_counted_row_changes_nothing(stage, tmp_path):
     lines = runs.train(opd, stage, out, *flags)
     for line in lines:
         assert line["positions"] == line["loss"] == line["kl"] == line["grad_norm"] == 0
-        assert line["vuss"] == line["top1"] == line["jaccard"] == 1 and line["mean_tokens"] > 0
+        assert line["vuss"] == line["top1"] == line["jaccard"] == 1
+        assert line["mean_tokens"] > 0
     assert [line["step"] for line in lines] == [1, 2]
     assert runs.weight_bytes(out / "model") == runs.weight_bytes(stage / "student")
     assert runs.state_of(out, 2)["updates"] == 0
@@ -93,7 +94,8 @@ def test_bf16_computes_in_bf16_and_trains_float32(script, stage, tmp_path):
     out = tmp_path / "run"
     lines = runs.train(script, stage, out, "--bf16", "--steps", 5, "--weight-decay", 0)
     first = runs.train(script, stage, tmp_path / "float32", "--weight-decay", 0)[0]["loss"]
-    assert lines[0]["loss"] == pytest.approx(first, rel=0.02) and lines[0]["loss"] != first
+    assert lines[0]["loss"] == pytest.approx(first, rel=0.02)
+    assert lines[0]["loss"] != first
     start = runs.weights_of(stage / "student")
     end = runs.weights_of(out / "model")
     for name in start:
@@ -101,7 +103,8 @@ def test_bf16_computes_in_bf16_and_trains_float32(script, stage, tmp_path):
         assert (end[name] - start[name]).abs().max() > 1e-4, name
         assert (end[name] != end[name].bfloat16().float()).any(), name  # a master weight, not a rounded one
     moments = [tensor for key, tensor in runs.state_of(out, 5).items() if key.startswith("exp_avg")]
-    assert len(moments) == 2 * len(start) and {tensor.dtype for tensor in moments} == {torch.float32}
+    assert len(moments) == 2 * len(start)
+    assert {tensor.dtype for tensor in moments} == {torch.float32}
 
 
 # ---- rollouts ----------------------------------------------------------------------------------------------
@@ -267,7 +270,8 @@ def test_bad_clips_are_left_out_counted_and_listed(script, stage, tmp_path, caps
     assert runs.timeless(lines)[0].keys() == {"step", "skipped", n_rows, "grad_norm", "lr"}
     assert [lines[0][key] for key in ("step", "skipped", n_rows, "grad_norm")] == [1, 2, 0, 0]
     assert runs.weight_bytes(one / "step-1/model") == runs.weight_bytes(stage / "student")
-    assert runs.state_of(one, 1)["updates"] == 0 and runs.state_of(one, 3)["updates"] == 2
+    assert runs.state_of(one, 1)["updates"] == 0
+    assert runs.state_of(one, 3)["updates"] == 2
     assert sorted(line["skipped"] for line in lines[1:]) == [0, 1]
     assert all(line["loss"] > 0 and line[n_rows] > 0 for line in lines[1:])
 
@@ -277,7 +281,8 @@ def test_bad_clips_are_left_out_counted_and_listed(script, stage, tmp_path, caps
     assert sorted(line["clip"] for line in listed) == [f"{path}:{number}" for number in (1, 2, 4)]
     for line in listed:
         assert line["audio"].endswith(".wav")
-        assert line["audio"] in line["reason"] and line["clip"] in line["reason"]
+        assert line["audio"] in line["reason"]
+        assert line["clip"] in line["reason"]
 
     on_ranks = runs.train_on_ranks(script, stage, tmp_path / "two", 2, *flags)
     runs.assert_same_metrics(on_ranks, lines, 1e-5)
@@ -292,11 +297,13 @@ def test_a_bad_clip_ends_the_run_with_one_line_of_the_rank_that_meets_it(script,
     out = tmp_path / "run"
     argv = runs.argv_of(script, stage, out, "--train", path, "--batch-size", 4)
     results = runs.run_ranks(lambda: runs.status_of(script, argv), 2)
-    assert results[1][0] == 2 and results[0][0] != 0
+    assert results[1][0] == 2
+    assert results[0][0] != 0
     line = runs.error_line(results[1][1])
     assert f"{path}:2: " in line and "3.wav" in line and "--on-bad-audio skip" in line
     assert ".py: error: " not in results[0][1]
-    assert not runs.lines_of(out / "metrics.jsonl") and not (out / "model").exists()
+    assert not runs.lines_of(out / "metrics.jsonl")
+    assert not (out / "model").exists()
 
 
 # ---- numbers that are not finite ---------------------------------------------------------------------------
@@ -325,8 +332,11 @@ def test_a_gradient_that_is_not_finite_stops_all_ranks(script, stage, tmp_path, 
         listed = runs.lines_of(out / f"nonfinite-2-{rank}.jsonl")
         assert len(listed) == 6
         for entry in listed:
-            assert entry["step"] == 2 and entry["audio"].endswith(".wav") and isinstance(entry["text"], str)
+            assert entry["step"] == 2
+            assert entry["audio"].endswith(".wav")
+            assert isinstance(entry["text"], str)
         clips += [entry["clip"] for entry in listed]
     assert sorted(clips) == sorted(clip.where for clip in data.read_manifest(stage / "m.jsonl"))
     assert [line["step"] for line in runs.lines_of(out / "metrics.jsonl")] == [1]
-    assert [path.name for path in out.glob("step-*")] == ["step-1"] and not (out / "model").exists()
+    assert [path.name for path in out.glob("step-*")] == ["step-1"]
+    assert not (out / "model").exists()
