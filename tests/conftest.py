@@ -95,6 +95,14 @@ def tiny_model(seed=0, tokenizer=None, **sizes):
     return m.SpeechLM(config, tokenizer).eval()
 
 
+def add_random_lora(speech_lm, spread=1.0):
+    """LoRA whose B is not zero."""
+    m.add_lora(speech_lm, rank=3, seed=0)
+    for name, parameter in speech_lm.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter, std=spread)
+
+
 def noise(seconds, seed=0):
     """(samples,) float32 of coloured noise: something for the encoder to tell apart."""
     white = np.random.default_rng(seed).standard_normal(max(int(seconds * 16000), 1)).astype(np.float32)
@@ -106,6 +114,34 @@ def batch_of(speech_lm, lengths_s, languages=None, default_language=None):
     waveforms = [noise(seconds, seed=i) for i, seconds in enumerate(lengths_s)]
     languages = languages or [None] * len(waveforms)
     return data.collate(waveforms, speech_lm.front_end, languages, default_language)
+
+
+# ---- whole runs --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def stage(tmp_path_factory):
+    """The folder of `runs.write_stage`, which no test changes."""
+    import runs  # which imports this file
+
+    return runs.write_stage(tmp_path_factory.mktemp("stage"))
+
+
+@pytest.fixture(scope="session")
+def finished(stage, tmp_path_factory):
+    """finished(script, *flags) → the folder of such a run in one process, made once. No test changes it."""
+    import runs
+
+    folders = {}
+
+    def folder_of(script, *flags):
+        key = (script, *flags)
+        if key not in folders:
+            folders[key] = tmp_path_factory.mktemp("finished") / "run"
+            runs.train(script, stage, folders[key], *flags)
+        return folders[key]
+
+    return folder_of
 
 
 # ---- folders -----------------------------------------------------------------------------------------------

@@ -137,12 +137,12 @@ def support_of(support, student_ids, teacher_ids, allowed_ids=()):
 def opd_step(stage, n, k=8, cap=12, **flags):
     """Equation 1, or what the flags put in its place, on the n longest clips: one row at a time, all logits.
 
-    flags: states, objective, support, divergence, beta, tau of opd.py.
+    flags: teacher, states, objective, support, divergence, beta, tau of opd.py.
     → metrics, gradient {name: tensor}, and for each clip what samples.jsonl says of it
     """
     states = flags.get("states", "student")
     student = model.SpeechLM.from_pretrained(stage / "student").train()
-    teacher = model.SpeechLM.from_pretrained(stage / "teacher").eval()
+    teacher = model.SpeechLM.from_pretrained(flags.get("teacher", stage / "teacher")).eval()
     teacher_vocabulary = teacher.front_end.tokenizer.get_vocab()
     vocabulary = student.front_end.tokenizer.convert_ids_to_tokens(range(len(student.forbidden)))
     in_teacher = torch.tensor([teacher_vocabulary[token] for token in vocabulary])  # none is missing
@@ -337,6 +337,11 @@ def weights_of(folder):
     return safetensors.torch.load_file(folder / "model.safetensors")
 
 
+def weight_bytes(folder):
+    """Equal for two folders that the suite has written if and only if all their tensors are."""
+    return (folder / "model.safetensors").read_bytes()
+
+
 def state_of(out, step):
     return safetensors.torch.load_file(out / f"step-{step}" / "state.safetensors")
 
@@ -370,8 +375,10 @@ def assert_same_run(out, expected):
     for name in ("samples.jsonl", "bad.jsonl"):
         assert lines_of(out / name) == lines_of(expected / name), name
     step = lines_of(expected / "metrics.jsonl")[-1]["step"]
-    for name in ("model/model.safetensors", f"step-{step}/state.safetensors"):
-        assert (out / name).read_bytes() == (expected / name).read_bytes(), name
+    for path in expected.rglob("*.safetensors"):
+        name = path.relative_to(expected)
+        if name.parts[0] in ("model", "lora", f"step-{step}"):
+            assert (out / name).read_bytes() == path.read_bytes(), name
 
 
 def error_line(text):

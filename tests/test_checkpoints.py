@@ -102,7 +102,8 @@ def test_qwen3_asr_greedy_sample_equals_stock_generate(qwen):
         assert rollout.ids[b][rollout.row_mask()[b]].tolist() == ids
         assert rollout.stopped[b] == (ids[-1] == stop)
         written.add(tuple(ids))
-    assert len(written) > 1 and rollout.stopped.any()
+    assert len(written) > 1
+    assert rollout.stopped.any()
 
 
 @pytest.mark.slow
@@ -116,7 +117,9 @@ def test_qwen3_asr_with_the_released_ids(tmp_path):
     assert (~speech_lm.forbidden).nonzero()[:, 0].tolist() == [*range(151643), 151645]
     text = "今天 is <asr_text> 25 °C <|im_end|>"
     *ids, stop = speech_lm.front_end.transcripts([text]).ids[0].tolist()
-    assert stop == 151645 and max(ids) < 151643 and speech_lm.front_end.decode(ids) == text
+    assert stop == 151645
+    assert max(ids) < 151643
+    assert speech_lm.front_end.decode(ids) == text
 
 
 def test_qwen3_asr_saved_folder_is_stock(qwen, tmp_path):
@@ -126,8 +129,10 @@ def test_qwen3_asr_saved_folder_is_stock(qwen, tmp_path):
     change_json(tmp_path / "saved" / "generation_config.json", do_sample=False, temperature=1e-6)
     m.SpeechLM.from_pretrained(tmp_path / "saved").save_pretrained(tmp_path / "again")
     again, again_processor, _ = load_both(tmp_path / "again")
-    assert again.state_dict().keys() == stock.state_dict().keys()
-    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in stock.state_dict().items())
+    state = again.state_dict()
+    assert state.keys() == stock.state_dict().keys()
+    for name, tensor in stock.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
     assert again.generation_config.eos_token_id == stock.generation_config.eos_token_id == [256, 258]
     flags = {"audio": noise(1.3).numpy(), "language": "ja", "prompt": "names"}
     expected, inputs = (each.apply_transcription_request(**flags) for each in (processor, again_processor))
@@ -138,12 +143,15 @@ def test_qwen3_asr_saved_folder_is_stock(qwen, tmp_path):
 
 
 def test_language_of_the_manifest_then_of_a_deciding_script_then_the_default(qwen):
+    """A clip's context stays."""
     speech_lm = qwen[2]
-    batch = batch_of(speech_lm, [0.5] * 5, ["de", None, None, "en", None], "fr")
+    codes = ["de", None, None, "en", None]
+    contexts = ["names", "names", None, None, None]
+    batch = data.collate([noise(0.5)] * 5, speech_lm.front_end, codes, "fr", contexts)
     named = speech_lm.with_script_languages(batch, ["今天", "안녕", "hello", "今天", "<|im_end|> καλά"])
     for prompts, codes in ((batch, "de fr fr en fr"), (named, "de ko fr en el")):
-        for ids, mask, code in zip(prompts.prompt_ids, prompts.prompt_mask, codes.split()):
-            assert ids[mask].tolist() == speech_lm.front_end.prompt(7, code)
+        for ids, mask, code, context in zip(prompts.prompt_ids, prompts.prompt_mask, codes.split(), contexts):
+            assert ids[mask].tolist() == speech_lm.front_end.prompt(7, code, context)
     all_named = batch_of(speech_lm, [0.5], ["de"])
     assert speech_lm.with_script_languages(all_named, ["今天"]) is all_named
 
@@ -181,16 +189,19 @@ def test_self_check_passes_and_leaves_the_mode_as_it_was(checked):
     speech_lm, *clips = checked
     figures = m.self_check(speech_lm.train(), *clips)
     assert speech_lm.training
-    assert figures["agreement"] == 1 and 0 <= figures["batch_difference"] < 1e-4
+    assert figures["agreement"] == 1
+    assert 0 <= figures["batch_difference"] < 1e-4
     batch = data.collate(clips[0], speech_lm.front_end, *clips[1:])
     rollout = speech_lm.sample(batch, 32)
     with torch.no_grad():
         logits = speech_lm.head(speech_lm(batch, rollout))
     tokens = rollout.ids[rollout.row_mask()]
     logp = logits.masked_fill(speech_lm.forbidden, -torch.inf).log_softmax(dim=1)
-    assert figures["nll"] == pytest.approx(-float(logp.gather(1, tokens[:, None]).mean()), rel=1e-3)
+    nll = -logp.gather(1, tokens[:, None]).mean()
+    assert figures["nll"] == pytest.approx(nll.item(), rel=1e-3)
     stops = logits.softmax(dim=1)[tokens == speech_lm.front_end.stop_id, speech_lm.front_end.pad_id]
-    assert figures["endoftext"] == pytest.approx(float(stops.mean()) if len(stops) else 0.0, rel=1e-3)
+    endoftext = stops.mean().item() if len(stops) else 0.0
+    assert figures["endoftext"] == pytest.approx(endoftext, rel=1e-3)
 
 
 @pytest.mark.parametrize("how", ["rows are shifted", "padding is attended to", "a weight is NaN"])
@@ -236,89 +247,38 @@ def test_optimizer_sees_a_tied_matrix_once_and_decays_only_matrices(tied):
 def test_cosine_lr():
     values = [m.cosine_lr(step, 10, 2, 1.0) for step in (0, 1, 2, 4, 6, 10)]
     assert values == pytest.approx([0.5, 1.0, 1.0, 0.5 + 0.25 * 2**0.5, 0.5, 0.0])
-    assert m.cosine_lr(0, 1, 0, 3.0) == 3.0 and m.cosine_lr(4, 5, 5, 1.0) == 1.0
+    assert m.cosine_lr(0, 1, 0, 3.0) == 3.0
+    assert m.cosine_lr(4, 5, 5, 1.0) == 1.0
 
 
-def test_sum_gradients_in_buckets_of_one_order(monkeypatch):
+def test_sum_gradients_over_all_buckets(monkeypatch):
     """Two ranks, of which the other has three times this one's gradients; a missing one counts as zeros."""
     trained = {str(n): torch.nn.Parameter(torch.zeros(n, 2)) for n in (3, 1, 2, 9)}
-    gradients = {name: torch.randn_like(parameter) for name, parameter in trained.items()}
-    for name, parameter in trained.items():
-        parameter.grad = gradients[name].clone()
+    for parameter in trained.values():
+        parameter.grad = torch.rand_like(parameter)
+    expected = {name: 4 * parameter.grad for name, parameter in trained.items()}
     trained["none"] = torch.nn.Parameter(torch.zeros(2))
-    gradients["none"] = torch.zeros(2)
-    m.sum_gradients(trained)  # alone: as they are
-    assert all(torch.equal(parameter.grad, gradients[name]) for name, parameter in trained.items())
-    sizes = []
-
-    def all_reduce(flat):
-        sizes.append(len(flat))
-        flat.mul_(4)
-
+    expected["none"] = torch.zeros(2)
     monkeypatch.setattr(m.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(m.dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(m.dist, "all_reduce", lambda flat: flat.mul_(4))
     m.sum_gradients(trained, bucket_floats=10)
-    assert sizes == [8, 4, 18, 2]
-    assert all(torch.equal(parameter.grad, 4 * gradients[name]) for name, parameter in trained.items())
+    assert all(torch.equal(parameter.grad, expected[name]) for name, parameter in trained.items())
 
 
-def test_check_replicas_sees_one_bit(monkeypatch):
+# ---- checkpoints (that they hold all of a run: test_resume.py) ---------------------------------------------
+
+
+@pytest.fixture
+def run():
+    """A model, all that trains, and its optimizer before any update."""
     speech_lm = tiny_model()
     trained = dict(speech_lm.named_parameters())
-    checksums = []
-    monkeypatch.setattr(data, "gather", lambda value: checksums.append(value) or [checksums[0], value])
-    m.check_replicas(trained)
-    m.check_replicas(trained)
-    speech_lm.encoder.conv1.weight.data.view(torch.int32)[0, 0, 0] ^= 1
-    with pytest.raises(AssertionError, match="the ranks' weights have come apart"):
-        m.check_replicas(trained)
+    return speech_lm, trained, m.make_optimizer(trained, 1e-2, 0.01)
 
 
-# ---- checkpoints -------------------------------------------------------------------------------------------
-
-
-def new_run(speech_lm):
-    """A head beside the model that trains too, all that trains, and its optimizer."""
-    head = torch.nn.Linear(32, 5)
-    trained = {**dict(speech_lm.named_parameters()), "head.weight": head.weight, "head.bias": head.bias}
-    return head, trained, m.make_optimizer(trained, 1e-2, 0.01)
-
-
-def make_step(speech_lm, head, optimizer):
-    rows = speech_lm(batch_of(speech_lm, [0.4, 0.9]), speech_lm.front_end.transcripts(["ab", "c"]))
-    head(rows).square().sum().backward()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-
-
-def test_a_checkpoint_goes_on_bit_for_bit(tmp_path):
-    """Weights, moments and the tensors outside the folder; a step later both runs are the same."""
+def test_a_checkpoint_killed_while_written_is_never_picked_up(run, tmp_path, monkeypatch):
     out = str(tmp_path)
-    speech_lm = tiny_model().train()
-    head, trained, optimizer = new_run(speech_lm)
-    m.save_checkpoint(out, 0, speech_lm, trained, optimizer, keep=9)  # before any update: no moments
-    m.load_state(os.path.join(out, "step-0"), speech_lm, trained, optimizer)
-    assert not optimizer.state
-    for step in (1, 2):
-        make_step(speech_lm, head, optimizer)
-        m.save_checkpoint(out, step, speech_lm, trained, optimizer, keep=2)
-    assert list(data.complete_steps(out)) == [1, 2]  # the last two stay
-    folder = data.complete_steps(out)[2]
-    again = m.SpeechLM.from_pretrained(os.path.join(folder, "model")).train()
-    head_again, trained_again, optimizer_again = new_run(again)
-    m.load_state(folder, again, trained_again, optimizer_again)
-    for _ in range(2):
-        for name, parameter in trained.items():
-            assert torch.equal(parameter, trained_again[name]), name
-        make_step(speech_lm, head, optimizer)
-        make_step(again, head_again, optimizer_again)
-
-
-def test_a_checkpoint_killed_while_written_is_never_picked_up(tmp_path, monkeypatch):
-    out = str(tmp_path)
-    speech_lm = tiny_model()
-    _, trained, optimizer = new_run(speech_lm)
-    m.save_checkpoint(out, 1, speech_lm, trained, optimizer, keep=1)
+    m.save_checkpoint(out, 1, *run, keep=1)
 
     def killed(*args, **kwargs):
         raise KeyboardInterrupt
@@ -327,10 +287,36 @@ def test_a_checkpoint_killed_while_written_is_never_picked_up(tmp_path, monkeypa
         with monkeypatch.context() as patch:
             patch.setattr(f"model.{place}", killed)
             with pytest.raises(KeyboardInterrupt):
-                m.save_checkpoint(out, 2, speech_lm, trained, optimizer, keep=1)
+                m.save_checkpoint(out, 2, *run, keep=1)
         assert list(data.complete_steps(out)) == [1]
-    m.save_checkpoint(out, 3, speech_lm, trained, optimizer, keep=1)  # clears away what was left
+    m.save_checkpoint(out, 3, *run, keep=1)  # clears away what was left
     assert os.listdir(out) == ["step-3"]
+    m.load_state(os.path.join(out, "step-3"), *run)
+    assert not run[2].state  # no update had been made
+
+
+def test_a_checkpoint_reaches_the_disk_before_it_gets_its_name(run, tmp_path, monkeypatch):
+    """All its files and folders; then the folder that holds its name."""
+    rename = os.rename
+    events = []
+    monkeypatch.setattr(os, "fsync", lambda file: events.append(os.readlink(f"/proc/self/fd/{file}")))
+    monkeypatch.setattr(os, "rename", lambda *paths: events.append("rename") or rename(*paths))
+    m.save_checkpoint(str(tmp_path), 1, *run, keep=1)
+    folder = tmp_path / "step-1"
+    flushed = [path.replace(".partial", "") for path in events]
+    assert sorted(flushed[:-2]) == sorted(map(str, [folder, *folder.rglob("*")]))
+    assert flushed[-2:] == ["rename", str(tmp_path)]
+
+
+def test_no_checkpoint_is_written_where_ranks_differ_by_one_bit(run, tmp_path, monkeypatch):
+    """As where a change of the code leaves one rank's gradient out."""
+    checksums = []
+    monkeypatch.setattr(data, "gather", lambda value: checksums.append(value) or [checksums[0], value])
+    m.save_checkpoint(str(tmp_path), 1, *run, keep=9)
+    run[0].encoder.conv1.weight.data.view(torch.int32)[0, 0, 0] ^= 1
+    with pytest.raises(AssertionError, match="the ranks' weights have come apart"):
+        m.save_checkpoint(str(tmp_path), 2, *run, keep=9)
+    assert os.listdir(tmp_path) == ["step-1"]
 
 
 def test_the_finished_model_is_replaced_as_a_whole(tmp_path):

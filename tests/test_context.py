@@ -1,17 +1,16 @@
 """Context: words that a prompt gives beforehand, to both models, to the teacher alone, or to none."""
 
 import pytest
+import runs
 import transformers
 from conftest import QWEN3_ASR_TOKENS, noise, qwen3_asr_folder, qwen3_tokenizer, tiny_model
-from runs import argv_of, lines_of, run_on_cpu, write_lines, write_stage
 
-import data
 import eval as evaluation
 import model as m
 import opd
 import sft
 
-on_cpu = pytest.fixture(autouse=True, scope="module")(run_on_cpu)
+on_cpu = pytest.fixture(autouse=True, scope="module")(runs.run_on_cpu)
 
 CONTEXTS = ["Zürich, Müller, ASR", "  two blanks before", "\na new line", "今天 北京", "x"]
 
@@ -45,59 +44,47 @@ def test_control_tokens_in_a_context_stay_text():
     assert context in front_end.tokenizer.decode(ids)
 
 
-def test_a_script_language_keeps_the_context(tmp_path):
-    speech_lm = m.SpeechLM.from_pretrained(qwen3_asr_folder(tmp_path / "qwen"))
-    batch = data.collate([noise(0.5)] * 2, speech_lm.front_end, [None, "de"], "en", ["names", "names"])
-    renamed = speech_lm.with_script_languages(batch, ["今天", "heute"])
-    expected = [speech_lm.front_end.prompt(7, code, "names") for code in ("zh", "de")]
-    assert [ids[mask].tolist() for ids, mask in zip(renamed.prompt_ids, renamed.prompt_mask)] == expected
-
-
 # ---- whole runs --------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def stage(tmp_path_factory):
-    """The tiny stage; context.jsonl is m.jsonl with a context in every line but the first."""
-    folder = write_stage(tmp_path_factory.mktemp("stage"))
-    lines = lines_of(folder / "m.jsonl")
+@pytest.fixture
+def manifest(stage, tmp_path):
+    """m.jsonl of the stage, with a context in every line but the first."""
+    lines = runs.lines_of(stage / "m.jsonl")
     for n, line in enumerate(lines[1:]):
         line["context"] = f"clip {n}, clap"
-    write_lines(folder / "context.jsonl", lines)
-    return folder
-
-
-def train(script, stage, out, manifest, *more):
-    """→ bytes of the weights"""
-    script.main(script.parse_args(argv_of(script, stage, out, "--train", stage / manifest, *more)))
-    return (out / "model" / "model.safetensors").read_bytes()
+    return runs.write_lines(tmp_path / "m.jsonl", lines)
 
 
 @pytest.mark.slow
-def test_whose_prompt_gives_the_context(stage, tmp_path):
+def test_whose_prompt_gives_the_context(stage, manifest, finished, tmp_path):
     """none: the run without the key. teacher: the student's first rollout is still that of this run."""
-    weights = {"without": train(opd, stage, tmp_path / "without", "m.jsonl")}
+    folders = {"without": finished(opd)}
     for whose in ("none", "teacher", "both"):
-        weights[whose] = train(opd, stage, tmp_path / whose, "context.jsonl", "--context", whose)
+        folders[whose] = tmp_path / whose
+        runs.train(opd, stage, folders[whose], "--train", manifest, "--context", whose)
+    weights = {name: runs.weight_bytes(folder / "model") for name, folder in folders.items()}
     assert weights["none"] == weights["without"] and len(set(weights.values())) == 3
     rollouts = {}
-    for name in weights:
-        rollouts[name] = [line["transcript"] for line in lines_of(tmp_path / name / "samples.jsonl")]
+    for name, folder in folders.items():
+        rollouts[name] = [line["transcript"] for line in runs.lines_of(folder / "samples.jsonl")]
     assert rollouts["teacher"] == rollouts["without"] != rollouts["both"]
 
 
 @pytest.mark.slow
-def test_sft_and_eval_with_and_without(stage, tmp_path):
-    without = train(sft, stage, tmp_path / "without", "m.jsonl")
-    assert train(sft, stage, tmp_path / "no-context", "context.jsonl", "--no-context") == without
-    assert train(sft, stage, tmp_path / "context", "context.jsonl") != without
+def test_sft_and_eval_with_and_without(stage, manifest, finished, tmp_path):
+    for name, more in (("context", []), ("none", ["--no-context"])):
+        runs.train(sft, stage, tmp_path / name, "--train", manifest, *more)
+    without = runs.weight_bytes(finished(sft) / "model")
+    assert runs.weight_bytes(tmp_path / "none/model") == without
+    assert runs.weight_bytes(tmp_path / "context/model") != without
 
-    hyps = {}
-    for name, more in (("m", []), ("context", []), ("context", ["--no-context"])):
-        out = tmp_path / f"{name}{len(more)}"
-        flags = ["--model", stage / "teacher", "--data", stage / f"{name}.jsonl", "--out", out, *more]
+    hyps = []
+    for path, more in ((stage / "m.jsonl", []), (manifest, ["--no-context"]), (manifest, [])):
+        out = tmp_path / f"eval{len(hyps)}"
+        flags = ["--model", stage / "teacher", "--data", path, "--out", out, *more]
         evaluation.main(evaluation.parse_args([str(flag) for flag in flags]))
-        lines = lines_of(out / f"{name}.jsonl")
-        hyps[name, len(more)] = [line["hyp"] for line in lines]
-    assert hyps["context", 1] == hyps["m", 0] != hyps["context", 0]
+        lines = runs.lines_of(out / "m.jsonl")
+        hyps.append([line["hyp"] for line in lines])
+    assert hyps[0] == hyps[1] != hyps[2]
     assert lines[1]["context"] == "clip 0, clap"  # a result file is a manifest with the same contexts

@@ -1,6 +1,5 @@
 """The embedded example: what is shipped, and (slow) that the main command does what the README says."""
 
-import collections
 import json
 import sys
 
@@ -30,18 +29,6 @@ def clips():
     return {name: data.read_manifest(EXAMPLE / f"{name}.jsonl") for name in ("train", "dev", *TESTS)}
 
 
-def test_clips_sound(clips):
-    """Every 20th clip decodes to its duration, and is neither silent nor clipped; enough voices speak."""
-    for set_clips in clips.values():
-        for clip in set_clips[::20]:
-            waveform = data.load_audio(clip)
-            assert 0.003 < waveform.square().mean().sqrt() < 0.5
-            assert abs(len(waveform) / 16_000 - clip.duration) < 0.002
-    for name in TESTS:  # at least 15 voices with 6 to 8 clips each
-        counts = collections.Counter(clip.fields["speaker"] for clip in clips[name])
-        assert len(counts) >= 15 and set(counts.values()) <= {6, 7, 8}, name
-
-
 def test_training_dev_and_tests_share_no_voice_and_no_sentence(clips):
     """Nor do the sets that are not shipped: what teacher and base learned from."""
 
@@ -54,7 +41,8 @@ def test_training_dev_and_tests_share_no_voice_and_no_sentence(clips):
     texts = [{clip.text for clip in part} for part in parts]
     voices = [{variant_of(clip.fields["speaker"]) for clip in part} for part in parts]
     for a, b in ((0, 1), (0, 2), (1, 2)):
-        assert not texts[a] & texts[b] and not voices[a] & voices[b]
+        assert not texts[a] & texts[b]
+        assert not voices[a] & voices[b]
     extra = {variant_of(speaker) for speaker in make.EXTRA["en"] + make.EXTRA["zh"]}
     assert not extra & (voices[1] | voices[2])
 

@@ -112,49 +112,33 @@ def make_stop_likely(speech_lm, batch, cap):
     raise AssertionError("no scale gives both")
 
 
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("tied", [True, False])
 @torch.no_grad()
-def test_sample_equals_step_by_step_full_forward():
-    """Greedy ids, from full forwards of one clip at a time on the growing prefix.
-
-    Some rollouts stop by themselves, and the stop token leads S_t at its row; others meet the cap.
-    """
-    speech_lm = tiny_model(1, tied=False)
+def test_greedy_rollouts_are_those_of_stock_generate_and_of_teacher_forcing(tmp_path, model_type, tied):
+    """In a padded batch. Some stop by themselves, and the stop token leads S_t there; others are cut."""
+    speech_lm = tiny_model(1, model_type=model_type, tied=tied)
     cap, stop = 10, speech_lm.front_end.stop_id
     batch = batch_of(speech_lm, LENGTHS_S)
     make_stop_likely(speech_lm, batch, cap)
+    speech_lm.save_pretrained(tmp_path)
+    stock = transformers.GlmAsrForConditionalGeneration.from_pretrained(tmp_path)
+    embeds = speech_lm.embed_prompt(batch, speech_lm.encode(batch))
+    ids = stock.generate(inputs_embeds=embeds, attention_mask=batch.prompt_mask, max_new_tokens=cap)
     rollout = speech_lm.sample(batch, cap)
-    for i, seconds in enumerate(LENGTHS_S):
-        alone = data.collate([noise(seconds, seed=i)], speech_lm.front_end, [None])
-        prefix = []
-        while len(prefix) < cap and stop not in prefix:
-            ids = torch.tensor([[*prefix, speech_lm.front_end.pad_id]])
-            hidden = speech_lm(alone, m.Rollout(ids, torch.tensor([len(prefix) + 1]), torch.tensor([False])))
-            logits = speech_lm.head(hidden[-1]).masked_fill(speech_lm.forbidden, -torch.inf)
-            prefix.append(int(logits.argmax()))
-        assert rollout.ids[i, : len(prefix)].tolist() == prefix
-        assert rollout.stopped[i] == (stop in prefix)
-        assert rollout.lens[i] + rollout.stopped[i] == len(prefix)
-        assert (rollout.ids[i, len(prefix) :] == speech_lm.front_end.pad_id).all()
+    assert rollout.ids.tolist() == ids.tolist()  # with padding behind the stop tokens
+    assert rollout.stopped.tolist() == (ids == stop).any(dim=1).tolist()
+    assert rollout.lens.tolist() == (ids < 256).sum(dim=1).tolist()
     student_topk = m.topk_ids(speech_lm, speech_lm(batch, rollout), speech_lm.forbidden, 4)
     assert student_topk[:, 0].tolist() == rollout.ids[rollout.row_mask()].tolist()
     assert (student_topk[:, 0] == stop).sum() == rollout.stopped.sum()
 
 
-@pytest.fixture
-def lm_calls(monkeypatch):
-    """A list with an entry for each forward of an LM."""
-    calls = []
-    forward = m.QwenLM.forward
-    monkeypatch.setattr(m.QwenLM, "forward", lambda *args: calls.append(1) or forward(*args))
-    return calls
-
-
-def test_immediate_stop_is_one_scored_row(lm_calls):
+def test_immediate_stop_is_one_scored_row():
     speech_lm = tiny_model()
     stop = speech_lm.front_end.stop_id
     batch = batch_of(speech_lm, [0.5, 1.0])
     rollout = speech_lm.sample(batch, 10, forbidden=torch.arange(len(speech_lm.forbidden)) != stop)
-    assert len(lm_calls) == 2  # the prompt, and the only token
     assert rollout.lens.tolist() == [0, 0] and rollout.stopped.tolist() == [True, True]
     assert rollout.ids.tolist() == [[stop]] * 2
     assert len(speech_lm(batch, rollout)) == 2
@@ -164,8 +148,8 @@ def test_immediate_stop_is_one_scored_row(lm_calls):
     "max_new_tokens, tokens_per_second, lens",
     [(21, 25.0, [21, 21, 21]), (23, 4.0, [18, 23, 20]), (64, 4.0, [18, 24, 20]), (33, 0.0, [33, 33, 33])],
 )
-def test_caps_are_exact_and_by_seconds(lm_calls, max_new_tokens, tokens_per_second, lens):
-    """min(max_new_tokens, ⌊seconds · r⌋ + 16); once the last clip is through, no further step is computed."""
+def test_caps_are_exact_and_by_seconds(max_new_tokens, tokens_per_second, lens):
+    """min(max_new_tokens, ⌊seconds · r⌋ + 16)"""
     speech_lm = tiny_model()
     no_stop = speech_lm.forbidden.clone()
     no_stop[speech_lm.front_end.stop_id] = True
@@ -173,12 +157,11 @@ def test_caps_are_exact_and_by_seconds(lm_calls, max_new_tokens, tokens_per_seco
     rollout = speech_lm.sample(batch, max_new_tokens, forbidden=no_stop, tokens_per_second=tokens_per_second)
     assert rollout.lens.tolist() == lens and not rollout.stopped.any()
     assert rollout.ids.shape == (3, max(lens)) and rollout.row_mask().sum(dim=1).tolist() == lens
-    assert len(lm_calls) == 1 + max(lens)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @torch.no_grad()
-def test_forbidden_ids_are_never_sampled_nor_in_the_top_k(temperature):
+def test_forbidden_ids_are_never_sampled(temperature):
     """All control tokens are made the likeliest by far; only the stop token may be written."""
     speech_lm = tiny_model(2, tied=False)
     specials = speech_lm.front_end.tokenizer.convert_tokens_to_ids(SPECIALS)
@@ -191,11 +174,6 @@ def test_forbidden_ids_are_never_sampled_nor_in_the_top_k(temperature):
     assert speech_lm.forbidden[likeliest].float().mean() > 0.5
     rollout = speech_lm.sample(batch, 16, temperature=temperature)
     assert not speech_lm.forbidden[rollout.ids[rollout.row_mask()]].any()
-    # A k above the vocabulary: every allowed id once, and −1 for the others.
-    topk_ids = m.topk_ids(speech_lm, hidden, speech_lm.forbidden, 10_000)
-    allowed = (~speech_lm.forbidden).nonzero()[:, 0].tolist()
-    assert topk_ids.shape == (24, len(speech_lm.forbidden))
-    assert topk_ids.sort(dim=1).values.tolist() == [[-1] * len(specials) + allowed] * 24
 
 
 @torch.no_grad()
@@ -325,15 +303,11 @@ def test_what_is_tied_follows_the_tensors(tmp_path, kind, head):
 
 @KINDS
 def test_weights_that_are_none_are_one_line(tmp_path, kind):
-    """A pointer of git lfs, as model.safetensors and in a split, and a pytorch_model.bin alone."""
+    """A pointer of git lfs in a split, and a pytorch_model.bin alone."""
     folder = folder_of(kind, tmp_path / "m")
-    weights = weights_of(folder)
     pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{64 * 'a'}\nsize 123\n"
-    (folder / "model.safetensors").unlink()  # `weights` is a view of it
-    (folder / "model.safetensors").write_text(pointer)
-    assert "pointer of git lfs" in error_of(folder)
+    write_weights(folder, weights_of(folder), shards=2)
     (folder / "model.safetensors").unlink()
-    write_weights(folder, weights, shards=2)
     (folder / "model-00002-of-00002.safetensors").unlink()
     (folder / "model-00002-of-00002.safetensors").write_text(pointer)
     message = error_of(folder)

@@ -15,11 +15,6 @@ import sft
 on_cpu = pytest.fixture(autouse=True, scope="module")(runs.run_on_cpu)
 
 
-@pytest.fixture(scope="module")
-def stage(tmp_path_factory):
-    return runs.write_stage(tmp_path_factory.mktemp("stage"))
-
-
 def test_a_step_of_sft_is_its_definition(stage, tmp_path):
     """Mean cross-entropy of transcript and stop tokens, plus 0.5 times the clips' mean CTC per byte."""
     # A learning rate of 0 leaves the drawn CTC head in the checkpoint.
@@ -83,37 +78,27 @@ def test_a_models_transcripts_are_learned_as_they_are(stage, tmp_path, capsys):
     assert line["ctc"] == pytest.approx(expected.item() / 2, rel=1e-5)
     # A reference is complete, whatever `stopped` says: that is of the hypothesis.
     line = runs.train(sft, stage, tmp_path / "text", "--train", path, "--batch-size", 4)[0]
-    assert line["cut"] == 0 and line["tokens"] == sum(len(line["text"]) + 1 for line in audio[:4])
+    assert line["cut"] == 0
+    assert line["tokens"] == sum(len(line["text"]) + 1 for line in audio[:4])
 
 
-def test_what_it_cannot_train_on_is_refused(stage, tmp_path, capsys):
-    """A line without text; CTC for Qwen3-ASR, whose encoder has no frames of a fixed rate."""
+def test_what_would_end_the_run_late_is_refused_at_its_start(stage, tmp_path, capsys):
+    """A line without text, a damaged clip to evaluate on, CTC for Qwen3-ASR (no frames of a fixed rate)."""
     lines = runs.lines_of(stage / "m.jsonl")
+    (tmp_path / "none.wav").write_bytes(b"RIFF")
+    damaged = runs.write_lines(tmp_path / "test.jsonl", [*lines[:2], {**lines[0], "audio": "none.wav"}])
     del lines[4]["text"]
-    path = runs.write_lines(tmp_path / "m.jsonl", lines)
+    textless = runs.write_lines(tmp_path / "m.jsonl", lines)
     student = qwen3_asr_folder(tmp_path / "student")
     for flags, message in (
-        (["--train", path], f'{path}:5: no "text"'),
+        (["--train", textless], f'{textless}:5: no "text"'),
         (["--model", student, "--ctc-weight", 1], "--ctc-weight"),
+        (["--eval", damaged], f"{damaged}:3: "),
     ):
         assert runs.status_of(sft, runs.argv_of(sft, stage, tmp_path / "run", *flags)) == 2
         assert message in runs.error_line(capsys.readouterr().err)
     assert not (tmp_path / "run").exists()
-
-
-def test_a_damaged_clip_to_evaluate_on_shows_before_the_training(stage, tmp_path, capsys):
-    """After it, hours would be lost. With --on-bad-audio skip it is counted and shown."""
-    lines = runs.lines_of(stage / "m.jsonl")[:2]
-    for line in lines:
-        line["audio"] = str(stage / line["audio"])
-    (tmp_path / "none.wav").write_bytes(b"RIFF")
-    lines.append({**lines[0], "audio": "none.wav"})
-    path = runs.write_lines(tmp_path / "test.jsonl", lines)
-    argv = runs.argv_of(sft, stage, tmp_path / "run", "--eval", path, "--steps", 1)
-    assert runs.status_of(sft, argv) == 2
-    assert f"{path}:3: " in runs.error_line(capsys.readouterr().err)
-    assert not (tmp_path / "run").exists()
-    assert runs.status_of(sft, [*argv, "--on-bad-audio", "skip"]) == 0
+    runs.train(sft, stage, tmp_path / "run", "--eval", damaged, "--on-bad-audio", "skip")
     assert json.loads((tmp_path / "run/summary.json").read_text())["eval"]["test"]["failed"] == 1
 
 
@@ -138,7 +123,8 @@ def test_ctc_by_hand():
     for b, (text, n_frames, expected) in enumerate(cases):
         clip_frames = frames[b : b + 1, :n_frames]
         loss, n_too_short = sft.ctc_loss(head, clip_frames, torch.tensor([n_frames]), [text])
-        assert loss.item() == pytest.approx(expected.item(), rel=1e-5) and n_too_short == (text == "aa")
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+        assert n_too_short == (text == "aa")
     texts, lens, losses = zip(*cases)
     loss, n_too_short = sft.ctc_loss(head, frames, torch.tensor(lens), texts)
     assert loss.item() == pytest.approx(sum(losses).item(), rel=1e-5) and n_too_short == 1
@@ -155,7 +141,8 @@ def test_spec_augment_is_a_function_of_seed_step_and_clip():
     masks = ["--time-masks", 2, "--freq-masks", 2]
     args = augmentation(*masks)
     first = sft.spec_augment(mel, args, 3, 5)
-    assert torch.equal(first, sft.spec_augment(mel, args, 3, 5)) and not torch.equal(first, mel)
+    assert torch.equal(first, sft.spec_augment(mel, args, 3, 5))
+    assert not torch.equal(first, mel)
     others = [sft.spec_augment(mel, args, 4, 5), sft.spec_augment(mel, args, 3, 6)]
     others.append(sft.spec_augment(mel, augmentation(*masks, "--seed", 1), 3, 5))
     assert not any(torch.equal(first, other) for other in others)

@@ -1,69 +1,25 @@
-"""Whole runs of opd.py and sft.py on tiny models: what a step computes, written out again from its
-definition, and that no cut into micro-batches and ranks changes it."""
+"""Whole runs of opd.py and sft.py on tiny models: no cut into micro-batches and ranks changes a step, and
+what cannot be used is counted, listed or refused. (Steps by their definition: test_arms.py, test_sft.py.)"""
 
 import json
 import math
+import os
 import re
 
 import pytest
 import runs
 import soundfile
 import torch
-import transformers
-from conftest import ROOT, qwen3_asr_folder, tiny_model
+from conftest import ROOT, qwen3_asr_folder
 
 import data
 import eval
 import model
 import opd
-import overlap
 import sft
 
 CTC_AND_MASKS = ["--ctc-weight", 0.5, "--time-masks", 1, "--freq-masks", 1, "--time-width", 5]
 on_cpu = pytest.fixture(autouse=True, scope="module")(runs.run_on_cpu)
-
-
-@pytest.fixture(scope="module")
-def stage(tmp_path_factory):
-    return runs.write_stage(tmp_path_factory.mktemp("stage"))
-
-
-@pytest.fixture(scope="module")
-def plain(stage, tmp_path_factory):
-    """plain(script, *flags) → the folder of such a run in one process, made once."""
-    folders = {}
-
-    def folder_of(script, *flags):
-        key = (script, *flags)
-        if key not in folders:
-            folders[key] = tmp_path_factory.mktemp("plain") / "run"
-            runs.train(script, stage, folders[key], *flags)
-        return folders[key]
-
-    return folder_of
-
-
-# ---- opd.py: a step by its definition (the arms: test_arms.py) ---------------------------------------------
-
-
-def test_a_step_of_opd_is_its_definition(stage, plain):
-    """Gradient, metrics and samples; the teacher has other ids for the same tokens."""
-    out = plain(opd, "--batch-size", 5, "--clip", 0)
-    metrics, gradient, samples = runs.opd_step(stage, 5)
-    assert 0 < metrics["empty"] < 1 and 0 < metrics["capped"] < 1  # all kinds of rollouts are in it
-    line = runs.lines_of(out / "metrics.jsonl")[0]
-    assert {key: line[key] for key in metrics} == pytest.approx(metrics, rel=1e-5)
-    assert line["loss"] == line["kl"]
-    runs.assert_same_gradient(runs.gradient_of(out), gradient, 1e-5)
-
-    lines = runs.lines_of(out / "samples.jsonl")
-    assert len(lines) == 2
-    for line, clip, sample in zip(lines, runs.longest_clips(stage, 2), samples):
-        assert line["step"] == 1 and line["clip"] == clip.where and line["ref"] == clip.text
-        assert {key: line[key] for key in ("transcript", "teacher", "stopped")}.items() <= sample.items()
-        assert line["kl"] == pytest.approx(sample["kl"], abs=1e-4)
-        assert len(line["tokens"]) == len(line["kl"]) == sample["n_tokens"] + sample["stopped"]
-        assert (line["tokens"][-1] == "<|im_end|>") == sample["stopped"]
 
 
 def test_a_step_without_a_counted_row_changes_nothing(stage, tmp_path):
@@ -73,28 +29,24 @@ def test_a_step_without_a_counted_row_changes_nothing(stage, tmp_path):
     lines = runs.train(opd, stage, out, *flags)
     for line in lines:
         assert line["positions"] == line["loss"] == line["kl"] == line["grad_norm"] == 0
-        assert line["vuss"] == line["top1"] == line["jaccard"] == 1 and line["mean_tokens"] > 0
+        assert line["vuss"] == line["top1"] == line["jaccard"] == 1
+        assert line["mean_tokens"] > 0
     assert [line["step"] for line in lines] == [1, 2]
-    start = runs.weights_of(stage / "student")
-    end = runs.weights_of(out / "model")
-    assert all(torch.equal(start[name], end[name]) for name in start)
+    assert runs.weight_bytes(out / "model") == runs.weight_bytes(stage / "student")
     assert runs.state_of(out, 2)["updates"] == 0
 
 
-def test_opd_reads_no_transcript(stage, tmp_path):
-    """Without `text` in the manifest, and with nonsense in it, the run is the same to the last bit."""
+@pytest.mark.parametrize("text", [{"text": 17}, {}], ids=["nonsense", "no text"])
+def test_opd_reads_no_transcript(text, stage, finished, tmp_path):
+    """The run is the same to the last bit."""
     lines = runs.lines_of(stage / "m.jsonl")
-    variants = {
-        "with": lines,
-        "nonsense": [{**line, "text": 17} for line in lines],
-        "without": [{key: x for key, x in line.items() if key != "text"} for line in lines],
-    }
-    results = []
-    for name, changed in variants.items():
-        path = runs.write_lines(tmp_path / f"{name}.jsonl", changed)
-        metrics = runs.train(opd, stage, tmp_path / name, "--train", path)
-        results.append((runs.timeless(metrics), (tmp_path / name / "model/model.safetensors").read_bytes()))
-    assert results[0] == results[1] == results[2]
+    for line in lines:
+        del line["text"]
+        line.update(text)
+    path = runs.write_lines(tmp_path / "m.jsonl", lines)
+    metrics = runs.train(opd, stage, tmp_path / "run", "--train", path)
+    assert runs.timeless(metrics) == runs.timeless(runs.lines_of(finished(opd) / "metrics.jsonl"))
+    assert runs.weight_bytes(tmp_path / "run/model") == runs.weight_bytes(finished(opd) / "model")
 
 
 def test_eval_before_and_after_is_of_the_models_it_names(stage, tmp_path, capsys):
@@ -126,21 +78,14 @@ def test_eval_before_and_after_is_of_the_models_it_names(stage, tmp_path, capsys
         (sft, 2, 5, 0.1, CTC_AND_MASKS),
     ],
 )
-def test_no_cut_changes_a_step(script, world, batch_size, micro_seconds, more, stage, plain, tmp_path):
+def test_no_cut_changes_a_step(script, world, batch_size, micro_seconds, more, stage, finished, tmp_path):
     """The gradient agrees to 1e-6 of its largest element, and every metric with it."""
     flags = ["--batch-size", batch_size, "--clip", 0, *more]
-    whole = plain(script, *flags)
+    whole = finished(script, *flags)
     out = tmp_path / "run"
     lines = runs.train_on_ranks(script, stage, out, world, "--micro-seconds", micro_seconds, *flags)
     runs.assert_same_metrics(lines, runs.lines_of(whole / "metrics.jsonl"), 2e-6)
     runs.assert_same_gradient(runs.gradient_of(out), runs.gradient_of(whole))
-
-
-@runs.BOTH
-def test_recompute_changes_nothing(script, stage, plain, tmp_path):
-    flags = ["--batch-size", 5, "--clip", 0]
-    runs.train(script, stage, tmp_path / "run", "--recompute", *flags)
-    runs.assert_same_gradient(runs.gradient_of(tmp_path / "run"), runs.gradient_of(plain(script, *flags)))
 
 
 @pytest.mark.slow
@@ -149,7 +94,8 @@ def test_bf16_computes_in_bf16_and_trains_float32(script, stage, tmp_path):
     out = tmp_path / "run"
     lines = runs.train(script, stage, out, "--bf16", "--steps", 5, "--weight-decay", 0)
     first = runs.train(script, stage, tmp_path / "float32", "--weight-decay", 0)[0]["loss"]
-    assert lines[0]["loss"] == pytest.approx(first, rel=0.02) and lines[0]["loss"] != first
+    assert lines[0]["loss"] == pytest.approx(first, rel=0.02)
+    assert lines[0]["loss"] != first
     start = runs.weights_of(stage / "student")
     end = runs.weights_of(out / "model")
     for name in start:
@@ -157,7 +103,8 @@ def test_bf16_computes_in_bf16_and_trains_float32(script, stage, tmp_path):
         assert (end[name] - start[name]).abs().max() > 1e-4, name
         assert (end[name] != end[name].bfloat16().float()).any(), name  # a master weight, not a rounded one
     moments = [tensor for key, tensor in runs.state_of(out, 5).items() if key.startswith("exp_avg")]
-    assert len(moments) == 2 * len(start) and {tensor.dtype for tensor in moments} == {torch.float32}
+    assert len(moments) == 2 * len(start)
+    assert {tensor.dtype for tensor in moments} == {torch.float32}
 
 
 # ---- rollouts ----------------------------------------------------------------------------------------------
@@ -166,7 +113,7 @@ def test_bf16_computes_in_bf16_and_trains_float32(script, stage, tmp_path):
 @pytest.mark.slow
 def test_draws_depend_on_the_seed_the_step_and_the_clip(stage, tmp_path):
     """The same audio on two lines and weights that stand still: what differs is drawn."""
-    line = runs.lines_of(stage / "m.jsonl")[11]
+    line = runs.lines_of(stage / "m.jsonl")[0]  # whose rollout is long
     path = runs.write_lines(tmp_path / "m.jsonl", [line, line])
 
     def rollouts(name, *more):
@@ -178,18 +125,6 @@ def test_draws_depend_on_the_seed_the_step_and_the_clip(stage, tmp_path):
     sampled = rollouts("sampled", "--temperature", 3.0)
     assert len(sampled) == len(set(sampled)) == 4
     assert not set(rollouts("seed", "--temperature", 3.0, "--seed", 1)) & set(sampled)
-
-
-def test_a_rollout_is_cut_by_both_caps(stage, tmp_path):
-    """min(--max-new-tokens, ⌊0.3 s × --tokens-per-second⌋ + 16), and no row for a stop token."""
-    student = tiny_model(0, tied=False)
-    student.head.weight.data[student.front_end.stop_id] = 0  # never the largest: it never stops
-    student.save_pretrained(tmp_path / "endless")
-    path = runs.write_lines(tmp_path / "m.jsonl", runs.lines_of(stage / "m.jsonl")[:1])
-    flags = ["--train", path, "--student", tmp_path / "endless", "--batch-size", 1]
-    flags += ["--max-new-tokens", 64, "--tokens-per-second", 8]
-    line = runs.train(opd, stage, tmp_path / "run", *flags)[0]
-    assert (line["mean_tokens"], line["capped"], line["positions"]) == (18, 1, 18)
 
 
 # ---- optimization ------------------------------------------------------------------------------------------
@@ -208,18 +143,14 @@ def test_the_learning_rate_of_the_log_is_the_schedules_and_the_optimizers(script
 
 
 @runs.BOTH
-def test_clip_reaches_the_gradient_norm(script, stage, plain, tmp_path):
+def test_clip_reaches_the_gradient_norm(script, stage, finished, tmp_path):
     """The log has the norm before clipping."""
     line = runs.train(script, stage, tmp_path / "run", "--clip", 0.01, "--batch-size", 5)[0]
-    norms = []
-    for out in (tmp_path / "run", plain(script, "--batch-size", 5, "--clip", 0)):
-        gradient = runs.gradient_of(out)
-        norms.append(math.sqrt(sum(g.square().sum().item() for g in gradient.values())))
-        for name in gradient:  # AdamW's second beta is 0.95
-            second_moment = runs.state_of(out, 1)[f"exp_avg_sq.{name}"]
-            torch.testing.assert_close(second_moment, 0.05 * gradient[name].square(), rtol=1e-3, atol=1e-12)
-    assert norms[0] == pytest.approx(0.01, rel=1e-4)
-    assert line["grad_norm"] == pytest.approx(norms[1], rel=1e-5)
+    gradient = runs.gradient_of(tmp_path / "run")
+    norm = math.sqrt(sum(g.square().sum().item() for g in gradient.values()))
+    assert norm == pytest.approx(0.01, rel=1e-4)
+    unclipped = finished(script, "--batch-size", 5, "--clip", 0)
+    assert line["grad_norm"] == runs.lines_of(unclipped / "metrics.jsonl")[0]["grad_norm"]
 
 
 # ---- metrics -----------------------------------------------------------------------------------------------
@@ -268,25 +199,6 @@ def test_every_metric_is_defined(stage, tmp_path):
         assert f"`{key}`" in section, key
 
 
-def test_a_measure_that_a_fork_adds_is_in_the_log(stage, tmp_path, monkeypatch):
-    """Of clips and of rows: the mean over all micro-batches."""
-    clip_measures = opd.clip_measures
-    set_overlap = overlap.set_overlap
-
-    def more_of_clips(batch, rollout, texts):
-        n_rows = rollout.row_mask().sum(dim=1).tolist()
-        return {**clip_measures(batch, rollout, texts), "mean_rows": n_rows}
-
-    def more_of_rows(student_topk, *args):
-        return {**set_overlap(student_topk, *args), "best_id": student_topk[:, 0]}
-
-    monkeypatch.setattr(opd, "clip_measures", more_of_clips)
-    monkeypatch.setattr(overlap, "set_overlap", more_of_rows)
-    line = runs.train(opd, stage, tmp_path / "run", "--micro-seconds", 0.1)[0]
-    assert line["mean_rows"] == pytest.approx(line["mean_tokens"] + 1 - line["capped"])
-    assert 1 < line["best_id"] < 258
-
-
 # ---- mistakes ----------------------------------------------------------------------------------------------
 
 
@@ -314,22 +226,14 @@ def test_a_refused_run_leaves_no_folder_behind(script, mistake, stage, tmp_path,
 
 
 @runs.BOTH
-def test_qwen3_asr_as_a_student_trains_and_reloads_as_the_stock_class(script, stage, tmp_path):
-    """Every weight moves, in float32."""
+def test_every_weight_of_qwen3_asr_trains(script, stage, tmp_path):
     student = qwen3_asr_folder(tmp_path / "student")
     teacher = qwen3_asr_folder(tmp_path / "teacher", seed=1, hidden=64)
     models = ["--student", student, "--teacher", teacher] if script is opd else ["--model", student]
-    line = runs.train(script, stage, tmp_path / "run", *models, "--batch-size", 12, "--weight-decay", 0)[0]
-    assert math.isfinite(line["loss"]) and line["loss"] > 0
-    stock_class = transformers.Qwen3ASRForConditionalGeneration
-    stock, info = stock_class.from_pretrained(tmp_path / "run/model", output_loading_info=True)
-    assert not any(info.values())
-    end = stock.state_dict()
-    for name, tensor in stock_class.from_pretrained(student).state_dict().items():
-        assert end[name].dtype == torch.float32
-        assert (end[name] - tensor).abs().max() > 1e-5, name
-    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "run/model")
-    assert type(processor).__name__ == "Qwen3ASRProcessor"
+    runs.train(script, stage, tmp_path / "run", *models, "--batch-size", 12, "--weight-decay", 0)
+    end = runs.weights_of(tmp_path / "run/model")
+    for name, start in runs.weights_of(student).items():
+        assert (end[name] - start).abs().max() > 1e-5, name
 
 
 # ---- bad audio ---------------------------------------------------------------------------------------------
@@ -365,10 +269,9 @@ def test_bad_clips_are_left_out_counted_and_listed(script, stage, tmp_path, caps
     n_rows = "positions" if script is opd else "tokens"
     assert runs.timeless(lines)[0].keys() == {"step", "skipped", n_rows, "grad_norm", "lr"}
     assert [lines[0][key] for key in ("step", "skipped", n_rows, "grad_norm")] == [1, 2, 0, 0]
-    start = runs.weights_of(stage / "student")
-    end = runs.weights_of(one / "step-1/model")
-    assert all(torch.equal(start[name], end[name]) for name in start)
-    assert runs.state_of(one, 1)["updates"] == 0 and runs.state_of(one, 3)["updates"] == 2
+    assert runs.weight_bytes(one / "step-1/model") == runs.weight_bytes(stage / "student")
+    assert runs.state_of(one, 1)["updates"] == 0
+    assert runs.state_of(one, 3)["updates"] == 2
     assert sorted(line["skipped"] for line in lines[1:]) == [0, 1]
     assert all(line["loss"] > 0 and line[n_rows] > 0 for line in lines[1:])
 
@@ -378,7 +281,8 @@ def test_bad_clips_are_left_out_counted_and_listed(script, stage, tmp_path, caps
     assert sorted(line["clip"] for line in listed) == [f"{path}:{number}" for number in (1, 2, 4)]
     for line in listed:
         assert line["audio"].endswith(".wav")
-        assert line["audio"] in line["reason"] and line["clip"] in line["reason"]
+        assert line["audio"] in line["reason"]
+        assert line["clip"] in line["reason"]
 
     on_ranks = runs.train_on_ranks(script, stage, tmp_path / "two", 2, *flags)
     runs.assert_same_metrics(on_ranks, lines, 1e-5)
@@ -393,24 +297,31 @@ def test_a_bad_clip_ends_the_run_with_one_line_of_the_rank_that_meets_it(script,
     out = tmp_path / "run"
     argv = runs.argv_of(script, stage, out, "--train", path, "--batch-size", 4)
     results = runs.run_ranks(lambda: runs.status_of(script, argv), 2)
-    assert results[1][0] == 2 and results[0][0] != 0
+    assert results[1][0] == 2
+    assert results[0][0] != 0
     line = runs.error_line(results[1][1])
     assert f"{path}:2: " in line and "3.wav" in line and "--on-bad-audio skip" in line
     assert ".py: error: " not in results[0][1]
-    assert not runs.lines_of(out / "metrics.jsonl") and not (out / "model").exists()
+    assert not runs.lines_of(out / "metrics.jsonl")
+    assert not (out / "model").exists()
 
 
 # ---- numbers that are not finite ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "script, more", [(opd, ["--temperature", 0.7]), (sft, [])], ids=["opd, sampled", "sft"]
-)
-def test_a_loss_that_is_not_finite_stops_all_ranks(script, more, stage, tmp_path):
-    """A learning rate that makes the weights of step 1 enormous. Status 3; each rank lists its clips."""
+@runs.BOTH
+def test_a_gradient_that_is_not_finite_stops_all_ranks(script, stage, tmp_path, monkeypatch):
+    """NaN on one rank at step 2. Status 3; each rank lists its clips, and no weight has been saved."""
     out = tmp_path / "run"
-    flags = ["--lr", 1e30, "--warmup-steps", 0, "--steps", 3, "--batch-size", 12, "--save-every", 1, *more]
-    argv = runs.argv_of(script, stage, out, *flags)
+    sum_gradients = model.sum_gradients
+
+    def poison(trained):
+        if os.environ["RANK"] == "1" and (out / "step-1").exists():
+            next(iter(trained.values())).grad[0] = math.nan
+        sum_gradients(trained)
+
+    monkeypatch.setattr(model, "sum_gradients", poison)
+    argv = runs.argv_of(script, stage, out, "--steps", 3, "--batch-size", 12, "--save-every", 1)
     results = runs.run_ranks(lambda: runs.status_of(script, argv), 2)
     assert [status for status, _ in results] == [3, 3], results
     line = runs.error_line(results[0][1])
@@ -421,31 +332,11 @@ def test_a_loss_that_is_not_finite_stops_all_ranks(script, more, stage, tmp_path
         listed = runs.lines_of(out / f"nonfinite-2-{rank}.jsonl")
         assert len(listed) == 6
         for entry in listed:
-            assert entry["step"] == 2 and entry["audio"].endswith(".wav") and isinstance(entry["text"], str)
+            assert entry["step"] == 2
+            assert entry["audio"].endswith(".wav")
+            assert isinstance(entry["text"], str)
         clips += [entry["clip"] for entry in listed]
     assert sorted(clips) == sorted(clip.where for clip in data.read_manifest(stage / "m.jsonl"))
     assert [line["step"] for line in runs.lines_of(out / "metrics.jsonl")] == [1]
-    assert (out / "step-1").exists() and not (out / "step-2").exists()
-
-
-@runs.BOTH
-def test_a_gradient_that_is_not_finite_never_reaches_the_weights(script, stage, tmp_path, monkeypatch):
-    seen = {}
-    sum_gradients = model.sum_gradients
-
-    def poison(trained):
-        sum_gradients(trained)
-        seen.update(trained)
-        if (tmp_path / "run/step-1").exists():
-            next(iter(trained.values())).grad.view(-1)[0] = math.nan
-
-    monkeypatch.setattr(model, "sum_gradients", poison)
-    assert (
-        runs.status_of(script, runs.argv_of(script, stage, tmp_path / "run", "--steps", 3, "--save-every", 1))
-        == 3
-    )
-    weights = runs.weights_of(tmp_path / "run/step-1/model")
-    assert len(weights) > 20
-    for name, tensor in weights.items():
-        assert torch.equal(seen[name], tensor), name
-    assert runs.lines_of(tmp_path / "run/nonfinite-2-0.jsonl")
+    assert [path.name for path in out.glob("step-*")] == ["step-1"]
+    assert not (out / "model").exists()
