@@ -935,8 +935,8 @@ def write_json(path, value):
 
 def read_lines(path):
     """The objects of a JSON Lines file, without a last line that a kill cut off."""
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.endswith("}\n")]
+    with open(path, "rb") as file:
+        return [json.loads(line) for line in file if line.endswith(b"}\n")]
 
 
 def add_lines(path, lines, mode="a"):

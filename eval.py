@@ -136,6 +136,8 @@ def decode_and_score(args, style, rank, world, device):
     model.check_languages(languages_of(sets), language, speech_lm)
     if args.out:
         data.begin_run(args.out, config, first_step)  # when all ranks have read the part files
+        if done and rank == 0:
+            print(f"{len(done)} clips are decoded already", flush=True)
         data.barrier()  # the folder is there
     decoding = {
         "batch_seconds": args.batch_seconds,

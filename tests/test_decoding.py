@@ -5,12 +5,21 @@ import contextlib
 import pytest
 import torch
 from conftest import batch_of, tiny_model
-from test_lora import with_lora
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import model as m
 
 SHAPES = [[2.0] * 9, [0.4, 1.3], [6.0], [1.0] * 5, [0.3, 0.2, 0.9], [0.4, 1.3]]  # seconds; the longest first
+
+
+def with_lora(speech_lm):
+    """The model with LoRA that is not zero."""
+    m.add_lora(speech_lm, rank=3, seed=1)
+    torch.manual_seed(2)
+    for name, parameter in speech_lm.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return speech_lm
 
 
 def written(speech_lm, lengths_s, temperature=0.0, n_tokens=12):

@@ -211,7 +211,7 @@ def test_a_refused_run_leaves_no_folder_behind(script, mistake, stage, tmp_path,
     one_speaker = runs.write_lines(tmp_path / "one.jsonl", lines)
     flags, message = {
         "train": (["--train", "nowhere.jsonl"], "nowhere.jsonl"),
-        "short": (["--max-seconds", 0.1], "m.jsonl: no clip of at most --max-seconds 0.1"),
+        "short": (["--max-seconds", 0.1], "m.jsonl: holds no clip of at most 0.1 s"),
         "eval": (["--eval", "nowhere.jsonl"], "nowhere.jsonl"),
         "model": (["--student" if script is opd else "--model", "nowhere"], "nowhere"),
         "language": (["--language", "cn"], "'cn'"),
