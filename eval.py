@@ -51,7 +51,6 @@ COUNTS = ("errors", "units", "substitutions", "deletions", "insertions")
 def parse_args(argv=None):
     parser = data.argument_parser("eval.py", __doc__)
     add = parser.add_argument
-
     # task
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--model", help="student or teacher, folder or hub name: decode and score --data")
@@ -816,8 +815,7 @@ def print_table(rows, header):
     widths = [max(map(len, column)) for column in zip(*table)]
     for first, *others in table:
         cells = [cell.rjust(width) for cell, width in zip(others, widths[1:])]
-        # Not print, because a progress bar may be on the screen.
-        tqdm.write("  ".join([first.ljust(widths[0]), *cells]))
+        tqdm.write("  ".join([first.ljust(widths[0]), *cells]))  # not print: a bar may be on the screen
 
 
 if __name__ == "__main__":

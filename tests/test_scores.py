@@ -29,7 +29,7 @@ DEFAULT = [  # language, text, units
     ("en", "3.5... or 3.", "3.5 or 3"),
     ("en", "\ufeffhel\u200blo under\u00adstand", "hello understand"),
     ("en", "press " + KEYCAP + " ❤\ufe0f " + THUMB, "press 5"),
-    ("zh", "今天 天气 很 好。", "今 天 天 气 很 好"),
+    ("zh", "今天 天气\n很\t好。", "今 天 天 气 很 好"),
     ("zh", "，。！？、《》；：“”‘’（）【】——……·～", ""),
     ("zh", ",.!?;:'\"()[]{}<>-_=+*/\\|@#$^&~`", ""),
     ("zh", "Wi-Fi 密码是 abc", "w i f i 密 码 是 a b c"),
