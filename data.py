@@ -91,7 +91,7 @@ class Clip:
         return self.audio, self.offset, max(self.begin_time, 0), max(self.end_time, -1)
 
 
-KINDS = {  # of the values of a line
+KINDS = {  # key → what its value must be
     **dict.fromkeys(("audio", "text", "language", "context"), "a string"),
     **dict.fromkeys(("duration", "begin_time", "end_time"), "a number of seconds"),
     **dict.fromkeys(("offset", "nbytes"), "a whole number of bytes"),
@@ -202,7 +202,7 @@ class Clips:
         self.n_long = 0
         self.n_failed = 0
         self.n_unwanted = 0
-        places = array.array("d")  # of each clip: number of its file, of its line, first byte, bytes, seconds
+        places = array.array("d")  # five numbers a clip: its file, line number, first byte, bytes, seconds
         for file, path in enumerate(paths):
             n_prefixed = 0
             for offset, number, raw in manifest_lines(path):
@@ -225,7 +225,8 @@ class Clips:
                     self.languages.setdefault(clip.language, clip)
             say_prefixes(path, n_prefixed)
         if not places:
-            raise InputError(f"{', '.join(paths)}: holds no clip of at most {max_seconds:g} s")
+            limit = f" of at most {max_seconds:g} s" if max_seconds < math.inf else ""
+            raise InputError(f"{', '.join(paths)}: holds no clip{limit}")
         self.places = np.frombuffer(places).reshape(-1, 5)
         self.seconds = self.places[:, 4].astype(np.float32)
 
@@ -300,7 +301,7 @@ def audio_errors(place):
 
 def open_audio(clip):
     """A readable file with the clip's audio: the whole file, or its range of a container such as a tar."""
-    # Without its name: soundfile would take *.raw for a file without a header.
+    # Opened here, so that it has no name: soundfile would take *.raw for a file without a header.
     file = open(os.open(clip.audio, os.O_RDONLY), "rb")
     if clip.offset is None:
         return file
@@ -320,7 +321,7 @@ def decode(clip, file):
         end_s = begin_s + clip.duration + 60  # the rest of a file that is longer than stated takes no memory
 
     audio = sound_file(file)
-    # Of Ogg or FLAC streams in a row, libsndfile reads the first and FFmpeg all.
+    # Of several Ogg or FLAC streams in one file, libsndfile reads only the first, FFmpeg all of them.
     if audio is not None and audio.format in ("OGG", "FLAC"):
         if audio.frames / audio.samplerate < begin_s + clip.duration - DURATION_TOLERANCE_S:
             audio = None

@@ -145,9 +145,10 @@ def decode_and_score(args, style, rank, world, device):
         "max_new_tokens": args.max_new_tokens,
         "tokens_per_second": args.tokens_per_second,
     }
-    # A warm-up: what happens once, such as loading kernels, does not count in the real-time factor.
+    # A warm-up: what happens once, such as loading kernels, does not count in the real-time factor. (What
+    # happens for each shape of a batch, such as capturing a graph, does.)
     first_clip = next(iter(sets.values()))[0]
-    transcribe(speech_lm, [first_clip] * world, device, decoding, "warm-up")
+    transcribe(speech_lm, [first_clip] * 2 * world, device, decoding, "warm-up")
     scoring = {"style": style, "cluster": args.cluster, "strict": False}
     return evaluate(speech_lm, sets, device, decoding, args.out, **scoring, done=done, log=log)
 
@@ -247,7 +248,7 @@ def transcribe(speech_lm, clips, device, decoding, label, done=(), log=None):
     answers = {}  # clip number → answer
     left_s = sum(durations[indices].sum() for indices in batches)
     is_hidden = rank > 0 or len(batches) < 2
-    # Over seconds of audio, because the longest clips come first: rank 0's share of what is left.
+    # The bar counts seconds of audio, because the longest clips come first: rank 0's share of what is left.
     form = "{desc}{postfix}, {remaining} left |{bar}|"
     bar = tqdm(total=math.ceil(left_s), desc=label, bar_format=form, leave=False, disable=is_hidden)
     decoded_s = 0.0
@@ -275,7 +276,9 @@ def transcribe(speech_lm, clips, device, decoding, label, done=(), log=None):
 def decode_batch(speech_lm, clips, device, default_language, with_context, max_new_tokens, tokens_per_second):
     """The answers of the clips of one batch, see `transcribe`; the options are those of DECODING."""
     usable, waveforms, defects = data.load_usable(clips)
-    answers = [{"error": defect["reason"]} for defect in defects]  # without the usable ones so far
+    answers = [
+        {"error": defect["reason"]} for defect in defects
+    ]  # of the clips that failed; the others are inserted below
     if not usable:
         return answers
     languages = [clips[b].language for b in usable]

@@ -25,6 +25,7 @@ import math
 import os
 import re
 import shutil
+import sysconfig
 
 import huggingface_hub
 import torch
@@ -112,7 +113,7 @@ class Encoder(nn.Module):
         self.rotary_theta = config.rope_parameters["rope_theta"]
         head_size = D // config.num_attention_heads
         self.rotary_size = int(head_size * config.rope_parameters["partial_rotary_factor"])
-        self.recompute = False  # activations again in the backward pass, in place of keeping them
+        self.recompute = False  # compute activations again in the backward pass instead of keeping them
 
     def forward(self, mel, frame_lens):
         x = F.gelu(self.conv1(mel))  # (B, D, F)
@@ -159,19 +160,22 @@ def rotate(x, cos, sin):
 
 
 def fused(function, x):
-    """A small function, on a GPU as one compiled kernel in place of several where nothing is trained.
+    """Returns a small function, or its compiled form where x (…, 1, size) is one token of a rollout on a GPU.
 
-    Writing a token there is bound by the number of kernels.
+    There the number of kernels decides how long a token takes, and compiled it is one kernel, not several.
     """
-    return compiled(function) if x.is_cuda and not torch.is_grad_enabled() else function
+    is_one_token = x.is_cuda and x.shape[-2] == 1 and not torch.is_grad_enabled()
+    return compiled(function) if is_one_token else function
 
 
 @functools.cache
 def compiled(function):
-    if shutil.which(os.environ.get("CC", "cc")) is None:
-        print(f"no C compiler: {function.__name__} is not compiled, and transcripts take longer", flush=True)
-        return function
-    return torch.compile(function, dynamic=True)
+    header = os.path.join(sysconfig.get_path("include"), "Python.h")
+    if shutil.which(os.environ.get("CC", "cc")) and os.path.exists(header):
+        return torch.compile(function, dynamic=True)
+    if data.rank_and_world()[0] == 0:
+        print(f"{function.__name__} is not compiled: no C compiler or no {header}; rollouts take longer")
+    return function
 
 
 def init_weights(modules, spread):
@@ -198,7 +202,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        # Of one type, for torch's fused kernel: under autocast q and k are bf16, and weights float32.
+        # torch's fused kernel wants one dtype. Under autocast q and k are bf16, but the weights are float32.
         return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps)
 
 
@@ -219,7 +223,7 @@ class QwenAttention(nn.Module):
         self.q_norm = nn.Identity() if is_qwen2 else RMSNorm(self.d, config.rms_norm_eps)
         self.k_norm = nn.Identity() if is_qwen2 else RMSNorm(self.d, config.rms_norm_eps)
 
-    def forward(self, x, rotary, mask, storage=None, columns=None):
+    def forward(self, x, rotary, mask, cache=None, columns=None):
         """x (B, n, H) → (B, n, H); the other arguments are those of `QwenLM.forward`, of this layer."""
         B, n, _ = x.shape
         q = self.q_norm(self.q_proj(x).view(B, n, self.n_heads, self.d)).transpose(1, 2)  # (B, heads, n, d)
@@ -227,10 +231,10 @@ class QwenAttention(nn.Module):
         v = self.v_proj(x).view(B, n, self.n_key_heads, self.d).transpose(1, 2)
         q = fused(rotate, q)(q, *rotary)
         k = fused(rotate, k)(k, *rotary)
-        if storage is not None:
-            storage[0].index_copy_(2, columns, k.to(storage.dtype))
-            storage[1].index_copy_(2, columns, v.to(storage.dtype))
-            k, v = storage[..., : mask.shape[3], :]  # the columns that may be attended to
+        if cache is not None:
+            cache[0].index_copy_(2, columns, k.to(cache.dtype))
+            cache[1].index_copy_(2, columns, v.to(cache.dtype))
+            k, v = cache[..., : mask.shape[3], :]  # the columns that may be attended to
 
         n_shared = self.n_heads // self.n_key_heads
         if n == 1:
@@ -269,8 +273,8 @@ class QwenLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = QwenMLP(config)
 
-    def forward(self, x, rotary, mask, storage=None, columns=None):
-        x = x + self.self_attn(self.input_layernorm(x), rotary, mask, storage, columns)
+    def forward(self, x, rotary, mask, cache=None, columns=None):
+        x = x + self.self_attn(self.input_layernorm(x), rotary, mask, cache, columns)
         x = x + self.mlp(self.post_attention_layernorm(x))
         return x
 
@@ -288,14 +292,14 @@ class QwenLM(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([QwenLayer(config) for _ in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.recompute = False  # activations again in the backward pass, in place of keeping them
+        self.recompute = False  # compute activations again in the backward pass instead of keeping them
 
     def forward(self, embeds, rotary, mask, cache=None, columns=None):
         """Hidden rows at the n positions of `embeds`, the one forward of training and sampling.
 
-        rotary: of `rotary`, for these positions. mask (B, 1, n, L) bool, True = attended, or as 0 and −∞.
-        Without a cache the L columns are the n positions. cache: of `cache_shape`; keys and values are
-        written into its columns (n,), and its first L columns are attended to.
+        rotary: of `rotary`, for these positions. mask (B, 1, n, L): bool, True = attended; or float, 0
+        = attended and −∞ = not. Without a cache the L columns are the n positions. cache: of `cache_shape`;
+        keys and values are written into its columns (n,), and its first L columns are attended to.
         """
         x = embeds
         for i, layer in enumerate(self.layers):
@@ -313,8 +317,8 @@ class QwenLM(nn.Module):
     def cache_shape(self, n_clips, n_columns):
         """(layers, 2, B, key heads, L, d): keys and values of L columns."""
         config = self.config
-        heads = (config.num_key_value_heads, n_columns, head_size(config))
-        return (config.num_hidden_layers, 2, n_clips, *heads)
+        d = head_size(config)
+        return (config.num_hidden_layers, 2, n_clips, config.num_key_value_heads, n_columns, d)
 
 
 def head_size(config):
@@ -769,9 +773,10 @@ class SpeechLM(nn.Module):
         caps = torch.full_like(batch.audio_lens, max_new_tokens)  # (B,)
         if tokens_per_second > 0:
             caps = caps.minimum((batch.seconds * tokens_per_second).floor().long() + 16)
+        assert uniforms is None or uniforms.shape[1] >= int(caps.max()), "uniforms: a draw for each token"
         if temperature > 0 and uniforms is None:
             uniforms = torch.rand(len(caps), max_new_tokens, dtype=torch.float64, device=caps.device)
-        # A cast that autocast keeps until it ends would be gone when a graph is replayed.
+        # Without autocast's cache: it is emptied at the end, and a captured graph would read freed memory.
         with self.autocast(cache_enabled=False), bf16_weights(self):
             encoded = self.encode(batch) if encoded is None else encoded
             ids = write_tokens(self, batch, encoded, caps, forbidden, temperature, uniforms)
@@ -788,46 +793,56 @@ class SpeechLM(nn.Module):
         return Rollout(ids[:, :T], rollout.lens, rollout.stopped)
 
     def decoder(self, n_clips, n_columns, temperature):
-        """The `Decoder` for rollouts of up to so many clips and columns, kept for each of a few sizes.
+        """The `Decoder` for this many clips and columns, both rounded up so that few are made.
 
-        All of them share one storage of keys and values, as large as the largest needs. A graph does not see
-        a module, such as a hook, that is put on the LM later: call `free_decoders` then.
+        It is kept until `free_decoders`. All share one storage for keys and values, as large as the largest
+        needs. On a GPU a hook on the LM runs only while a step is captured, and a module that is put on it
+        later is not seen: call `free_decoders` then.
         """
-        n_clips = 8 * math.ceil(n_clips / 8) if n_clips > 4 else 2 ** (n_clips - 1).bit_length()
-        n_columns = 64 * math.ceil(n_columns / 64)
-        key = (n_clips, n_columns, temperature)
+        n_clips, n_columns = decoder_size(n_clips, n_columns)
+        key = (n_clips, n_columns, temperature, self.bf16)
         if key not in self.decoders:
+            dtype = torch.bfloat16 if self.bf16 else self.head.weight.dtype
             n_floats = math.prod(self.lm.cache_shape(n_clips, n_columns))
-            if len(self.decoder_storage) < n_floats:
+            if len(self.cache_storage) < n_floats or self.cache_storage.dtype != dtype:
                 self.free_decoders()  # their graphs know the old place
-                dtype = torch.bfloat16 if self.bf16 else self.lm.embed_tokens.weight.dtype
-                self.decoder_storage = torch.zeros(n_floats, dtype=dtype, device=self.device)
-            self.decoders[key] = Decoder(self, n_clips, n_columns, temperature, self.decoder_storage)
+                self.cache_storage = torch.zeros(n_floats, dtype=dtype, device=self.device)
+            self.decoders[key] = Decoder(self, n_clips, n_columns, temperature, self.cache_storage)
         return self.decoders[key]
 
     def free_decoders(self):
         """Gives back the memory of sampling; the next rollout takes it anew."""
         self.decoders = {}
-        self.decoder_storage = torch.empty(0)
+        self.cache_storage = torch.empty(0)
+        self.graph_pool = None  # memory that the graphs share; none can be captured into that of deleted ones
+
+    def _apply(self, *args):
+        """Moves or converts the weights. Then a graph would read the old places."""
+        self.free_decoders()
+        self.bf16_copies = {}
+        return super()._apply(*args)
 
 
 @contextlib.contextmanager
 def bf16_weights(speech_lm):
-    """With `bf16`, puts copies in bf16 in the places of the LM's matrices and the head, for a while.
+    """While it is open, the LM's linear layers and the head hold copies of their weights in bf16.
 
-    Autocast would cast each of them anew for every token, with the same result. The copies are kept, and
-    refreshed in place, so that a graph reads the weights of the last update.
+    Autocast would cast each weight anew for every token, with the same result. The copies are kept, and
+    refreshed in place, so that a graph reads the weights of the last update. Without `bf16` nothing happens.
     """
+    if not speech_lm.bf16:
+        yield
+        return
     places = []  # (module, name, weight)
-    for module in (*speech_lm.lm.modules(), speech_lm.head) if speech_lm.bf16 else ():
-        if isinstance(module, nn.Linear):
+    for module in (*speech_lm.lm.modules(), speech_lm.head):
+        if type(module) is nn.Linear:
             for name, weight in module.named_parameters(recurse=False):
                 places.append((module, name, weight))
     for module, name, weight in places:
-        copy = speech_lm.bf16_copies.get((module, name))
-        if copy is None or copy.device != weight.device:
+        if (module, name) not in speech_lm.bf16_copies:
             copy = nn.Parameter(torch.empty_like(weight, dtype=torch.bfloat16), requires_grad=False)
             speech_lm.bf16_copies[module, name] = copy
+        copy = speech_lm.bf16_copies[module, name]
         copy.copy_(weight)
         setattr(module, name, copy)
     try:
@@ -837,13 +852,14 @@ def bf16_weights(speech_lm):
             setattr(module, name, weight)
 
 
-TOKENS_AT_ONCE = 4  # on a GPU: asking whether all clips are through waits for it, so only every few tokens
+# On a GPU, asking whether all clips have stopped waits for the device. So we ask after every fourth token.
+TOKENS_AT_ONCE = 4
 
 
 def write_tokens(speech_lm, batch, encoded, caps, forbidden, temperature, uniforms):
     """The sampling loop: the prompt in one pass, then one token after another. → ids (B, T)
 
-    Clips go on behind their stop token until all are through; the caller drops that.
+    A clip that has stopped goes on until all have; `sample` drops what is behind its stop token.
     """
     lm = speech_lm.lm
     B, S = batch.prompt_ids.shape
@@ -861,7 +877,7 @@ def write_tokens(speech_lm, batch, encoded, caps, forbidden, temperature, unifor
 
     ids = decoder.ids[:B, S : S + T]
     for n_written in range(1, T + 1):
-        decoder.write_token()
+        decoder.write_token(speech_lm)
         if ids.is_cuda and n_written % TOKENS_AT_ONCE:
             continue
         has_stopped = (ids == speech_lm.front_end.stop_id).any(dim=1)
@@ -870,19 +886,25 @@ def write_tokens(speech_lm, batch, encoded, caps, forbidden, temperature, unifor
     return ids.clone()
 
 
-class Decoder:
-    """What the sampling loop writes to, for up to B clips and L columns: a prompt's, and behind it a token's.
+def decoder_size(n_clips, n_columns):
+    """Clips rounded up to 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, …, and columns to a multiple of 64."""
+    step = max(2 ** (n_clips.bit_length() - 2), 1)
+    return step * math.ceil(n_clips / step), 64 * math.ceil(n_columns / 64)
 
-    A step works in place on tensors of fixed size. So on a GPU, where launching its many small kernels takes
-    longer than running them, it is captured as a CUDA graph once. Both are kept for the run: capturing takes
-    as long as many tokens. A clip or a column that is not used is masked, and changes nothing.
+
+class Decoder:
+    """The state of the sampling loop, in tensors of fixed size, for up to B clips.
+
+    Each of L columns is a position of a prompt or, behind it, of a transcript. A step works in place. So on a
+    GPU, where launching its many small kernels takes longer than running them, it is captured as a CUDA graph
+    once and then replayed. Capturing takes as long as many tokens, so the graph is kept, with its state. A
+    clip or a column that is not used is masked.
     """
 
     def __init__(self, speech_lm, n_clips, n_columns, temperature, storage):
         lm = speech_lm.lm
         device = speech_lm.device
         shape = lm.cache_shape(n_clips, n_columns)
-        self.speech_lm = speech_lm
         self.temperature = temperature
         self.cache = storage[: math.prod(shape)].view(shape)
         self.column = torch.zeros(1, dtype=torch.long, device=device)  # of the next token
@@ -900,8 +922,9 @@ class Decoder:
     def begin(self, prompt_mask, forbidden, uniforms):
         """Sets the state for the first token behind prompts (B, S)."""
         B, S = prompt_mask.shape
-        n_columns = self.ids.shape[1]
         self.n_rollouts += 1
+        self.cache.zero_()  # what is masked counts 0 times, and 0 · NaN would be NaN
+        self.hidden.zero_()
         self.column.fill_(S)
         self.ids.fill_(-1)
         self.attended.fill_(False)
@@ -910,40 +933,37 @@ class Decoder:
         self.positions[:B] = prompt_mask.sum(dim=1)
         self.forbidden.copy_(forbidden)
         if uniforms is not None:
-            n = min(uniforms.shape[1], n_columns - S)
+            n = min(uniforms.shape[1], self.ids.shape[1] - S)
             self.uniforms[:B, S : S + n] = uniforms[:, :n]
 
-    def write_token(self):
+    def write_token(self, speech_lm):
         """Writes the next token of all clips."""
         if self.graph is not None:
             self.graph.replay()
             return
-        self.step()
+        self.step(speech_lm)
         if self.ids.is_cuda:  # this token has warmed the kernels up
+            if speech_lm.graph_pool is None:
+                speech_lm.graph_pool = torch.cuda.graph_pool_handle()
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, pool=graph_pool()):
-                self.step()
+            # Other threads, such as NCCL's, may go on using the device.
+            with torch.cuda.graph(self.graph, speech_lm.graph_pool, capture_error_mode="thread_local"):
+                self.step(speech_lm)
 
-    def step(self):
+    def step(self, speech_lm):
         """The kernels that write a token. They work in place, and no value is asked of the device."""
-        logits = head_logits(self.speech_lm, self.hidden).masked_fill(self.forbidden, -math.inf)  # (B, V)
+        lm = speech_lm.lm
+        logits = head_logits(speech_lm, self.hidden).masked_fill(self.forbidden, -math.inf)  # (B, V)
         token = pick_tokens(logits, self.temperature, self.uniforms.index_select(1, self.column))
         self.ids.index_copy_(1, self.column, token[:, None])
         self.attended.index_fill_(3, self.column, True)
         rotary = (self.cos.index_select(0, self.positions), self.sin.index_select(0, self.positions))
-        lm = self.speech_lm.lm
         embeds = lm.embed_tokens(token)[:, None]  # (B, 1, H)
-        # As numbers, once for all layers: attention would turn a bool mask into them in each.
+        # As a float mask, made once for all layers: attention would turn a bool mask into one in each.
         mask = torch.zeros_like(self.attended, dtype=self.cache.dtype).masked_fill(~self.attended, -math.inf)
         self.hidden.copy_(lm(embeds, rotary, mask, self.cache, self.column)[:, 0])
         self.column.add_(1)
         self.positions.add_(1)
-
-
-@functools.cache
-def graph_pool():
-    """Memory that all graphs share, because they are replayed one by one and return nothing in it."""
-    return torch.cuda.graph_pool_handle()
 
 
 def pick_tokens(logits, temperature, uniforms):
@@ -1154,10 +1174,10 @@ def union_support(student_ids, teacher_ids):
 
 
 def narrow_support(kind, support_ids, support_mask, student_topk, teacher_topk):
-    """The mask (N, 2K) of the ids of the union that a support has: S_t, T_t, S_t ∩ T_t, or all of them.
+    """Narrows the mask (N, 2K) of the union U_t to a support: S_t, T_t or S_t ∩ T_t.
 
-    kind: "student", "teacher", "intersection", or any other. support_ids, support_mask (N, 2K) are the
-    union's; student_topk, teacher_topk (N, K).
+    kind: "student", "teacher" or "intersection"; any other keeps the union. support_ids, support_mask
+    (N, 2K) are the union's; student_topk, teacher_topk (N, K).
     """
     if kind in ("student", "intersection"):
         support_mask = support_mask & (support_ids[:, :, None] == student_topk[:, None]).any(dim=2)
@@ -1202,9 +1222,10 @@ CHUNK_LOGITS = 2**27  # float32 logits that exist at once, 0.5 GB: no (N, V) ten
 
 
 def head_logits(speech_lm, rows):
-    """A model's raw logits in float32: (n, H) → (n, V). In bf16 the inputs are rounded, not the logits."""
+    """A model's raw logits in float32: (n, H) → (n, V). In bf16 rows and weights are rounded, not logits."""
     weight = speech_lm.head.weight
     if speech_lm.bf16 or weight.dtype == torch.bfloat16:
+        assert type(speech_lm.head) is nn.Linear, "in bf16 the head's bare weight is read"
         return Bf16Product.apply(rows.bfloat16(), weight.bfloat16())
     return speech_lm.head(rows)
 
@@ -1223,21 +1244,23 @@ class Bf16Product(torch.autograd.Function):
     def backward(ctx, grad):
         rows, weight = ctx.saved_tensors
         grad = grad.bfloat16()
-        return grad @ weight, grad.T @ rows
+        grad_rows = grad @ weight if ctx.needs_input_grad[0] else None
+        grad_weight = grad.T @ rows if ctx.needs_input_grad[1] else None
+        return grad_rows, grad_weight
 
 
 def topk_ids(speech_lm, hidden, forbidden, k):
     """S_t or T_t of Eq. 1, in the model's ids: hidden (N, H), forbidden (V,) → (N, K), see `topk_scores`."""
-    ids, _ = topk_scores(speech_lm, hidden, forbidden, k, None)
-    return ids
+    return topk_scores(speech_lm, hidden, forbidden, k)[0]
 
 
 @torch.no_grad()
-def topk_scores(speech_lm, hidden, forbidden, k, other_ids):
-    """A model's top-k ids at its rows, and its raw logits at other ids of the row and at these.
+def topk_scores(speech_lm, hidden, forbidden, k, other_ids=None):
+    """A model's top-k ids at each row, and its raw logits at J other ids of the row and at these top-k ids.
 
-    hidden (N, H), forbidden (V,), other_ids (N, J) or None → ids (N, K) best first, −1 not allowed, with K
-    less than k where the vocabulary is; logits (N, J + K), float32. Each row is multiplied by the head once.
+    hidden (N, H), forbidden (V,), other_ids (N, J) or None → ids (N, K) best first, −1 not allowed, K < k
+    only where the vocabulary is smaller than k; logits (N, J + K), float32. Each row is multiplied by the
+    head once.
     """
     ids = []
     scores = []
@@ -1255,9 +1278,10 @@ def topk_scores(speech_lm, hidden, forbidden, k, other_ids):
 
 
 def block_topk(logits, k, block=128):
-    """`logits.topk(k)` of rows (n, V): values and ids. On a GPU torch's own reads the logits several times.
+    """The same as `logits.topk(k)` of (n, V), which is slow on a GPU: it reads the logits several times.
 
-    In two stages: the k largest lie in the k blocks with the largest maxima. The id of a −∞ means nothing.
+    The k largest logits lie in the k blocks with the largest maxima. Where a value is −∞, its id has no
+    meaning.
     """
     blocks = F.pad(logits, (0, -logits.shape[1] % block), value=-math.inf).unflatten(1, (-1, block))
     best = blocks.amax(dim=2).topk(min(k, blocks.shape[1])).indices  # (n, k)
@@ -1277,8 +1301,8 @@ def support_scores(head_weight, hidden, support_ids):
 class SupportScores(torch.autograd.Function):
     """scores[n, u] = weight[ids[n, u]] · hidden[n], without a tensor (N, U, H) of gathered rows.
 
-    Its three products are those of an embedding bag with weights: the sum over u of grad[n, u] weight[ids]
-    is such a bag, the scores are its derivative by the weights, and it has one by the matrix.
+    All three products are kernels of an embedding bag with weights. The gradient of `hidden` is such a bag,
+    scores are its derivative by the weights, and the gradient of `weight` is its derivative by the matrix.
     """
 
     @staticmethod

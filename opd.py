@@ -225,7 +225,7 @@ def main(args):
         folder = os.path.join(args.out, f"eval-{step}")
         strict = args.on_bad_audio == "error"
         summaries = eval.evaluate(student, eval_sets, device, decoding, folder, strict=strict)
-        student.free_decoders()  # an evaluation's transcripts are longer, and training needs the memory
+        student.free_decoders()  # an evaluation writes longer transcripts, and training needs that memory
         return summaries
 
     data.begin_run(args.out, config, first_step)
@@ -294,6 +294,7 @@ def main(args):
             )
             teacher_topk = alignment.in_student(teacher_topk)  # (N, K)
             support_ids, support_mask = model.union_support(student_topk, teacher_topk)  # (N, 2K), ascending
+            # The teacher's logits came as S_t, T_t; U_t is sorted by id. (An id in both has one logit.)
             order = torch.cat([student_topk, teacher_topk], dim=1).argsort(dim=1)
             teacher_logits = teacher_logits.gather(1, order)  # (N, 2K)
 

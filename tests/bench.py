@@ -473,8 +473,7 @@ def step_memory(student, teacher, seconds, bf16, recompute):
 
     # What both models keep for the run once they have sampled: keys and values, for clips and columns rounded
     # up, and a token's logits, twice. While one writes, a layer at the prompt's positions.
-    n_rows = 8 * math.ceil(n_clips / 8)
-    n_columns = 64 * math.ceil((SEQUENCE + 1) / 64)
+    n_rows, n_columns = model.decoder_size(math.ceil(n_clips), SEQUENCE)
     kept = 0
     for config in (text, teacher.config.text_config):
         kept += n_rows * (n_columns * value_bytes * cache_floats(config) + 2 * 4 * config.vocab_size)
