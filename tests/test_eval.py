@@ -294,7 +294,7 @@ def test_language_is_needed_where_the_prompt_names_one(tmp_path, wav, command, c
     assert "--language km" in capsys.readouterr().err
     stub = StubModel(["en", "fr"])
     assert command("--data", path, "--language", "English", "--out", tmp_path / "out", stub=stub) == 0
-    assert stub.prompted == ["en", "en", "fr"]  # the first of them a warm-up
+    assert stub.prompted == ["en", "en", "en", "fr"]  # the first two of them a warm-up
     assert lines_of(tmp_path / "out" / "m.jsonl")[0]["language"] is None  # as in the manifest
 
 
