@@ -834,25 +834,26 @@ def ready_thresholds(lines):
     case_seeds = np.array([case["seed"] for case in cases])
     teachers = np.array([case["teacher"] for case in cases])
 
-    def cells(is_opd, chosen=slice(None)):
-        """How often the choice is right, and its regret in %."""
-        is_opd, own = is_opd[chosen], gains[chosen]
-        regret = eval.percent(mean_regret(is_opd, own))
-        return [f"{np.sum(is_opd == (own < 0))} of {len(own)}", f"{regret:.1f}"]
+    def cells(is_opd, counted):
+        """How often the choice is right in the counted cases, and its regret in %."""
+        n_right = np.sum((is_opd == (gains < 0))[counted])
+        regret = eval.percent(mean_regret(is_opd[counted], gains[counted]))
+        return [f"{n_right} of {counted.sum()}", f"{regret:.1f}"]
 
+    every = np.full(len(cases), True)
     rows = []
     for name, choice in (("always OPD", True), ("always TD", False)):
         is_opd = np.full(len(cases), choice)
-        row = [name, "", *cells(is_opd)]
+        row = [name, "", *cells(is_opd, every)]
         for teacher in READY_TEACHERS:
             row += cells(is_opd, teachers == teacher)
         rows.append(row)
     for name in READY_MEASURES:
         sign = validate.EXPECTED_SIGN.get(name, 1)  # close models, of which a low value × sign is the mark
         values = np.array([sign * case["measures"][name] for case in cases])
-        threshold = sign * best_threshold(values, gains)
-        row = [name, f"{'≤' if sign > 0 else '≥'} {threshold:.4g}".replace("-", "−")]
-        row += cells(left_out_choices(values, gains, case_seeds))
+        threshold = f"{sign * best_threshold(values, gains):.4g}".replace("-", "−")
+        row = [name, f"≤ {threshold}" if sign > 0 else f"≥ {threshold}"]
+        row += cells(left_out_choices(values, gains, case_seeds), every)
         other_teacher = left_out_choices(values, gains, teachers)
         for teacher in READY_TEACHERS:
             row += cells(other_teacher, teachers == teacher)
@@ -880,6 +881,11 @@ def ready_measures(lines):
     return markdown(["teacher", "steps of TD", *READY_MEASURES, "KL at the first step, each seed"], rows)
 
 
+def ratios(changes, key):
+    """1 + a figure of several `seeds.change_over_seeds`, which are in %."""
+    return np.array([1 + figures[key] / 100 for figures in changes])
+
+
 def draw_ready(lines):
     """Errors against the base's by the steps of TD, with intervals for other seeds and speakers."""
     runs = ready_runs(lines)
@@ -892,10 +898,9 @@ def draw_ready(lines):
                 own = runs[teacher, td_steps, arm]
                 counts = joint_counts([base] * len(own) + own)
                 changes.append(seeds.change_over_seeds(counts, len(own), is_paired=True))
-            value, low, high = [
-                np.array([1 + figures[key] / 100 for figures in changes]) for key in ("value", "low", "high")
-            ]
-            axis.errorbar(READY_STARTS, value, [value - low, high - value], fmt="o-", capsize=3, label=name)
+            value = ratios(changes, "value")
+            ends = [value - ratios(changes, "low"), ratios(changes, "high") - value]
+            axis.errorbar(READY_STARTS, value, ends, fmt="o-", capsize=3, label=name)
         axis.axhline(1, color="black", linewidth=0.5)
         axis.set_yscale("log")
         axis.set_title(f"teacher {teacher}")
