@@ -58,7 +58,7 @@ TEACHER = "example/teacher"
 SFT = "sft.py --workers 0 --keep 99 --out {out}"
 SPEC_AUGMENT = "--time-masks 1 --time-width 20 --freq-masks 1 --freq-width 20"
 SETS = f"{FOLDER}/sets"
-TD = f"--train {FOLDER}/td-text/train.jsonl --text-field hyp --batch-size 32 --warmup-steps 20"
+TD = "--text-field hyp --batch-size 32 --warmup-steps 20"
 N_TD_SEEDS = 3
 
 MODELS = {
@@ -90,6 +90,7 @@ MODELS = {
     ),
     # TD: what the teacher writes, and students that have learned from it.
     "td-text": f"eval.py --model {TEACHER} --data example/train.jsonl --out {{out}}",
+    "td-text-style": f"eval.py --model {FOLDER}/teacher-style/model --data example/train.jsonl --out {{out}}",
 }
 # A base of another seed: the same data in another order, other weights to begin with. The same checkpoint.
 MODELS["start-base-2"] = f"{MODELS['start-base']} --seed 1"
@@ -118,7 +119,9 @@ SCALE_TEACHER = f"{FOLDER}/scale-teacher/model"
 TD_STUDENTS = (1000, 1300, 1600)  # checkpoints that get TD
 for n_steps in TD_STUDENTS:
     checkpoint = f"{FOLDER}/students/step-{n_steps}/model"
-    MODELS[f"student-td-{n_steps}"] = f"{SFT} --model {checkpoint} {TD} --steps 100 --lr 5e-4"
+    MODELS[f"student-td-{n_steps}"] = (
+        f"{SFT} --model {checkpoint} --train {FOLDER}/td-text/train.jsonl {TD} --steps 100 --lr 5e-4"
+    )
 
 # Human speech: digit strings of six speakers, one of them held out. The example's teacher is tuned on the
 # other five, the example's base on two of them, and the audio without transcripts is of the five.
@@ -203,6 +206,21 @@ ABLATIONS = {
     "parts-adapter": "--train-parts adapter",
     "parts-lm": "--train-parts lm",
 }
+
+# Teachers whose students get more and more TD, and what each has written for that.
+READY_TEACHERS = {"style": (TEACHERS["style"], "td-text-style"), "shipped": (TEACHER, "td-text")}
+READY_STARTS = [0, 50, 100, 200, 400]  # steps of TD
+READY_SEEDS = 4
+READY_LR = 1e-3
+# What may help a student that is not ready.
+RESCUES = {
+    "lr-tenth": "",  # a tenth of the rate
+    "divergence-reverse": "--divergence reverse",
+    "divergence-jsd": "--divergence jsd",
+    "tau-2": "--tau 2",
+    "student-share-0.5": "--states teacher --student-share 0.5",
+}
+RESCUE_STARTS = [0, 100]
 
 
 def experiments(finished):
@@ -330,6 +348,8 @@ def experiments(finished):
         for arm, flags in ABLATIONS.items():
             runs.append(opd_run("ablation", arm, seed, rates["opd"], steps=100, flags=flags))
 
+    runs += ready_runs()
+
     # The larger instance, its learning rates again by the error on dev after 100 steps.
     for arm in TUNED_ARMS:
         for lr in SCALE_RATES:
@@ -377,7 +397,7 @@ def opd_run(question, arm, seed, lr, *, steps=200, student=BASE, teacher=TEACHER
     }
 
 
-def td_run(arm, seed, lr, *, student, steps, question="table-2"):
+def td_run(arm, seed, lr, *, student, steps, question="table-2", text="td-text"):
     """SFT on what the teacher has written for the clips of train."""
     return {
         "question": question,
@@ -388,8 +408,72 @@ def td_run(arm, seed, lr, *, student, steps, question="table-2"):
         "seed": seed,
         "steps": steps,
         "lr": lr,
-        "command": f"{SFT} {TD} --lr {lr:g} --seed {seed} --eval {TESTS} --model {student} --steps {steps}",
+        "command": f"{SFT} --train {FOLDER}/{text}/train.jsonl {TD} --lr {lr:g} --seed {seed}"
+        f" --eval {TESTS} --model {student} --steps {steps}",
     }
+
+
+def ready_runs():
+    """Question 8: how much TD makes a student ready for OPD?
+
+    Checkpoints of one run of TD, a seed and teacher, are the starts; from each 100 steps of every arm.
+    """
+    runs = []
+    for seed in range(READY_SEEDS):
+        for teacher in READY_TEACHERS:
+            runs.append(first_td_run(teacher, seed))
+            for td_steps in READY_STARTS:
+                if td_steps > 0 or seed == 0:  # the base is the same for all seeds: once is enough
+                    runs.append(ready_overlap_run(teacher, seed, td_steps))
+                for arm in ("opd", "td"):
+                    runs.append(ready_run("ready", arm, teacher, seed, td_steps))
+    # Behind all others, so that a stop leaves seeds that have the primary comparison.
+    for seed in range(READY_SEEDS):
+        for teacher in READY_TEACHERS:
+            for td_steps in READY_STARTS:
+                runs.append(ready_run("ready", "teacher-kl", teacher, seed, td_steps))
+    for seed in range(2):
+        for td_steps in RESCUE_STARTS:
+            for arm, flags in RESCUES.items():
+                lr = READY_LR / 10 if arm == "lr-tenth" else READY_LR
+                runs.append(ready_run("ready-rescue", arm, "style", seed, td_steps, lr=lr, flags=flags))
+    return runs
+
+
+def first_td_run(teacher, seed):
+    """The run of TD of which checkpoints are the starts of question 8."""
+    model, text = READY_TEACHERS[teacher]
+    run = td_run("first-td", seed, READY_LR, student=BASE, steps=500, question="ready", text=text)
+    run["name"] += f"-{teacher}"
+    run["command"] += " --save-every 50"
+    return {**run, "teacher": model}
+
+
+def ready_start(teacher, seed, td_steps):
+    """The student of a seed after some steps of TD on what a teacher has written."""
+    if td_steps == 0:
+        return BASE
+    return f"{FOLDER}/{first_td_run(teacher, seed)['name']}/step-{td_steps}/model"
+
+
+def ready_overlap_run(teacher, seed, td_steps):
+    """The overlap of such a student with its teacher."""
+    student = ready_start(teacher, seed, td_steps)
+    name = f"ready-before-seed{seed}-{teacher}-{td_steps}"
+    run = overlap_run("ready", name, student, READY_TEACHERS[teacher][0])
+    return {**run, "seed": seed, "td_steps": td_steps}
+
+
+def ready_run(question, arm, teacher, seed, td_steps, *, lr=READY_LR, flags=""):
+    """100 steps of OPD, of another arm of it, or of more TD, from such a student."""
+    model, text = READY_TEACHERS[teacher]
+    student = ready_start(teacher, seed, td_steps)
+    if arm == "td":
+        run = td_run(arm, seed, lr, student=student, steps=100, question=question, text=text)
+    else:
+        run = opd_run(question, arm, seed, lr, steps=100, student=student, teacher=model, flags=flags)
+    run["name"] += f"-{teacher}-{td_steps}"
+    return {**run, "teacher": model, "td_steps": td_steps}
 
 
 def pair_run(student, teacher, seed, lr):
@@ -506,7 +590,10 @@ def line_of(run, seconds):
     if script == "overlap.py":
         overlap = json.loads((out / "overlap.json").read_text(encoding="utf-8"))
         line["measures"] = rounded(overlap["measures"]["all"])
-        line["baselines"] = rounded(validate.baselines(data.read_lines(out / "clips.jsonl")))
+        clips = data.read_lines(out / "clips.jsonl")
+        line["baselines"] = rounded(validate.baselines(clips))
+        looping = [eval.looping(clip["student"]) for clip in clips]
+        line["baselines"]["looping"] = sum(looping) / len(clips)
         return line
     folder = out if script == "eval.py" else out / f"eval-{run['steps']}"
     # Whisper's normaliser makes "one two" 12, a single word: digit strings are scored without it.
@@ -516,6 +603,10 @@ def line_of(run, seconds):
         line["health"] = health(folder)
     if script == "opd.py":
         line["vuss"] = vuss_of(out / "metrics.jsonl", at_every_k=run["question"] == "table-2")
+    if run["question"] == "ready" and run["arm"] == "opd":
+        line["errors_before"] = errors_by_speaker(out / "eval-0", normalizer)
+        first = data.read_lines(out / "metrics.jsonl")[0]
+        line["first_step"] = rounded({name: first[name] for name in ("kl", "top1", "looping")})
     return line
 
 
@@ -594,7 +685,7 @@ def finish(job, seconds, has_line):
 
 
 QUESTIONS = ["tune", "table-1", "rate", "table-2", "td-rate", "table-3", "support", "digits", "strength"]
-QUESTIONS += ["amount", "robustness", "base-2", "ablation", "scale-tune", "scale"]
+QUESTIONS += ["amount", "robustness", "base-2", "ablation", "ready", "ready-rescue", "scale-tune", "scale"]
 
 
 def parse_args(argv=None):

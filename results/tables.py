@@ -28,6 +28,10 @@ from results.run import (
     BASE_2,
     LEARNING_RATES,
     N_TD_SEEDS,
+    READY_STARTS,
+    READY_TEACHERS,
+    RESCUE_STARTS,
+    RESCUES,
     SCALE_BASE,
     SCALE_TEACHER,
     STUDENTS,
@@ -46,6 +50,11 @@ KS = [1, 2, 4, 8, 16, 32]
 # Measures of question 3. Those that repeat another one are left out, because Holm's correction counts each.
 MEASURES = ["vuss", "vuss_4", "top1", "mass_teacher", "advantage", "entropy_gap", "kl_full", "teacher_logp"]
 BASELINES = ["error_between", "token_agreement", "trigram_f1"]
+
+# Measures of question 8, which may tell whether OPD is the better next step. VUSS at k = 1 is 2 − top1.
+READY_MEASURES = ["kl_full", "top1", *(f"vuss_{k}" for k in KS[1:-1]), "vuss", "teacher_logp", "looping"]
+READY_MEASURES += ["error_student"]
+READY_ARMS = {"opd": "OPD", "teacher-kl": "teacher-kl", "td": "more TD"}
 
 # ---- figures of runs ---------------------------------------------------------------------------------------
 
@@ -719,6 +728,204 @@ def draw_ablations(lines):
     draw_changes(HERE / "ablations.png", ablation_runs(lines), base)
 
 
+# ---- question 8 --------------------------------------------------------------------------------------------
+
+
+def ready_runs(lines, question="ready"):
+    """{(teacher, steps of TD, arm): its lines, by seed} of the runs that begin there."""
+    runs = collections.defaultdict(list)
+    names = {model: name for name, (model, _) in READY_TEACHERS.items()}
+    for line in lines:
+        if line["question"] == question and "td_steps" in line and "errors" in line:
+            runs[names[line["teacher"]], line["td_steps"], line["arm"]].append(line)
+    return {key: sorted(own, key=lambda line: line["seed"]) for key, own in runs.items()}
+
+
+def errors_before(lines):
+    """The lines of OPD with the errors that they had before it."""
+    return [{**line, "errors": line["errors_before"]} for line in lines]
+
+
+def ready(lines):
+    """The error before, and after 100 steps of each arm, by the steps of TD."""
+    runs = ready_runs(lines)
+    rows = []
+    for teacher in READY_TEACHERS:
+        for td_steps in READY_STARTS:
+            before = errors_before(runs[teacher, td_steps, "opd"])
+            if td_steps == 0:
+                before = before[:1]  # the base is the same for all seeds
+            row = [teacher, str(td_steps), each_rate(before)]
+            for arm in READY_ARMS:
+                row.append(each_rate(runs[teacher, td_steps, arm]))
+            rows.append(row)
+    header = ["mean error, %, each seed: teacher", "steps of TD", "before"]
+    return markdown([*header, *READY_ARMS.values()], rows)
+
+
+def ready_contrasts(lines):
+    """The arms against each other at each start; the primary comparison is OPD against more TD."""
+    runs = ready_runs(lines)
+    rows = []
+    for arm, other in (("opd", "td"), ("teacher-kl", "td"), ("opd", "teacher-kl")):
+        for teacher in READY_TEACHERS:
+            for td_steps in READY_STARTS:
+                own = runs[teacher, td_steps, arm]
+                name = f"{READY_ARMS[arm]} against {READY_ARMS[other]}, {teacher}, {td_steps} steps"
+                if (arm, other, teacher) == ("opd", "td", "style") and td_steps != 200:
+                    name = f"**{name}** (primary)"
+                rows.append(contrast_row(name, runs[teacher, td_steps, other], own))
+    return markdown(CONTRAST_HEADER, rows)
+
+
+def ready_cases(lines):
+    """Every start of every seed as a dict: is OPD or more TD the better next step?
+
+    → teacher, seed, td_steps; gain: ln of the errors after OPD over those after more TD, as a mean over the
+    sets, below 0 where OPD is better; measures: {name: its value before}.
+    """
+    runs = ready_runs(lines)
+    measures = {}
+    for line in lines:
+        if line["question"] == "ready" and "measures" in line:
+            key = (line["teacher"], line["seed"], line["td_steps"])
+            measures[key] = {**line["measures"], **line["baselines"]}
+    cases = []
+    for teacher, (model, _) in READY_TEACHERS.items():
+        for td_steps in READY_STARTS:
+            for td, opd in zip(*paired(runs[teacher, td_steps, "td"], runs[teacher, td_steps, "opd"])):
+                seed = opd["seed"]
+                case = {"teacher": teacher, "seed": seed, "td_steps": td_steps}
+                case["gain"] = np.log1p(macro_change([opd], td) / 100)
+                case["measures"] = measures[model, seed if td_steps else 0, td_steps]
+                cases.append(case)
+    return cases
+
+
+def mean_regret(is_opd, gains):
+    """What a choice of OPD (N,) or else more TD costs: mean ln of the errors over those of the better one."""
+    return float(np.where(is_opd, gains, -gains).clip(min=0).mean())
+
+
+def best_threshold(values, gains):
+    """The threshold with the least regret, where OPD is chosen at or below it: −∞ is never, ∞ is always."""
+    levels = np.unique(values)
+    thresholds = [-np.inf, *((levels[1:] + levels[:-1]) / 2), np.inf]
+    regrets = [mean_regret(values <= threshold, gains) for threshold in thresholds]
+    return thresholds[int(np.argmin(regrets))]
+
+
+def left_out_choices(values, gains, groups):
+    """Whether OPD is chosen in each case by the threshold of all cases of other groups: (N,)."""
+    is_opd = np.zeros(len(values), dtype=bool)
+    for group in np.unique(groups):
+        is_left_out = groups == group
+        threshold = best_threshold(values[~is_left_out], gains[~is_left_out])
+        is_opd[is_left_out] = values[is_left_out] <= threshold
+    return is_opd
+
+
+def ready_thresholds(lines):
+    """How well one threshold on a measure before tells OPD from more TD as the better next step."""
+    cases = ready_cases(lines)
+    gains = np.array([case["gain"] for case in cases])
+    case_seeds = np.array([case["seed"] for case in cases])
+    teachers = np.array([case["teacher"] for case in cases])
+
+    def cells(is_opd, counted):
+        """How often the choice is right in the counted cases, and its regret in %."""
+        n_right = np.sum((is_opd == (gains < 0))[counted])
+        regret = eval.percent(mean_regret(is_opd[counted], gains[counted]))
+        return [f"{n_right} of {counted.sum()}", f"{regret:.1f}"]
+
+    every = np.full(len(cases), True)
+    rows = []
+    for name, choice in (("always OPD", True), ("always TD", False)):
+        is_opd = np.full(len(cases), choice)
+        row = [name, "", *cells(is_opd, every)]
+        for teacher in READY_TEACHERS:
+            row += cells(is_opd, teachers == teacher)
+        rows.append(row)
+    for name in READY_MEASURES:
+        sign = validate.EXPECTED_SIGN.get(name, 1)  # close models, of which a low value × sign is the mark
+        values = np.array([sign * case["measures"][name] for case in cases])
+        threshold = f"{sign * best_threshold(values, gains):.4g}".replace("-", "−")
+        row = [name, f"≤ {threshold}" if sign > 0 else f"≥ {threshold}"]
+        row += cells(left_out_choices(values, gains, case_seeds), every)
+        other_teacher = left_out_choices(values, gains, teachers)
+        for teacher in READY_TEACHERS:
+            row += cells(other_teacher, teachers == teacher)
+        rows.append(row)
+    header = ["OPD where", "threshold of all", "right, seeds left out", "regret, %"]
+    for teacher in READY_TEACHERS:
+        header += [f"right, {teacher} left out", "regret, %"]
+    return markdown(header, rows)
+
+
+def ready_measures(lines):
+    """The measures before OPD, means over seeds, and KL at the first step of OPD."""
+    runs = ready_runs(lines)
+    cases = ready_cases(lines)
+    rows = []
+    for teacher in READY_TEACHERS:
+        for td_steps in READY_STARTS:
+            own = [case for case in cases if (case["teacher"], case["td_steps"]) == (teacher, td_steps)]
+            row = [teacher, str(td_steps)]
+            for name in READY_MEASURES:
+                mean = np.mean([case["measures"][name] for case in own])
+                row.append(f"{mean:.3g}".replace("-", "−"))
+            first_kl = [line["first_step"]["kl"] for line in runs[teacher, td_steps, "opd"]]
+            rows.append([*row, " ".join(f"{value:.2f}" for value in first_kl)])
+    return markdown(["teacher", "steps of TD", *READY_MEASURES, "KL at the first step, each seed"], rows)
+
+
+def ratios(changes, key):
+    """1 + a figure of several `seeds.change_over_seeds`, which are in %."""
+    return np.array([1 + figures[key] / 100 for figures in changes])
+
+
+def draw_ready(lines):
+    """Errors against the base's by the steps of TD, with intervals for other seeds and speakers."""
+    runs = ready_runs(lines)
+    base = errors_before(runs["shipped", 0, "opd"])[0]
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    for axis, teacher in zip(figure.subplots(1, 2, sharey=True), READY_TEACHERS):
+        for arm, name in READY_ARMS.items():
+            changes = []
+            for td_steps in READY_STARTS:
+                own = runs[teacher, td_steps, arm]
+                counts = joint_counts([base] * len(own) + own)
+                changes.append(seeds.change_over_seeds(counts, len(own), is_paired=True))
+            value = ratios(changes, "value")
+            ends = [value - ratios(changes, "low"), ratios(changes, "high") - value]
+            axis.errorbar(READY_STARTS, value, ends, fmt="o-", capsize=3, label=name)
+        axis.axhline(1, color="black", linewidth=0.5)
+        axis.set_yscale("log")
+        axis.set_title(f"teacher {teacher}")
+        axis.set_xlabel("steps of TD before")
+    figure.axes[0].set_ylabel("errors after 100 more steps, base = 1")
+    figure.axes[0].legend()
+    save_picture(figure, HERE / "ready.png")
+
+
+def rescue(lines):
+    """OPD with one flag, from a student without TD and one with a little: seeds 0 and 1."""
+    runs = {key: own[:2] for key, own in ready_runs(lines).items()}
+    runs.update(ready_runs(lines, "ready-rescue"))
+    rows = []
+    for arm in ("before", *READY_ARMS, *RESCUES):
+        row = [READY_ARMS.get(arm, arm)]
+        for td_steps in RESCUE_STARTS:
+            if arm == "before":
+                own = errors_before(runs["style", td_steps, "opd"])
+            else:
+                own = runs["style", td_steps, arm]
+            row.append(each_rate(own))
+        rows.append(row)
+    header = ["mean error, %, each seed"] + [f"after {td_steps} steps of TD" for td_steps in RESCUE_STARTS]
+    return markdown(header, rows)
+
+
 # ---- another base, and a larger instance -------------------------------------------------------------------
 
 
@@ -784,6 +991,11 @@ TABLES = {
     "amount": (functools.partial(conditions, question="amount"), "amount"),
     "robustness": (robustness, "robustness"),
     "ablations": (ablations, "ablation"),
+    "ready": (ready, "ready"),
+    "ready-contrasts": (ready_contrasts, "ready"),
+    "ready-measures": (ready_measures, "ready"),
+    "ready-thresholds": (ready_thresholds, "ready"),
+    "ready-rescue": (rescue, "ready-rescue"),
     "base-2": (other_base, "base-2"),
     "scale": (scale, "scale"),
 }
@@ -798,6 +1010,7 @@ PICTURES = {
     "amount": functools.partial(draw_conditions, question="amount"),
     "robustness": draw_robustness,
     "ablation": draw_ablations,
+    "ready": draw_ready,
     "base-2": draw_other_base,
     "scale": draw_scale,
 }
@@ -810,6 +1023,7 @@ BESIDE = {
     "strength": {"table-1", "rate"},
     "amount": {"table-1", "rate"},
     "ablation": {"table-1"},
+    "ready-rescue": {"ready"},
     "base-2": {"table-1"},
 }
 

@@ -111,7 +111,8 @@ def made_up(run, rng):
     if script == "overlap.py":
         names = [*tables.MEASURES, *(f"vuss_{k}" for k in tables.KS[:-1])]
         line["measures"] = {name: float(rng.uniform(1, 2)) for name in names}
-        line["baselines"] = {name: float(rng.uniform(1, 2)) for name in (*tables.BASELINES, "error_student")}
+        names = [*tables.BASELINES, "error_student", "looping"]
+        line["baselines"] = {name: float(rng.uniform(1, 2)) for name in names}
         return line
     paths = [argument for argument in arguments if argument.endswith(".jsonl")]
     stems = {path.split("/")[-1].removesuffix(".jsonl") for path in paths}
@@ -120,6 +121,9 @@ def made_up(run, rng):
     if script == "opd.py":
         names = ["vuss", *(f"vuss_{k}" for k in tables.KS[:-1])]
         line["vuss"] = {name: {"first": 1.0, "last": 2.0, "all": 1.5} for name in names}
+    if run["question"] == "ready" and run["arm"] == "opd":
+        line["errors_before"] = line["errors"]
+        line["first_step"] = {"kl": 9.4, "top1": 0.4, "looping": 0.0}
     if run["question"] == "robustness":
         line["health"] = {stem: [60, 1, 2, 3] for stem in stems}
     return line
@@ -161,6 +165,36 @@ def test_difference_at_equal_error():
     assert tables.difference_at_equal_error(curve_a, curve_b, 32) == pytest.approx((-0.5 - 0.5) / 2)
 
 
+def test_the_next_steps_from_a_student_differ_in_nothing_else():
+    """OPD, its other arm and more TD: the same start, clips, order and settings of the optimizer."""
+    shared = ["seed", "steps", "batch_size", "lr", "warmup_steps", "weight_decay", "clip", "eval"]
+    arms = {}  # (teacher, seed, steps of TD) → arm → its settings
+    for run in driver.ready_runs():
+        if run["question"] == "ready" and "td_steps" in run and "arm" in run:
+            script, *flags = shlex.split(driver.command_of(run))
+            args = SCRIPTS[script].parse_args([flag.replace("@", f"@{ROOT}/") for flag in flags])
+            start = args.model if script == "sft.py" else args.student
+            settings = [start] + [getattr(args, name) for name in shared]
+            arms.setdefault((run["teacher"], run["seed"], run["td_steps"]), {})[run["arm"]] = settings
+    assert len(arms) == 2 * 4 * 5
+    for start, own in arms.items():
+        assert own.keys() == tables.READY_ARMS.keys(), start
+        assert own["opd"] == own["teacher-kl"] == own["td"], start
+
+
+def test_one_threshold_tells_the_better_next_step():
+    values = np.array([9.0, 4.0, 2.0, 1.0, 0.5, 0.4])
+    gains = np.log([3.0, 1.5, 0.9, 1.2, 0.8, 0.7])  # OPD helps below 2, but for one case
+    assert tables.mean_regret(values > 0, gains) == pytest.approx(np.log(3 * 1.5 * 1.2) / 6)
+    assert tables.mean_regret(values < 0, gains) == pytest.approx(-np.log(0.9 * 0.8 * 0.7) / 6)
+    assert tables.best_threshold(values, gains) == 0.75  # to miss 0.9 is cheaper than to take 1.2
+    assert tables.best_threshold(values, -np.abs(gains)) == np.inf
+    assert tables.best_threshold(values, np.abs(gains)) == -np.inf
+    # Without the last three, 3.0 divides the others; without the first three, 0.75 does.
+    groups = np.array([0, 0, 0, 1, 1, 1])
+    assert tables.left_out_choices(values, gains, groups).tolist() == [False] * 3 + [True] * 3
+
+
 def test_another_style_is_the_same_to_the_scores():
     for text, language in (("close the window at five", "en"), ("请打电话六七六二", "zh")):
         styled = sets.styled(text, language)
@@ -181,7 +215,7 @@ def test_documents_show_what_the_runs_say():
 
 def test_lines_are_of_the_listed_runs_and_stay_small():
     files = [path for path in (ROOT / "results").glob("*.*") if path.suffix != ".py"]
-    assert sum(path.stat().st_size for path in files) < 500_000
+    assert sum(path.stat().st_size for path in files) < 700_000
     lines = driver.finished_lines()
     commands = {run["name"]: driver.command_of(run) for run in driver.experiments(lines)}
     for line in lines:
