@@ -14,6 +14,7 @@ import collections
 import contextlib
 import dataclasses
 import datetime
+import errno
 import functools
 import hashlib
 import importlib.metadata
@@ -26,6 +27,7 @@ import pathlib
 import re
 import resource
 import shlex
+import shutil
 import subprocess
 import sys
 import unicodedata
@@ -112,7 +114,7 @@ def parse_line(raw, where, folder, text_field="text"):
         fields = json.loads(raw.decode("utf-8-sig"))
         if b"\\u" in raw:  # half a surrogate pair could not be written again
             json.dumps(fields, ensure_ascii=False).encode()
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not JSON in UTF-8 ({error}); give one object a line") from None
     if not isinstance(fields, dict):
         raise InputError(f"{where}: expected a JSON object, found {type(fields).__name__}")
@@ -280,6 +282,8 @@ def load_audio(clip):
         decoded_s = len(waveform) / rate
         if abs(decoded_s - clip.duration) > DURATION_TOLERANCE_S + 0.01 * clip.duration:
             raise InputError(f"{decoded_s:.2f} s decoded, the manifest says {clip.duration:.2f} s")
+        if rate > 5_000 * math.gcd(rate, SAMPLE_RATE):  # the filter would be huge
+            raise InputError(f"its sample rate, {rate} Hz, has no usable ratio to 16 kHz; resample it")
     waveform = torch.from_numpy(waveform)
     return waveform if rate == SAMPLE_RATE else resampler(rate)(waveform)
 
@@ -289,14 +293,14 @@ def audio_errors(place):
     """Turns the errors of reading audio into AudioErrors that name their place."""
     try:
         yield
-    except (soundfile.LibsndfileError, av.FFmpegError) as error:
+    except InputError as error:
+        raise AudioError(f"{place}: {error}") from None
+    except (soundfile.LibsndfileError, av.FFmpegError, ValueError) as error:
         reason = f"cannot be decoded ({getattr(error, 'strerror', error)})"
         raise AudioError(f"{place}: {reason}; get it anew, or convert it to wav or flac") from None
     except OSError as error:
         reason = f"{error.strerror}; relative paths start at the manifest's folder"
         raise AudioError(f"{place}: {reason}") from None
-    except InputError as error:
-        raise AudioError(f"{place}: {error}") from None
 
 
 def open_audio(clip):
@@ -320,11 +324,10 @@ def decode(clip, file):
     if end_s < 0:
         end_s = begin_s + clip.duration + 60  # the rest of a file that is longer than stated takes no memory
 
-    audio = sound_file(file)
-    # Of several Ogg or FLAC streams in one file, libsndfile reads only the first, FFmpeg all of them.
+    audio = sound_file(file, is_segment=clip.end_time >= 0)
     if audio is not None and audio.format in ("OGG", "FLAC"):
-        if audio.frames / audio.samplerate < begin_s + clip.duration - DURATION_TOLERANCE_S:
-            audio = None
+        if audio.frames / audio.samplerate < clip.end_time:
+            audio = None  # the segment may be in a second stream
     if audio is None:
         channels, rate = ffmpeg_samples(file, begin_s, end_s)
     else:
@@ -347,11 +350,17 @@ def decode(clip, file):
     return channels, rate
 
 
-def sound_file(file):
-    """The `SoundFile` of an open file, or None where libsndfile cannot read it or does not know its length.
+def sound_file(file, is_segment=False):
+    """The `SoundFile` of an open file, or None where libsndfile does not read all of it and FFmpeg has to.
 
-    Raises InputError for a WAV that is cut off, which decoders pass by in silence.
+    Raises InputError for a WAV that is cut off, which decoders pass by in silence. The recording of a segment
+    is not searched for further streams.
     """
+    # Of several Ogg or FLAC streams in one file, libsndfile reads only the first.
+    content = b"" if is_segment else file.read()
+    file.seek(0)
+    if len(re.findall(rb"OggS\0[\2\6]|fLaC[\0\x80]\0\0\x22", content)) > 1:
+        return None
     try:
         audio = soundfile.SoundFile(file)
     except soundfile.LibsndfileError:
@@ -384,9 +393,10 @@ def ffmpeg_samples(file, begin_s, end_s):
 def ffmpeg_frames(file, begin_s=0.0):
     """Yields (number of its first sample, frame of planar float32) from `begin_s`, or before, to the end."""
     file.seek(0)
-    with av.open(file, options={"format_whitelist": FFMPEG_FORMATS}) as container:
-        if not container.streams.audio:
-            raise InputError("holds no audio")
+    options = {"format_whitelist": FFMPEG_FORMATS}
+    with av.open(file, options=options, metadata_errors="replace") as container:  # tags of any encoding
+        if not container.streams.audio or container.streams.audio[0].codec_context is None:
+            raise InputError("holds no audio of a known codec")
         stream = container.streams.audio[0]
         start = stream.start_time or 0
         decoder = stream.codec_context
@@ -416,6 +426,8 @@ def ffmpeg_frames(file, begin_s=0.0):
                     position = round((frame.pts - start) * stream.time_base * frame.rate)
                 if kind not in (None, (frame.rate, frame.layout.name)):
                     raise InputError("changes its sample rate or channels on the way; re-encode it")
+                if frame.layout.nb_channels > 8:  # where PyAV reads beyond the frame
+                    raise InputError("has more than 8 channels; extract one")
                 kind = (frame.rate, frame.layout.name)
                 yield position, *as_float.resample(frame)
                 position += frame.samples
@@ -434,12 +446,11 @@ def audio_duration(content, name="audio"):
     with audio_errors(name):
         file = io.BytesIO(content)
         audio = sound_file(file)
-        n_streams = max(content.count(b"OggS\0\2"), content.count(b"fLaC"))
-        if audio is None or n_streams > 1:
+        if audio is None:
             return sum(frame.samples / frame.rate for _, frame in ffmpeg_frames(file))
         n_samples = audio.frames
         if audio.format not in ("WAV", "WAVEX", "FLAC"):
-            n_samples = sum(len(block) for block in audio.blocks(2**18))
+            n_samples = len(audio.read(audio.frames, dtype="int16"))
         return n_samples / audio.samplerate
 
 
@@ -759,8 +770,8 @@ def memory():
 
 # What a resumed run may change, because it moves no weight. Training data and models are compared by content.
 MAY_CHANGE = """
-    resume out eval workers micro_seconds recompute save_every keep eval_every sample_every on_bad_audio
-    tensorboard
+    resume out json eval workers micro_seconds recompute save_every keep eval_every sample_every
+    on_bad_audio tensorboard
 """.split()
 
 
@@ -821,6 +832,7 @@ def look_at_run(args, script, inputs):
     while steps and not is_readable(steps[max(steps)]):
         damaged = steps.pop(max(steps))
         print(f"{damaged} cannot be read, and is left aside as {damaged}.damaged", flush=True)
+        shutil.rmtree(damaged + ".damaged", ignore_errors=True)  # of an earlier time
         os.rename(damaged, damaged + ".damaged")
     step = max(steps, default=0)
     if "summary.json" in names:
@@ -834,8 +846,8 @@ def look_at_run(args, script, inputs):
 def fingerprint(path):
     """SHA-256 of a manifest, or of a model folder; of a list of paths a list.
 
-    Of a model: its config, and of each file of weights the size and the first 4 kB of every 64 kB. Where a
-    part was trained, all of its tensors have changed, so it shows.
+    Of a model: its config, and of each file of weights the size and 2**16 pieces of 4 kB, evenly spread: all
+    of up to 268 MB. Where a part was trained, all of its tensors have changed, so it shows.
     """
     if isinstance(path, list):
         return [fingerprint(one_path) for one_path in path]
@@ -845,7 +857,7 @@ def fingerprint(path):
         with open(weights, "rb") as file:
             size = os.path.getsize(weights)
             digest.update(size.to_bytes(8))
-            for offset in range(0, size, 2**16):
+            for offset in range(0, size, max(2**12, size // 2**16)):
                 file.seek(offset)
                 digest.update(file.read(2**12))
     return digest.hexdigest()
@@ -860,7 +872,10 @@ def git_commit():
 
 def complete_steps(out):
     """{step: folder} of the complete checkpoints of a run; what was being written has another name."""
-    steps = {int(path.name[5:]): str(path) for path in pathlib.Path(out).glob("step-*[0-9]")}
+    steps = {}
+    for path in pathlib.Path(out).glob("step-*"):
+        if re.fullmatch(r"step-\d+", path.name):
+            steps[int(path.name[5:])] = str(path)
     return dict(sorted(steps.items()))
 
 
@@ -1014,7 +1029,9 @@ def run_script(main, args):
             raise
         is_shared = isinstance(error, InputError) and not isinstance(error, AudioError)
         if int(os.environ.get("LOCAL_RANK", 0)) == 0 or not is_shared:
-            remedy = "" if isinstance(error, InputError) else "; give a path that can be used, or make room"
+            remedy = "" if isinstance(error, InputError) else "; give a path that can be used"
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                remedy = "; make room on that disk"
             tqdm.write(f"{os.path.basename(sys.argv[0])}: error: {error}{remedy}", file=sys.stderr)
         sys.exit(3 if isinstance(error, NonFiniteError) else 2)
     if dist.is_initialized():

@@ -816,11 +816,11 @@ class SpeechLM(nn.Module):
         self.cache_storage = torch.empty(0)
         self.graph_pool = None  # memory that the graphs share; none can be captured into that of deleted ones
 
-    def _apply(self, *args):
+    def _apply(self, *args, **kwargs):
         """Moves or converts the weights. Then a graph would read the old places."""
         self.free_decoders()
         self.bf16_copies = {}
-        return super()._apply(*args)
+        return super()._apply(*args, **kwargs)
 
 
 @contextlib.contextmanager
@@ -838,14 +838,14 @@ def bf16_weights(speech_lm):
         if type(module) is nn.Linear:
             for name, weight in module.named_parameters(recurse=False):
                 places.append((module, name, weight))
-    for module, name, weight in places:
-        if (module, name) not in speech_lm.bf16_copies:
-            copy = nn.Parameter(torch.empty_like(weight, dtype=torch.bfloat16), requires_grad=False)
-            speech_lm.bf16_copies[module, name] = copy
-        copy = speech_lm.bf16_copies[module, name]
-        copy.copy_(weight)
-        setattr(module, name, copy)
     try:
+        for module, name, weight in places:
+            if (module, name) not in speech_lm.bf16_copies:
+                copy = nn.Parameter(torch.empty_like(weight, dtype=torch.bfloat16), requires_grad=False)
+                speech_lm.bf16_copies[module, name] = copy
+            copy = speech_lm.bf16_copies[module, name]
+            copy.copy_(weight)
+            setattr(module, name, copy)
         yield
     finally:
         for module, name, weight in places:
@@ -945,10 +945,11 @@ class Decoder:
         if self.ids.is_cuda:  # this token has warmed the kernels up
             if speech_lm.graph_pool is None:
                 speech_lm.graph_pool = torch.cuda.graph_pool_handle()
-            self.graph = torch.cuda.CUDAGraph()
+            graph = torch.cuda.CUDAGraph()
             # Other threads, such as NCCL's, may go on using the device.
-            with torch.cuda.graph(self.graph, speech_lm.graph_pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, speech_lm.graph_pool, capture_error_mode="thread_local"):
                 self.step(speech_lm)
+            self.graph = graph
 
     def step(self, speech_lm):
         """The kernels that write a token. They work in place, and no value is asked of the device."""

@@ -147,8 +147,8 @@ def main(args):
     student.bf16 = args.bf16
     if args.recompute:
         student.recompute_activations()
-    for speech_lm in (student, teacher):  # `support_scores` would pass over whatever sits on a head
-        assert type(speech_lm.head) is nn.Linear, "the scores on a support read the head's bare weight"
+    # `support_scores` would pass over whatever sits on the head.
+    assert type(student.head) is nn.Linear, "the scores on a support read the head's bare weight"
     alignment = model.align_vocabularies(student, teacher)
     trained = model.trained_parameters(student, args.train_parts)
     optimizer = model.make_optimizer(trained, args.lr, args.weight_decay)
@@ -418,8 +418,8 @@ def report(args, before, after):
     if summary["skipped"]:
         print(f"skipped: {summary['skipped']} clips that could not be used, listed in {args.out}/bad.jsonl")
     print(f"model: {summary['model']}")
-    compared = comparison.get("sets", {})
-    overlap.draw_report(args.out, lines, {stem: (before[stem], after[stem]) for stem in compared})
+    compared = {stem: (before[stem], after[stem]) for stem in after if stem in before}
+    overlap.draw_report(args.out, lines, compared)
     data.write_json(os.path.join(args.out, "summary.json"), summary)  # written last: it marks a finished run
 
 

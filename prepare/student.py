@@ -82,9 +82,13 @@ def from_parts(encoder_name, lm_name):
 
 def load_stock(model_class, folder):
     """A stock model in float32. InputError where weights are missing: transformers would draw them."""
-    stock, info = model_class.from_pretrained(
-        folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-    )
+    options = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
+    kind = model.read_config(folder, folder).get("model_type")
+    try:
+        stock, info = model_class.from_pretrained(folder, **options)
+    except ValueError as error:
+        remedy = "--lm takes a Qwen2 or Qwen3 model, --encoder a GlmAsr one"
+        raise data.InputError(f"{folder}: model_type {kind} cannot be loaded; {remedy}") from error
     if info["missing_keys"]:
         raise data.InputError(f"{folder}: weights are missing, such as {min(info['missing_keys'])}")
     return stock

@@ -21,7 +21,7 @@ import data
 from data import AudioError, Clip, Clips, InputError
 
 ROOT = pathlib.Path(data.__file__).resolve().parent
-REMEDY = "; give a path that can be used, or make room\n"
+REMEDY = "; give a path that can be used\n"
 GOOD = '{"audio": "a.wav", "duration": 2.0, "text": "hello"}'
 
 
