@@ -310,11 +310,3 @@ def test_mp3_with_a_hole_or_a_change_of_channels_is_refused(tmp_path):
     refused("cannot be decoded", clip_of(tmp_path / "a", 10.0, damaged))
     stereo = encoded(steps(44_100, 2), 44_100, "MP3")
     refused("changes its sample rate or channels", clip_of(tmp_path / "c", 11.0, whole + stereo))
-
-
-def test_clip_from_file(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    soundfile.write("a.flac", steps(12_000), 8000)
-    clip = data.clip_from_file("a.flac")
-    assert (clip.audio, clip.where, clip.duration) == (str(tmp_path / "a.flac"), "a.flac", 1.5)
-    assert len(load_audio(clip)) == 24_000

@@ -1,4 +1,4 @@
-"""overlap.py: each measure by hand and against plain Python, the lines and tables of a run, the picture."""
+"""overlap.py: each measure by hand and against plain Python, the lines and tables of a run."""
 
 import dataclasses
 import functools
@@ -153,14 +153,8 @@ def run(stage, out, *more):
     return out
 
 
-@pytest.fixture
-def no_picture(monkeypatch):
-    """The picture takes a second, and most tests do not look at it."""
-    monkeypatch.setattr(overlap, "position_figure", lambda tenths, k: overlap.Figure(figsize=(1, 1)))
-
-
 @pytest.mark.parametrize("states", ["student", "reference", "teacher"])
-def test_lines_and_tables_against_each_clip_alone(stage, no_picture, tmp_path, capsys, states):
+def test_lines_and_tables_against_each_clip_alone(stage, tmp_path, capsys, states):
     """Transcripts by their definition, clip by clip, and the measures of their rows in plain Python."""
     out = run(stage, tmp_path / "out", "--states", states)
     lines = lines_of(out / "clips.jsonl")
@@ -207,6 +201,7 @@ def test_lines_and_tables_against_each_clip_alone(stage, no_picture, tmp_path, c
         for name, mean in mean_of(rows).items():
             assert line[name] == mean, (clip.where, name)
 
+    assert (out / "positions.png").exists()
     result = json.loads((out / "overlap.json").read_text())
     assert [result[key] for key in ("states", "k", "clips")] == [states, K, 6]
     assert result["tenths"] == [mean_of(groups.pop(f"tenth {n}", [])) for n in range(1, 11)]
@@ -247,7 +242,9 @@ def logits_of(speech_lm, batch, ids, stopped):
     return speech_lm.head(speech_lm(batch, rollout)).tolist()
 
 
-def test_no_cut_into_batches_rows_or_ranks_changes_the_tables(stage, no_picture, tmp_path, monkeypatch):
+def test_no_cut_into_batches_rows_or_ranks_changes_the_tables(stage, tmp_path, monkeypatch):
+    no_picture = overlap.Figure(figsize=(1, 1))  # the true one takes a second
+    monkeypatch.setattr(overlap, "position_figure", lambda tenths, k: no_picture)
     one = run(stage, tmp_path / "one")
     with monkeypatch.context() as patch:
         patch.setattr(overlap, "measure", functools.partial(overlap.measure, chunk=3))
@@ -280,18 +277,3 @@ def test_a_reference_that_cannot_be_scored_is_named(stage, tmp_path, monkeypatch
     with pytest.raises(data.InputError, match=message):
         run(stage, tmp_path / "out", "--states", "reference", "--data", tmp_path / "x.jsonl")
     assert not (tmp_path / "out").exists()
-
-
-# ---- the picture -------------------------------------------------------------------------------------------
-
-
-def test_position_figure():
-    """VUSS over its own k; a hole where a tenth has no row."""
-    row = {"positions": 2, "vuss": 6.0, "vuss_1": 1.0, "vuss_2": 3.0, "teacher_logp": -0.5}
-    row.update(dict.fromkeys(["overlap_ratio", "jaccard", "top1", "mass_student", "mass_teacher"], 0.25))
-    row.update(dict.fromkeys(["advantage", "entropy_gap", "kl_union", "kl_full"], 0.125))
-    figure = overlap.position_figure([*[row] * 9, {"positions": 0}], k=4)
-    curves = {line.get_label(): line.get_ydata().tolist() for line in figure.axes[0].lines}
-    assert list(curves) == ["k = 1", "k = 2", "k = 4"]
-    assert [curve[0] for curve in curves.values()] == [1, 1.5, 1.5]
-    assert math.isnan(curves["k = 4"][9]) and not math.isnan(curves["k = 4"][8])
