@@ -196,21 +196,17 @@ def test_a_file_that_is_no_manifest(tmp_path, content, reason):
 def test_clips_of_several_manifests_are_one_sequence(tmp_path):
     """Equal names in two folders, and one file twice: every clip has its own place and its own folder."""
     paths = []
-    wanted = []
-    for folder, n in (("x", 3), ("y", 4)):
+    for folder, languages in (("x", ["en", None]), ("y", ["en", None, "zh-CN"])):
         (tmp_path / folder).mkdir()
-        languages = ["en", None, "zh-CN", "de"]
-        lines = [line_of(duration=10.0 + i, text=f"{folder}{i}", language=languages[i]) for i in range(n)]
+        lines = []
+        for i, language in enumerate(languages):
+            lines.append(line_of(duration=10.0 + i, text=f"{folder}{i}", language=language))
         paths.append(write_manifest(tmp_path / folder, *lines))
     paths.append(paths[0])
-    for path in paths:
-        wanted += data.read_manifest(path)
     clips = Clips(paths, 30.0, "text")
-    assert len(clips) == 10
-    assert list(clips) == wanted
-    assert clips[np.int64(8)] == wanted[8]
-    assert clips.seconds.tolist() == [10, 11, 12, 10, 11, 12, 13, 10, 11, 12]
-    firsts = {"en": "x0", None: "x1", "zh": "x2", "de": "y3"}
+    assert list(clips) == sum(map(data.read_manifest, paths), [])
+    assert clips.seconds.tolist() == [10, 11, 10, 11, 12, 10, 11]
+    firsts = {"en": "x0", None: "x1", "zh": "y2"}
     assert {code: clip.text for code, clip in clips.languages.items()} == firsts
 
 

@@ -218,13 +218,6 @@ def test_columns_that_are_ambiguous_or_missing_are_asked_for(run, sounds, tmp_pa
     lines, left_out = run("huggingface", *noisy, "--no-text", out="untexted.jsonl")
     assert len(lines) == 1 and "text" not in lines[0] and left_out == []
 
-    # A file that says nothing of types: its audio can be named, but is not taken for such.
-    root = parquet(tmp_path / "bare/train.parquet", audio=[stored(sounds[0])], words=["hi"])
-    assert "no column is known as audio" in refused(out, "huggingface", root)
-    flags = ["--audio-column", "audio", "--text-column", "words"]
-    run("huggingface", root, *flags, out="bare.jsonl")
-    assert contents(tmp_path / "bare.jsonl") == {"train-0": sounds[0].read_bytes()}
-
 
 # ---- errors ------------------------------------------------------------------------------------------------
 
