@@ -4,7 +4,6 @@
 import importlib
 import json
 import os
-import sys
 import tarfile
 
 import pytest
@@ -220,11 +219,6 @@ def test_columns_that_are_ambiguous_or_missing_are_asked_for(run, sounds, tmp_pa
 
 
 # ---- errors ------------------------------------------------------------------------------------------------
-
-
-def test_without_the_package_one_line_says_so(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    assert "pip install datasets" in refused(tmp_path / "m.jsonl", "huggingface", "a/b")
 
 
 def test_what_cannot_be_loaded_is_one_line(tmp_path):
