@@ -8,19 +8,12 @@ import runs
 import torch
 from conftest import ROOT
 
-import data
 import eval
 import model
 import opd
 import sft
 
-EXAMPLE = ROOT / "example"
 on_cpu = pytest.fixture(autouse=True, scope="module")(runs.run_on_cpu)
-
-
-@pytest.fixture(scope="module")
-def stage(tmp_path_factory):
-    return runs.write_stage(tmp_path_factory.mktemp("stage"))
 
 
 # ---- launches ----------------------------------------------------------------------------------------------
@@ -28,19 +21,14 @@ def stage(tmp_path_factory):
 
 @pytest.mark.slow
 def test_torchrun_is_one_process(stage, tmp_path):
-    """The command as the README gives it: the same metrics and errors on two ranks as on one."""
-    one = tmp_path / "one"
+    """The command as the README gives it: the same metrics on two ranks as on one."""
     two = tmp_path / "two"
     flags = ["--eval", stage / "m.jsonl", "--steps", 2, "--workers", 1]
-    expected = runs.train(opd, stage, one, *flags)
+    expected = runs.train(opd, stage, tmp_path / "one", *flags)
     status, text = runs.run_command("opd.py", runs.argv_of(opd, stage, two, *flags), nproc=2)
     assert status == 0, text[-3000:]
     assert "2 process(es) on cpu" in text and "before %" in text and str(two / "model") in text
     runs.assert_same_metrics(runs.lines_of(two / "metrics.jsonl"), expected, 1e-5)
-    summaries = [json.loads((out / "summary.json").read_text()) for out in (one, two)]
-    for when in ("before", "after"):
-        sets = [{**summary[when]["m"], "rtf": 0} for summary in summaries]
-        assert sets[0] == sets[1]
     assert json.loads((two / "config.json").read_text())["world_size"] == 2
 
 
@@ -63,27 +51,14 @@ def test_a_mistake_that_all_ranks_meet_is_printed_once(stage, tmp_path):
 # ---- stages ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_td_and_opd_on_the_example(tmp_path):
+def test_td_and_then_opd(stage, tmp_path):
     """eval.py writes the teacher's transcripts, sft.py learns them, opd.py goes on from there."""
-    clips = data.read_manifest(EXAMPLE / "dev.jsonl")[:12]
-    path = runs.write_lines(tmp_path / "td.jsonl", [{**clip.fields, "audio": clip.audio} for clip in clips])
-    teacher = EXAMPLE / "teacher"
-    argv = ["--model", teacher, "--data", path, "--out", tmp_path / "written"]
-    assert runs.status_of(eval, [str(flag) for flag in argv]) == 0
-    results = runs.lines_of(tmp_path / "written/td.jsonl")
-    assert len(results) == 12 and sum(line["hyp"] == line["text"] for line in results) >= 10
-
-    steps = ["--workers", 0, "--steps", 5, "--batch-size", 12, "--warmup-steps", 1, "--lr", 3e-4]
-    argv = ["--train", tmp_path / "written/td.jsonl", "--text-field", "hyp", "--model", EXAMPLE / "base"]
-    argv += ["--out", tmp_path / "td", *steps]
-    assert runs.status_of(sft, [str(flag) for flag in argv]) == 0
-    argv = ["--train", path, "--student", tmp_path / "td/model", "--teacher", teacher]
-    argv += ["--out", tmp_path / "opd", *steps]
-    assert runs.status_of(opd, [str(flag) for flag in argv]) == 0
-    for name in ("td", "opd"):
-        losses = [line["loss"] for line in runs.lines_of(tmp_path / name / "metrics.jsonl")]
-        assert len(losses) == 5 and losses[-1] < losses[0]
+    flags = ["--model", stage / "teacher", "--data", stage / "m.jsonl", "--out", tmp_path / "written"]
+    assert runs.status_of(eval, [str(flag) for flag in flags]) == 0
+    flags = ["--train", tmp_path / "written/m.jsonl", "--text-field", "hyp", "--steps", 3]
+    losses = [line["loss"] for line in runs.train(sft, stage, tmp_path / "td", *flags)]
+    assert losses[-1] < losses[0]
+    runs.train(opd, stage, tmp_path / "opd", "--student", tmp_path / "td/model")
     model.SpeechLM.from_pretrained(tmp_path / "opd/model")
 
 

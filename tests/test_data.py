@@ -4,8 +4,6 @@ import argparse
 import gzip
 import json
 import math
-import os
-import pathlib
 import re
 import sys
 import tracemalloc
@@ -20,7 +18,6 @@ from transformers import GlmAsrProcessor, WhisperFeatureExtractor
 import data
 from data import AudioError, Clip, Clips, InputError
 
-ROOT = pathlib.Path(data.__file__).resolve().parent
 REMEDY = "; give a path that can be used\n"
 GOOD = '{"audio": "a.wav", "duration": 2.0, "text": "hello"}'
 
@@ -52,13 +49,9 @@ CODES = {
     "yue": "yue yue-HK Cantonese zh-HK zh-Hant-HK zh_yue",
     "en": "en en-US en_gb eng English ENGLISH",
     "de": "de de-CH deu ger German",
-    "fil": "fil tl tgl Filipino tl-PH",
-    "uk": "uk uk-UA ukr",
-    "bg": "Bulgarian bul bg",
     "jv": "jw jv jav Javanese",
     "he": "iw he heb Hebrew",
     **{code: code for code in "eo kab haw ceb no nb nn tw".split()},
-    "pt": "pt-BR por Portuguese",
 }
 CODE_PAIRS = [(name, code) for code, names in CODES.items() for name in names.split()]
 
@@ -84,22 +77,15 @@ def test_all_thirty_names_and_their_own_codes_are_known():
 
 SCRIPTS = {
     "今天天气": "zh",
-    "iPhone 手机 app": "zh",
     "東京タワー": "ja",
     "はい": "ja",
-    "ﾃｽﾄ": "ja",
     "대한민국 大韓": "ko",
     "สวัสดี ok": "th",
     "καλημέρα": "el",
     "hello": None,
     "привет": None,
-    "नमस्ते": None,
-    "مرحبا": None,
     "2025 !": None,
-    "": None,
-    "<|im_end|><asr_text>": None,
     "<asr_text>καλημέρα<|im_end|>": "el",
-    "π is a number": None,
 }
 
 
@@ -146,7 +132,6 @@ def test_a_text_is_kept_as_it_is(text):
 
 DEFECTS = {
     "not JSON": ['{"audio": "a.wav"', GOOD + ",", '{"duration": ' + "9" * 5000 + "}"],
-    "surrogates": [line_of(text="\ud800")],
     "expected a JSON object, found": ["[1, 2]", '"a.wav"', "null", "3"],
     '"audio" is missing': [line_of(audio=...), line_of(audio=None)],
     '"audio" must be a string, found 3': [line_of(audio=3)],
@@ -157,14 +142,11 @@ DEFECTS = {
     ],
     '"duration" must be above 0 s': [line_of(duration=0), line_of(duration=-1.5)],
     '"text" must be a string': [line_of(text=5), line_of(text=["a"]), line_of(text=False)],
-    '"language" must be a string': [line_of(language=1)],
-    '"begin_time" must be a number of seconds': [line_of(begin_time="0"), line_of(begin_time=math.nan)],
     '"end_time" must be a number of seconds': [line_of(end_time=False)],
     "end_time 1 is not after begin_time 2": [line_of(begin_time=2.0, end_time=1.0)],
     "is not after begin_time": [line_of(begin_time=1.0, end_time=1.0), line_of(end_time=0)],
     '"offset" and "nbytes" go together': [line_of(offset=0), line_of(nbytes=9), line_of(offset=0, nbytes=0)],
     '"offset" must be a whole number of bytes': [line_of(offset=x, nbytes=9) for x in (-1, 0.5, 2**70)],
-    '"nbytes" must be a whole number of bytes': [line_of(offset=0, nbytes=True)],
 }
 
 
@@ -183,9 +165,7 @@ LINES = [GOOD, '{"audio": "é/名.wav", "duration": 3, "text": "x y"}']
     [
         ("{}\n{}\n", (1, 2)),
         ("\ufeff{}\r\n{}\r\n", (1, 2)),
-        ("\n\r\n \t\n{}\n\n{}", (4, 6)),
-        ("\ufeff\n{}\n{}\n\n\n", (2, 3)),
-        ("  {}\t\n{}  ", (1, 2)),
+        ("\n\r\n \t\n{}\n\n{}  ", (4, 6)),
     ],
 )
 def test_blank_lines_line_ends_and_a_byte_order_mark_change_no_clip(tmp_path, text, numbers):
@@ -200,9 +180,7 @@ def test_blank_lines_line_ends_and_a_byte_order_mark_change_no_clip(tmp_path, te
     "content, reason",
     [
         (b"", ": holds no clip"),
-        (b"\xef\xbb\xbf\r\n\n", ": holds no clip"),
         (gzip.compress(GOOD.encode()), ":1: not JSON in UTF-8"),
-        (GOOD.encode("utf-16"), ":1: not JSON in UTF-8"),
         (GOOD.replace("a.wav", "é").encode("latin-1"), ":1: not JSON in UTF-8"),
     ],
 )
@@ -215,21 +193,17 @@ def test_a_file_that_is_no_manifest(tmp_path, content, reason):
 def test_clips_of_several_manifests_are_one_sequence(tmp_path):
     """Equal names in two folders, and one file twice: every clip has its own place and its own folder."""
     paths = []
-    wanted = []
-    for folder, n in (("x", 3), ("y", 4)):
+    for folder, languages in (("x", ["en", None]), ("y", ["en", None, "zh-CN"])):
         (tmp_path / folder).mkdir()
-        languages = ["en", None, "zh-CN", "de"]
-        lines = [line_of(duration=10.0 + i, text=f"{folder}{i}", language=languages[i]) for i in range(n)]
+        lines = []
+        for i, language in enumerate(languages):
+            lines.append(line_of(duration=10.0 + i, text=f"{folder}{i}", language=language))
         paths.append(write_manifest(tmp_path / folder, *lines))
     paths.append(paths[0])
-    for path in paths:
-        wanted += data.read_manifest(path)
     clips = Clips(paths, 30.0, "text")
-    assert len(clips) == 10
-    assert list(clips) == wanted
-    assert clips[np.int64(8)] == wanted[8]
-    assert clips.seconds.tolist() == [10, 11, 12, 10, 11, 12, 13, 10, 11, 12]
-    firsts = {"en": "x0", None: "x1", "zh": "x2", "de": "y3"}
+    assert list(clips) == sum(map(data.read_manifest, paths), [])
+    assert clips.seconds.tolist() == [10, 11, 10, 11, 12, 10, 11]
+    firsts = {"en": "x0", None: "x1", "zh": "y2"}
     assert {code: clip.text for code, clip in clips.languages.items()} == firsts
 
 
@@ -326,13 +300,9 @@ def test_collate_pads_mels_with_zeros_and_prompts_on_the_left():
     prompts = [[99, 99, 99, 7, 5, 5, 2], [8, 5, 5, 5, 5, 5, 2], [99, 99, 99, 8, 5, 5, 2]]
     assert batch.prompt_ids.tolist() == prompts
     assert torch.equal(batch.prompt_mask, batch.prompt_ids != 99)
-    assert batch.prompt_ids.dtype == torch.int64
-    assert batch.prompt_mask.dtype == torch.bool
     assert batch.seconds.tolist() == pytest.approx([0.16, 0.4, 0.2])
     assert batch.silent.tolist() == [True, False, False]
     assert batch.languages == ["zh", None, None]
-    moved = batch.to("meta")
-    assert moved.mel.device.type == "meta" and moved.languages == batch.languages
 
 
 # ---- order of batches --------------------------------------------------------------------------------------
@@ -398,14 +368,14 @@ def test_micro_batches():
     assert data.cut_micro_batches([2, 0], durations, 3.9) == [[0], [2]]
 
 
-def dataset_of(folder, make, seconds, bad=(), **changed):
+def dataset_of(folder, make, seconds, bad=()):
     """A StepDataset over clips of noise, of which some are missing."""
     lines = []
     for i, length_s in enumerate(seconds):
         if i not in bad:
             soundfile.write(folder / f"{i}.wav", steps(round(length_s * 16_000)), 16_000)
         lines.append(line_of(audio=f"{i}.wav", duration=length_s, text=str(i)))
-    args = argparse.Namespace(batch_size=8, seed=3, micro_seconds=1.0, on_bad_audio="skip", **changed)
+    args = argparse.Namespace(batch_size=8, seed=3, micro_seconds=1.0, on_bad_audio="skip")
     return data.StepDataset(Clips([write_manifest(folder, *lines)], 30.0, "text"), args, make)
 
 
@@ -433,18 +403,11 @@ def test_steps_depend_neither_on_ranks_nor_workers_nor_the_start(tmp_path, monke
         assert [sorted(share) for share in shares] == [sorted(batch[rank::4]) for rank in range(4)]
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_bad_clips_are_left_out_and_listed_or_end_the_run(tmp_path, workers):
-    dataset = dataset_of(tmp_path, numbers_and_samples, SECONDS[:8], bad=(2, 7))
-    [(_, micros, bad)] = data.step_batches(dataset, 0, 1, workers)
-    assert micros == [[0, [6, 5, 4, 3], [2560, 2400, 2240, 2080]], [0, [1, 0], [1760, 1600]]]
-    assert [line["clip"] for line in bad] == [f"{tmp_path}/m.jsonl:8", f"{tmp_path}/m.jsonl:3"]
-    assert [line["audio"] for line in bad] == [f"{tmp_path}/7.wav", f"{tmp_path}/2.wav"]
-    assert "No such file" in bad[0]["reason"]
+def test_a_bad_clip_that_a_data_worker_meets_is_one_line(tmp_path):
+    """The worker hands it over as a value: raised there it would be a traceback."""
+    dataset = dataset_of(tmp_path, numbers_and_samples, SECONDS[:8], bad=(7,))
     dataset.on_bad_audio = "error"
-    assert isinstance(dataset[0], AudioError)  # a value: raised in a worker it would be a traceback
-    raises_at("m.jsonl:8", AudioError, "No such file", list, data.step_batches(dataset, 0, 1, workers))
-    raises_at("m.jsonl:8", AudioError, "--on-bad-audio skip", list, data.step_batches(dataset, 0, 1, workers))
+    raises_at("m.jsonl:8", AudioError, "No such file", list, data.step_batches(dataset, 0, 1, 1))
 
 
 # ---- output folders ----------------------------------------------------------------------------------------
@@ -455,33 +418,25 @@ def run_args(out, **changed):
     return argparse.Namespace(**{**values, **changed})
 
 
-def begin(folder, first_step=0):
-    """Begins a run in folder/out on a manifest of "abc". → its folder, its inputs"""
-    out = folder / "out"
-    inputs = {"train": [write_manifest(folder, "abc", name="train.jsonl")]}
-    _, _, config = data.open_run(run_args(out, resume=out.exists()), "opd.py", inputs)
-    data.begin_run(str(out), config, first_step)
-    return out, inputs
-
-
 def test_a_new_run_wants_a_new_or_an_empty_folder(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "used").mkdir()
     (tmp_path / "used/notes.txt").write_text("x")
     for name in ("new/er", "empty"):
         for resume in (False, True):  # nothing to resume: it begins
-            step, checkpoint, config = data.open_run(run_args(tmp_path / name, resume=resume), "opd.py", {})
-            assert (step, checkpoint, config["script"], config["args"]["lr"]) == (0, None, "opd.py", 0.1)
+            step, checkpoint, _ = data.open_run(run_args(tmp_path / name, resume=resume), "opd.py", {})
+            assert (step, checkpoint) == (0, None)
     for resume, message in ((False, "used is not empty: choose a new"), (True, "holds no run of opd.py")):
         with pytest.raises(InputError, match=message):
             data.open_run(run_args(tmp_path / "used", resume=resume), "opd.py", {})
-    with pytest.raises(InputError, match="No such file or directory: 'none.jsonl'"):
-        data.open_run(run_args(tmp_path / "new"), "opd.py", {"train": ["none.jsonl"]})
     assert not (tmp_path / "new").exists()
 
 
-def test_a_run_is_resumed_with_the_same_arguments_from_its_newest_checkpoint(tmp_path, capsys):
-    out, inputs = begin(tmp_path)
+def test_a_run_is_resumed_with_the_same_arguments_from_its_newest_checkpoint(tmp_path):
+    out = tmp_path / "out"
+    inputs = {"train": [write_manifest(tmp_path, "abc", name="train.jsonl")]}
+    _, _, config = data.open_run(run_args(out), "opd.py", inputs)
+    data.begin_run(str(out), config, 0)
     for name in ("step-5", "step-10", "step-15.partial"):
         (out / name / "model").mkdir(parents=True)
         for file in ("state.safetensors", "model/model.safetensors"):
@@ -494,28 +449,10 @@ def test_a_run_is_resumed_with_the_same_arguments_from_its_newest_checkpoint(tmp
         "--lr was 0.1, now 0.2; keep it": (run_args(out, resume=True, lr=0.2), "opd.py", inputs),
         "--train was .*: the run began with other content": (run_args(out, resume=True), "opd.py", other),
         "holds no run of sft.py": (run_args(out, resume=True), "sft.py", inputs),
-        "is not empty": (run_args(out), "opd.py", inputs),
     }
     for message, (args, script, files) in refusals.items():
         with pytest.raises(InputError, match=message):
             data.open_run(args, script, files)
-    (out / "summary.json").write_text("{}")
-    assert data.open_run(resumed, "opd.py", moved)[:2] == (None, None)
-    assert "finished at step 10" in capsys.readouterr().out
-
-
-def test_line_files_are_cut_back_to_the_step_to_go_on_from(tmp_path):
-    out, _ = begin(tmp_path)
-    data.report_bad(str(out), 3, [{"clip": "m.jsonl:1", "reason": "é"}])
-    data.report_bad(str(out), 4, [])
-    data.report_bad(str(out), 5, [{"clip": "m.jsonl:2"}])
-    data.add_lines(out / "metrics.jsonl", [{"step": step, "loss": step / 2} for step in (1, 2, 3, 4)])
-    with open(out / "metrics.jsonl", "a") as file:
-        file.write('{"step": 5, "lo')  # killed
-    begin(tmp_path, 3)
-    assert data.read_lines(out / "metrics.jsonl") == [{"step": s, "loss": s / 2} for s in (1, 2, 3)]
-    assert data.read_lines(out / "bad.jsonl") == [{"step": 3, "clip": "m.jsonl:1", "reason": "é"}]
-    assert sorted(os.listdir(out)) == ["bad.jsonl", "config.json", "metrics.jsonl"]
 
 
 def test_fingerprints_tell_contents_apart(tmp_path):
@@ -529,9 +466,7 @@ def test_fingerprints_tell_contents_apart(tmp_path):
         weights[first : first + 2**16] += 1
         weights.tofile(tmp_path / "model.safetensors")
         digests.add(data.fingerprint(str(tmp_path)))
-    weights[:-1].tofile(tmp_path / "model.safetensors")
-    digests.add(data.fingerprint(str(tmp_path)))
-    assert len(digests) == 5
+    assert len(digests) == 4
 
 
 # ---- flags and errors --------------------------------------------------------------------------------------
@@ -544,14 +479,11 @@ def parser_of_two_flags():
     return parser
 
 
-def test_flags_from_the_command_line_and_a_file(tmp_path, capsys):
+def test_flags_from_the_command_line_and_a_file(tmp_path):
     parser = parser_of_two_flags()
     (tmp_path / "a.args").write_text("--steps 7  # seven\n\n--rate\n1e-3\n")
     assert vars(parser.parse_args([])) == {"steps": 5, "rate": 0.5}
     assert vars(parser.parse_args([f"@{tmp_path}/a.args", "--rate", "0"])) == {"steps": 7, "rate": 0.0}
-    with pytest.raises(SystemExit):
-        parser.parse_args(["--help"])
-    assert "optimizer steps (default: 5)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -561,7 +493,6 @@ def test_flags_from_the_command_line_and_a_file(tmp_path, capsys):
         ("--steps 1.5", "argument --steps: invalid number value: '1.5'"),
         ("--rate -1", "argument --rate: must be at least 0, found -1"),
         ("--rate nan", "must be at least 0, found nan"),
-        ("--rate inf", "must be at least 0, found inf"),
         ("--step 3", "unrecognized arguments: --step 3"),
     ],
 )
@@ -578,7 +509,6 @@ def test_a_flag_that_is_wrong(argv, reason, capsys):
         (InputError("m.jsonl:1: bad"), 0, 2, "x.py: error: m.jsonl:1: bad\n"),
         (InputError("m.jsonl:1: bad"), 1, 2, ""),
         (AudioError("m.jsonl:1: bad"), 1, 2, "x.py: error: m.jsonl:1: bad\n"),
-        (data.NonFiniteError("step 3"), 0, 3, "x.py: error: step 3\n"),
         (OSError(28, "disk full", "a/b"), 1, 2, f"x.py: error: [Errno 28] disk full: 'a/b'{REMEDY}"),
     ],
 )

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import tracemalloc
 import types
 
 import numpy as np
@@ -119,20 +118,18 @@ def test_transcribe_answers_in_the_manifests_order(six_clips):
     assert evaluation.transcribe(stub, six_clips, CPU, decoding, "x")[0] == ANSWERS
     assert stub.batches == [[0.7], [0.5, 0.4], [0.3, 0.2, 0.1]]  # within 1 s, counted as clips × longest
     assert stub.caps == [(50, 5.0)] * 3
-    with pytest.raises(TypeError, match="language"):
-        evaluation.transcribe(stub, six_clips, CPU, {"language": "en"}, "x")
 
 
 def test_bad_clips_are_left_out_of_their_batches(six_clips):
-    for i in (1, 4, 2):  # a batch of its own, the last of two, the last of three
+    bad = (1, 4, 2)  # a batch of its own, the last of two, the last of three
+    for i in bad:
         os.remove(six_clips[i].audio)
-    stub = StubModel()
-    answers, _ = evaluation.transcribe(stub, six_clips, CPU, {"batch_seconds": 1.0}, "x")
-    assert stub.batches == [[0.5], [0.3, 0.2]]
-    for i in (0, 3, 5):
-        assert answers[i] == ANSWERS[i]
-    for i in (1, 2, 4):
-        assert list(answers[i]) == ["error"] and answers[i]["error"].startswith(f"m:{i}: ")
+    answers, _ = evaluation.transcribe(StubModel(), six_clips, CPU, {"batch_seconds": 1.0}, "x")
+    for i, answer in enumerate(answers):
+        if i in bad:
+            assert list(answer) == ["error"] and answer["error"].startswith(f"m:{i}: ")
+        else:
+            assert answer == ANSWERS[i]
 
 
 # ---- Result files ------------------------------------------------------------------------------------------
@@ -163,13 +160,12 @@ def test_evaluate_scores_and_writes(tmp_path, wav):
     assert cut == line(audio="../long.wav", duration=0.6, text=None, hyp="cut", stopped=False)
 
 
-@pytest.mark.parametrize("out", ["out", "deep/er/out", ".", "absolute", "link/out"])
+@pytest.mark.parametrize("out", ["deep/er/out", ".", "link/out"])
 def test_result_file_is_a_manifest_wherever_it_lies(tmp_path, wav, monkeypatch, out):
     """`link` leads elsewhere, as `runs` does where there is a scratch disk; `link/..` is not its parent."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "disk" / "scratch").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "disk" / "scratch")
-    out = str(tmp_path / "elsewhere") if out == "absolute" else out
     write_manifest(
         tmp_path / "sets" / "test.jsonl",
         line(audio="../a.wav"),
@@ -184,10 +180,9 @@ def test_result_file_is_a_manifest_wherever_it_lies(tmp_path, wav, monkeypatch, 
 
 
 def test_result_of_a_result_keeps_nothing_stale(tmp_path, wav):
-    path = write_manifest(tmp_path / "test.jsonl", line(error="is damaged"))
-    evaluate([path], ["hello"], str(tmp_path / "one"))
-    evaluate([str(tmp_path / "one" / "test.jsonl")], ["hello there"], str(tmp_path / "two"))
-    (again,) = lines_of(tmp_path / "two" / "test.jsonl")
+    path = write_manifest(tmp_path / "test.jsonl", line(error="is damaged", hyp="hello", errors=1))
+    evaluate([path], ["hello there"], str(tmp_path / "out"))
+    (again,) = lines_of(tmp_path / "out" / "test.jsonl")
     assert again["hyp"] == "hello there" and again["errors"] == 0 and "error" not in again
 
 
@@ -201,16 +196,6 @@ def test_transcripts_are_printed_where_nothing_is_scored(tmp_path, monkeypatch, 
     captured = capsys.readouterr()
     assert captured.out == "a.wav\t4800\nb.wav\t9600\n"
     assert captured.err == "eval.py: cut by the cap: b.wav\n"
-    evaluate([write_manifest(tmp_path / "m.jsonl", line(text=""))], None)  # an empty text is scored
-    assert capsys.readouterr().out == "" and sorted(os.listdir()) == ["a.wav", "b.wav", "m.jsonl"]
-
-
-def test_strict_evaluation_ends_at_a_clip_that_cannot_be_decoded(tmp_path, wav):
-    path = write_manifest(tmp_path / "m.jsonl", line(), line(audio="gone.wav"))
-    with pytest.raises(InputError, match=r"m\.jsonl:2: .*gone\.wav"):
-        evaluate([path], None, str(tmp_path / "out"))
-    assert not (tmp_path / "out").exists()
-    assert evaluate([path], None, str(tmp_path / "out"), strict=False)["m"]["failed"] == 1
 
 
 # ---- The command -------------------------------------------------------------------------------------------
@@ -246,15 +231,12 @@ def test_a_clip_that_fails_is_reported_counted_and_nothing_else(tmp_path, wav, c
     path = write_manifest(tmp_path / "m.jsonl", line(speaker=8), bad, line(text="4800", speaker=7))
     flags = ["--cluster", "speaker", "--json", tmp_path / "x.json"]
     assert command("--data", path, "--out", tmp_path / "out", *flags) == 1
-    out, err = capsys.readouterr()
-    assert "not decoded: " in err and "m.jsonl:2: " in err
-    assert err.splitlines()[-1] == "eval.py: 1 clip(s) not decoded"
-    assert out.splitlines()[1].split()[:3] == ["m", "WER", "66.67"]
+    error = capsys.readouterr().err
+    assert "m.jsonl:2: " in error and error.splitlines()[-1] == "eval.py: 1 clip(s) not decoded"
     summary = data.read_json(tmp_path / "out" / "summary.json")["m"]
     assert data.read_json(tmp_path / "x.json") == {"m": summary}
     assert [summary[key] for key in ("n", "scored", "failed", "errors", "units")] == [3, 2, 1, 2, 3]
     assert (summary["clusters"], summary["cluster_key"]) == (2, "speaker")
-    assert summary["hours"] == pytest.approx(0.6 / 3600)
     result = lines_of(tmp_path / "out" / "m.jsonl")[1]
     assert result.pop("error").endswith("convert it to wav or flac")
     assert result == {**bad, "audio": "../bad.wav"}
@@ -265,21 +247,12 @@ def test_a_clip_that_fails_is_reported_counted_and_nothing_else(tmp_path, wav, c
     assert data.read_json(tmp_path / "x.json") == {"m": {**summary, "rtf": None}}
 
 
-def test_a_key_of_clusters_that_lines_lack_is_said_before_the_model_is_loaded(tmp_path, command, capsys):
-    path = write_manifest(tmp_path / "m.jsonl", line(room=1), line())
-    stub = StubModel()
-    assert command("--data", path, "--out", tmp_path / "out", "--cluster", "room", stub=stub) == 2
-    assert 'm.jsonl:2: no "room"' in capsys.readouterr().err
-    assert stub.dtype is None and not (tmp_path / "out").exists()
-
-
 def test_flags_reach_the_decoder(tmp_path, wav, command, capsys):
     """By default 800 tokens and 25 a second; the first clip is decoded once more, as a warm-up."""
     stub = StubModel()
     path = write_manifest(tmp_path / "m.jsonl", line(text="Don't", language="de"))
     assert command("--data", path, stub=stub) == 0
     assert stub.caps == [(800, 25.0)] * 2 and stub.dtype == torch.float32
-    assert "normalizer: words/3" in capsys.readouterr().out
     flags = ["--max-new-tokens", 9, "--tokens-per-second", 2, "--normalizer", "paper", "--bf16"]
     assert command("--data", path, *flags, stub=stub) == 0
     assert stub.caps[2:] == [(9, 2.0)] * 2 and stub.dtype == torch.bfloat16
@@ -290,8 +263,6 @@ def test_language_is_needed_where_the_prompt_names_one(tmp_path, wav, command, c
     path = write_manifest(tmp_path / "m.jsonl", line(language=None), line(language="fr"))
     assert command("--data", path, stub=StubModel(["en", "fr"])) == 2
     assert 'm.jsonl:1: no "language"' in capsys.readouterr().err
-    assert command("--data", path, "--language", "km", stub=StubModel(["en", "fr"])) == 2
-    assert "--language km" in capsys.readouterr().err
     stub = StubModel(["en", "fr"])
     assert command("--data", path, "--language", "English", "--out", tmp_path / "out", stub=stub) == 0
     assert stub.prompted == ["en", "en", "en", "fr"]  # the first two of them a warm-up
@@ -336,21 +307,14 @@ def assert_same_results(out, expected):
 
 @pytest.mark.parametrize("world, first, second", [(1, 4, 4), (2, 2, 4)])
 def test_a_run_killed_again_and_again_is_the_straight_run(tmp_path, two_sets, command, world, first, second):
-    """Killed in the first set, in the second, and before the summary. Of the first kill a line is torn."""
+    """Killed in the first set and in the second. Of the first kill a line is torn."""
 
-    def start(out, deadly=None, last_write=data.write_json):
+    def start(out, deadly=None):
         def action():
-            evaluation.data.write_json = last_write
             return command(*two_sets, "--out", out, "--resume", stub=MortalModel(deadly))
 
         return [status for status, _ in run_ranks(action, world)]
 
-    def write_no_summary(path, value):
-        if path.endswith("summary.json"):
-            os.kill(os.getpid(), signal.SIGKILL)
-        write_json(path, value)
-
-    write_json = data.write_json
     last = world - 1
     out = tmp_path / "out"
     assert start(tmp_path / "straight") == [1, 0][:world]  # one clip cannot be decoded
@@ -360,19 +324,15 @@ def test_a_run_killed_again_and_again_is_the_straight_run(tmp_path, two_sets, co
     part.write_bytes(raw[: raw.rindex("好".encode()) + 1])
     assert start(out, (last, second))[last] == -signal.SIGKILL
     assert lines_of(part)[-1]["set"] == "b" and not (out / "summary.json").exists()
-    assert start(out, last_write=write_no_summary)[0] == -signal.SIGKILL
-    decoded = [line["clips"] for path in out.glob("*.part") for line in lines_of(path) if line["set"] == "b"]
-    assert sorted(sum(decoded, [])) == list(range(6))  # none of them twice
     assert start(out)[0] == 1
     assert_same_results(out, tmp_path / "straight")
 
 
-def test_another_number_of_ranks_goes_on(tmp_path, two_sets, command, capsys):
-    """Two ranks write what one writes. Nothing is decoded twice. A finished run shows its table again."""
+def test_another_number_of_ranks_goes_on(tmp_path, two_sets, command):
+    """Two ranks write what one writes. Nothing is decoded twice."""
     straight = tmp_path / "straight"
     assert command(*two_sets, "--out", straight) == 1
-    results = run_ranks(lambda: command(*two_sets, "--out", tmp_path / "two"), 2)
-    assert [(status, text.count("not decoded: ")) for status, text in results] == [(1, 1), (0, 0)]
+    run_ranks(lambda: command(*two_sets, "--out", tmp_path / "two"), 2)
     assert_same_results(tmp_path / "two", straight)
 
     out = tmp_path / "out"
@@ -383,31 +343,15 @@ def test_another_number_of_ranks_goes_on(tmp_path, two_sets, command, capsys):
     lines = lines_of(out / "a.jsonl")
     hyps = [line.get("hyp", "").split(" ")[0] for line in lines]
     assert hyps == [line.get("hyp", "") for line in lines_of(straight / "a.jsonl")]
-    capsys.readouterr()
-    assert command(*two_sets, "--out", out, "--resume", stub=stub) == 1 and len(stub.batches) == 5
-    printed = capsys.readouterr().out.splitlines()
-    assert "nothing to do" in printed[0] and printed[2].split()[0] == "a"
+    assert command(*two_sets, "--out", out, "--resume", stub=stub) == 1 and len(stub.batches) == 5  # finished
 
 
 def test_a_run_goes_on_by_resume_with_the_same_flags_and_data_only(tmp_path, wav, command, capsys):
     path = write_manifest(tmp_path / "m.jsonl", line())
     flags = ["--data", path, "--out", tmp_path / "out"]
     assert command(*flags) == 0
-    assert command(*flags) == 2
-    assert "is not empty" in capsys.readouterr().err
     assert command(*flags, "--resume", "--bf16") == 2
     assert "--bf16 was False, now True" in capsys.readouterr().err
     write_manifest(tmp_path / "m.jsonl", line(), line())
     assert command(*flags, "--resume") == 2
     assert "--data was " in capsys.readouterr().err
-
-
-def test_memory_does_not_grow_with_the_manifest(tmp_path, wav, command):
-    """Its lines have 15 MB, of which the run holds those of a batch."""
-    m = write_manifest(tmp_path / "m.jsonl", *(line(note=f"{i:100000}", speaker=i % 7) for i in range(150)))
-    command("--data", write_manifest(tmp_path / "one.jsonl", line()))  # what the first call loads stays
-    tracemalloc.start()
-    assert command("--data", m, "--out", tmp_path / "out", "--batch-seconds", 3) == 0
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert peak < 5e6

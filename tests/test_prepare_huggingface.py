@@ -4,9 +4,7 @@
 import importlib
 import json
 import os
-import sys
 import tarfile
-import zipfile
 
 import pytest
 
@@ -73,11 +71,9 @@ def test_parquet(run, sounds, tmp_path):
         {**AUDIO, "language": datasets.ClassLabel(names=["de", "zh"])},
         audio=[stored(sounds[0], "a.flac"), stored(sounds[1], "b.ogg"), stored(sounds[2])],
         Sentence=["Guten Tag!", "今天 下雨", ""],
-        text=[b"bytes", b"are no", b"text"],
         language=[0, 1, -1],
         speaker_id=[7, 7, None],
         id=["x", "y", None],
-        gender=["f", "f", "f"],
     )
     lines, left_out = run("huggingface", folder.parent)
     assert left_out == []
@@ -90,12 +86,10 @@ def test_parquet(run, sounds, tmp_path):
     ]
     expected = {"x": sounds[0], "y": sounds[1], "test-2": sounds[2]}
     assert contents(tmp_path / "m.jsonl") == {name: path.read_bytes() for name, path in expected.items()}
-    for clip in data.read_manifest(str(tmp_path / "m.jsonl")):
-        assert len(data.load_audio(clip)) == round(clip.duration * 16_000)
 
 
 def test_audio_folder(run, sounds, tmp_path):
-    """Also files in an archive. A line without text, and one without its file, are left out."""
+    """A line without text, and one without its file, are left out."""
     table = (
         "file_name,transcription,locale\na.flac,hello,en\nsub/b.ogg,bonjour,fr\nc.wav,,en\ngone.wav,x,en\n"
     )
@@ -112,25 +106,13 @@ def test_audio_folder(run, sounds, tmp_path):
     no_file = (1, "no audio file that can be read", f"train-3 {folder}/gone.wav")
     assert left_out == [(1, "no transcript", "train-2"), no_file]
 
-    (tmp_path / "zipped").mkdir()
-    with zipfile.ZipFile(tmp_path / "zipped/all.zip", "w") as archive:
-        for path in sorted(folder.rglob("*.*")):
-            archive.write(path, path.relative_to(folder))
-    lines, left_out = run("huggingface", tmp_path / "zipped", out="zipped.jsonl")
-    assert contents(tmp_path / "zipped.jsonl") == expected
-    with tarfile.open(tmp_path / "zipped-00000.tar") as tar:
-        assert [name.split(".")[-1] for name in tar.getnames()] == ["flac", "ogg"]
-    assert left_out[0] == (1, "no transcript", "train-2") and left_out[1][:2] == no_file[:2]
 
-
-def test_numbers_of_a_csv_are_not_taken_for_texts(run, sounds, tmp_path):
+def test_numbers_of_a_csv_are_not_taken_for_texts(sounds, tmp_path):
     """The package has guessed that 007 is 7."""
     folder = tmp_path / "set"
-    write(folder / "metadata.csv", "file_name,text,speaker\na.flac,007,1.5\n")
+    write(folder / "metadata.csv", "file_name,text\na.flac,007\n")
     (folder / "a.flac").write_bytes(sounds[0].read_bytes())
     assert "not of strings; give --text-column text" in refused(tmp_path / "m.jsonl", "huggingface", folder)
-    lines, _ = run("huggingface", folder, "--text-column", "text")
-    assert lines[0]["text"] == "7" and "speaker" not in lines[0]
 
 
 def test_tars_of_webdataset(run, sounds, tmp_path):
@@ -146,29 +128,24 @@ def test_tars_of_webdataset(run, sounds, tmp_path):
 
 
 def test_a_folder_of_save_to_disk(run, sounds, tmp_path):
-    """One split, or several with their names. A cache that lies there too is not taken for data."""
+    """One split, or several with their names."""
     folder = parquet(tmp_path / "set/train.parquet", AUDIO, audio=[stored(sounds[0])], text=["hi"])
     [path] = folder.glob("*.parquet")
     rows = datasets.Dataset.from_parquet(str(path), split="train")
     rows.save_to_disk(tmp_path / "one")
     datasets.DatasetDict({"dev": rows, "test": rows}).save_to_disk(tmp_path / "two")
-    for saved in (tmp_path / "one", tmp_path / "two/test"):
-        (saved / "cache-0123.arrow").write_bytes((saved / "data-00000-of-00001.arrow").read_bytes())
     choices = {"one": ([], ["train-0"]), "two": (["--split", "test"], ["test-0"])}
     for name, (flags, ids) in choices.items():
-        lines, left_out = run("huggingface", tmp_path / name, *flags, out=f"{name}.jsonl")
-        assert [line["id"] for line in lines] == ids and left_out == []
+        run("huggingface", tmp_path / name, *flags, out=f"{name}.jsonl")
         assert contents(tmp_path / f"{name}.jsonl") == {ids[0]: sounds[0].read_bytes()}
-    message = refused(tmp_path / "no/m.jsonl", "huggingface", tmp_path / "one", "--config", "de")
-    assert "--config" in message and "save_to_disk" in message
 
 
 def test_what_is_no_audio_is_left_out_and_named(run, sounds, tmp_path):
     cut = sounds[2].read_bytes()[:-1000]
     no_path = str(tmp_path / "gone.wav")
     values = [stored(sounds[0]), {"bytes": b"no audio", "path": "n.wav"}, {"bytes": cut, "path": "c.wav"}]
-    values += [None, {"bytes": b"", "path": str(sounds[1])}, {"bytes": None, "path": no_path}]
-    texts = ["a", "b", "c", "d", "e", "f"]
+    values += [None, {"bytes": None, "path": no_path}]
+    texts = ["a", "b", "c", "d", "e"]
     folder = parquet(tmp_path / "set/train.parquet", AUDIO, audio=values, text=texts)
     lines, left_out = run("huggingface", folder)
     assert [line["text"] for line in lines] == ["a"]
@@ -176,8 +153,8 @@ def test_what_is_no_audio_is_left_out_and_named(run, sounds, tmp_path):
     n, first = reasons.pop("cannot be used")
     assert n == 2 and first.startswith("train-1: cannot be decoded")
     assert reasons == {
-        "no audio": (2, "train-3"),
-        "no audio file that can be read": (1, f"train-5 {no_path}"),
+        "no audio": (1, "train-3"),
+        "no audio file that can be read": (1, f"train-4 {no_path}"),
     }
 
 
@@ -188,24 +165,19 @@ def test_splits_and_configurations(run, sounds, tmp_path):
     root = tmp_path / "set"
     for i, name in enumerate(["de/train", "de/test", "fr/test"]):
         parquet(root / f"{name}.parquet", AUDIO, audio=[stored(sounds[i])], text=[name])
-    configs = []
-    for name in ("de", "fr"):
-        configs.append(f"- config_name: {name}\n  data_dir: {name}\n")
-    write(root / "README.md", "---\nconfigs:\n" + "".join(configs) + "---\n")
+    configs = "- config_name: de\n  data_dir: de\n- config_name: fr\n  data_dir: fr\n"
+    write(root / "README.md", f"---\nconfigs:\n{configs}---\n")
     texts = {}
-    choices = {"all": [], "test": ["--split", "test"], "both": ["--split", "test", "train", "test"]}
+    choices = {"all": [], "both": ["--split", "test", "train", "test"]}
     for name, flags in choices.items():
         lines, _ = run("huggingface", root, "--config", "de", *flags, out=f"{name}.jsonl")
         texts[name] = [line["text"] for line in lines]
-    assert texts == {"all": ["de/train", "de/test"], "test": ["de/test"], "both": ["de/test", "de/train"]}
+    assert texts == {"all": ["de/train", "de/test"], "both": ["de/test", "de/train"]}
 
     out = tmp_path / "no/m.jsonl"
     message = refused(out, "huggingface", root, "--config", "de", "--split", "dev")
     assert message == f"--split dev: {root} has train, test"
-    message = refused(out, "huggingface", root, "--config", "it")
-    assert "'it' not found" in message and "de" in message and "fr" in message
-    message = refused(out, "huggingface", root)
-    assert "Config name is missing" in message and "'de', 'fr'" in message
+    assert "'de', 'fr'" in refused(out, "huggingface", root)
 
 
 def test_language_is_that_of_the_flag_or_column_and_never_guessed(run, sounds, tmp_path):
@@ -220,7 +192,6 @@ def test_language_is_that_of_the_flag_or_column_and_never_guessed(run, sounds, t
     assert (n, reason) == (1, "cannot be used") and first.startswith("train-1: language 'xx' is not known")
     lines, _ = run("huggingface", named, "--language", "Mandarin", out="flag.jsonl")
     assert [line["language"] for line in lines] == ["zh"] * 3
-    assert "'xx' is not known" in refused(tmp_path / "no/m.jsonl", "huggingface", plain, "--language", "xx")
 
 
 def test_columns_that_are_ambiguous_or_missing_are_asked_for(run, sounds, tmp_path):
@@ -228,19 +199,15 @@ def test_columns_that_are_ambiguous_or_missing_are_asked_for(run, sounds, tmp_pa
     columns = dict(audio=[stored(sounds[0])], noisy=[stored(sounds[1])], digit=[3], lists=[["x"]])
     types = {**AUDIO, "noisy": datasets.Audio()}
     root = parquet(tmp_path / "two/train.parquet", types, **columns, text=["Hi."], raw_text=["hi"])
-    names = "the columns are audio, noisy, digit, lists, text, raw_text"
-    message = f"{root}: audio may be audio or noisy; choose by --audio-column; {names}"
-    assert refused(out, "huggingface", root) == message
+    message = refused(out, "huggingface", root)
+    assert "audio may be audio or noisy; choose by --audio-column" in message
     noisy = [root, "--audio-column", "noisy"]
-    message = f"{root}: text may be text or raw_text; choose by --text-column or --no-text; {names}"
-    assert refused(out, "huggingface", *noisy) == message
-    for column, problem in {
-        "words": "no such column",
-        "lists": "has no text there",
-        "audio": "no text",
-    }.items():
-        assert problem in refused(out, "huggingface", *noisy, "--text-column", column)
-    assert "no such column" in refused(out, "huggingface", root, "--audio-column", "words")
+    message = refused(out, "huggingface", *noisy)
+    assert "text may be text or raw_text; choose by --text-column" in message
+    message = refused(out, "huggingface", *noisy, "--text-column", "words")
+    assert "no such column" in message
+    message = refused(out, "huggingface", *noisy, "--text-column", "lists")
+    assert "has no text there" in message
 
     expected = {"raw_text": "hi", "digit": "3"}
     for column, text in expected.items():
@@ -250,55 +217,22 @@ def test_columns_that_are_ambiguous_or_missing_are_asked_for(run, sounds, tmp_pa
     lines, left_out = run("huggingface", *noisy, "--no-text", out="untexted.jsonl")
     assert len(lines) == 1 and "text" not in lines[0] and left_out == []
 
-    # A file that says nothing of types: its audio can be named, but is not taken for such.
-    root = parquet(tmp_path / "bare/train.parquet", audio=[stored(sounds[0])], words=["hi"])
-    assert "no column is known as audio" in refused(out, "huggingface", root)
-    flags = ["--audio-column", "audio", "--text-column", "words"]
-    lines, _ = run("huggingface", root, *flags, out="bare.jsonl")
-    assert contents(tmp_path / "bare.jsonl") == {"train-0": sounds[0].read_bytes()}
-    assert "no column is known as text" in refused(out, "huggingface", root, *flags[:2])
-
 
 # ---- errors ------------------------------------------------------------------------------------------------
 
 
-def test_without_the_package_one_line_says_so(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    assert "pip install datasets" in refused(tmp_path / "m.jsonl", "huggingface", "a/b")
-
-
-def test_what_cannot_be_loaded_is_one_line(tmp_path, monkeypatch):
+def test_what_cannot_be_loaded_is_one_line(tmp_path):
     out = tmp_path / "no/m.jsonl"
-    (tmp_path / "empty").mkdir()
     assert "any data file" in refused(out, "huggingface", tmp_path / "missing")
-    assert "data files" in refused(out, "huggingface", tmp_path / "empty")
     assert "a-name/of-nothing" in refused(out, "huggingface", "a-name/of-nothing")
 
-    def load_dataset_builder(*args):
-        raise RuntimeError("Dataset scripts are no longer supported,\n  but found x.py")
 
-    monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset_builder)
-    message = refused(out, "huggingface", "a/b")
-    assert message == "a/b: Dataset scripts are no longer supported, but found x.py"
-
-
-def test_rows_are_read_as_a_stream(sounds, tmp_path, monkeypatch):
-    """The first clip is there before the second file is, and nothing is put into the cache.
-
-    Also where the package takes the folder for one on the hub, which it would decode ahead in threads.
-    """
+def test_rows_are_read_as_a_stream(sounds, tmp_path):
+    """The first clip is there before the second file is, and nothing is put into the cache."""
     folder = tmp_path / "set"
     rows = [{"file_name": name, "text": name} for name in ("a.flac", "c.wav")]
     write(folder / "metadata.jsonl", "\n".join(json.dumps(row) for row in rows))
     (folder / "a.flac").write_bytes(sounds[0].read_bytes())
-    load_dataset_builder = datasets.load_dataset_builder
-
-    def builder_of_the_hub(*args):
-        builder = load_dataset_builder(*args)
-        builder.base_path = "hf://datasets/a/b"
-        return builder
-
-    monkeypatch.setattr(datasets, "load_dataset_builder", builder_of_the_hub)
     script = importlib.import_module("prepare.huggingface")
     clips = script.clips(script.parse_args([str(folder), "--out", str(tmp_path / "m.jsonl")]))
     assert next(clips)["text"] == "a.flac"
