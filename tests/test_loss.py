@@ -132,15 +132,12 @@ def test_divergences_and_their_gradients_against_brute_force(divergence, beta, t
 
 def test_direction_is_teacher_to_student():
     """p = (3/4, 1/4), q = (1/2, 1/2): KL(p‖q) = 0.1308, the other way round 0.1438."""
-    uneven = torch.tensor([[math.log(3.0), 0.0]])
-    even = torch.zeros(1, 2)
+    teacher = torch.tensor([[math.log(3.0), 0.0]])
+    student = torch.zeros(1, 2)
     mask = torch.ones(1, 2, dtype=torch.bool)
-    forward = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
-    backward = 0.5 * math.log(2 / 3) + 0.5 * math.log(2)
-    assert model.support_kl(even, uneven, mask)[0].item() == pytest.approx(forward, abs=1e-7)
-    assert model.support_kl(uneven, even, mask)[0].item() == pytest.approx(backward, abs=1e-7)
-    assert model.support_kl(even, uneven, mask, 1.0, "reverse")[0].item() == pytest.approx(backward, abs=1e-7)
-    assert model.support_kl(uneven, uneven, mask)[0].item() == 0
+    for divergence, expected in (("forward", 0.130812), ("reverse", 0.143841)):
+        kl, _ = model.support_kl(student, teacher, mask, 1.0, divergence)
+        assert kl.item() == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("divergence, expected", [("forward", 4e4), ("reverse", 4e4), ("jsd", math.log(2))])
@@ -154,24 +151,14 @@ def test_divergences_stay_finite_at_scores_far_apart(divergence, expected):
     assert student.grad.isfinite().all() and student.grad[0, 2] == 0
 
 
-@pytest.mark.parametrize(
-    "teacher_dtype, expected_dtype", [(torch.float16, torch.float32), (torch.float64, torch.float64)]
-)
-def test_the_loss_of_half_precision_is_in_float32(teacher_dtype, expected_dtype):
-    student_logits = torch.randn(3, 4, dtype=torch.bfloat16, requires_grad=True)
-    teacher_logits = torch.randn(3, 4, dtype=teacher_dtype)
+def test_the_loss_of_half_precision_is_in_float32():
+    student_logits = torch.randn(3, 4, dtype=torch.bfloat16)
+    teacher_logits = torch.randn(3, 4, dtype=torch.float16)
     mask = torch.ones(3, 4, dtype=torch.bool)
     kl, _ = model.support_kl(student_logits, teacher_logits, mask)
-    assert kl.dtype == expected_dtype
+    assert kl.dtype == torch.float32
     exact, _ = model.support_kl(student_logits.double(), teacher_logits.double(), mask)
     assert_close(kl.double(), exact, rtol=1e-5, atol=1e-6)
-
-
-def test_no_rows_have_no_loss():
-    no_logits = torch.zeros(0, 4, requires_grad=True)
-    kl, counted = model.support_kl(no_logits, no_logits, torch.ones(0, 4, dtype=torch.bool))
-    kl.sum().backward()
-    assert kl.shape == counted.shape == (0,)
 
 
 # ---- scores without all logits -----------------------------------------------------------------------------
@@ -219,19 +206,6 @@ def test_losses_of_the_whole_vocabulary_are_exact(tau, divergence):
         gradients = torch.autograd.grad(ours.sum(), trained), torch.autograd.grad(plain.sum(), trained)
         for our_gradient, plain_gradient in zip(*gradients):
             assert_close(our_gradient, plain_gradient, rtol=1e-4, atol=1e-6)
-
-
-def test_full_kl_of_a_teacher_in_bf16_does_not_round_its_logits():
-    """As on the union, its weights and rows are bf16 and its logits float32."""
-    student = tiny_model(0)
-    teacher = tiny_model(1, hidden=48).to(torch.bfloat16).requires_grad_(False)
-    alignment = model.align_vocabularies(student, teacher)
-    torch.manual_seed(0)
-    student_rows = torch.randn(5, 32)
-    teacher_rows = (9 * torch.randn(5, 48)).bfloat16()
-    kl, _ = model.full_kl(student, student_rows, teacher, teacher_rows, alignment)
-    exact, _ = model.full_kl(student, student_rows, teacher.float(), teacher_rows.float(), alignment)
-    assert_close(kl, exact, rtol=1e-5, atol=1e-6)
 
 
 # ---- two vocabularies --------------------------------------------------------------------------------------
