@@ -112,11 +112,6 @@ def test_qwen3_asr_with_the_released_ids(tmp_path):
     tail = [151670, 151645, 198, 151644, 77091, 198, 11528, 8453, 151704]
     assert speech_lm.front_end.prompt(13, "zh") == head + 13 * [151676] + tail
     assert (~speech_lm.forbidden).nonzero()[:, 0].tolist() == [*range(151643), 151645]
-    text = "今天 is <asr_text> 25 °C <|im_end|>"
-    *ids, stop = speech_lm.front_end.transcripts([text]).ids[0].tolist()
-    assert stop == 151645
-    assert max(ids) < 151643
-    assert speech_lm.front_end.decode(ids) == text
 
 
 def test_qwen3_asr_saved_folder_is_stock(qwen, tmp_path):
@@ -132,7 +127,8 @@ def test_qwen3_asr_saved_folder_is_stock(qwen, tmp_path):
         assert torch.equal(tensor, state[name]), name
     assert again.generation_config.eos_token_id == stock.generation_config.eos_token_id == [256, 258]
     flags = {"audio": noise(1.3).numpy(), "language": "ja", "prompt": "names"}
-    expected, inputs = (each.apply_transcription_request(**flags) for each in (processor, again_processor))
+    expected = processor.apply_transcription_request(**flags)
+    inputs = again_processor.apply_transcription_request(**flags)
     assert all(torch.equal(inputs[key], expected[key]) for key in expected)
 
 
@@ -192,7 +188,8 @@ def test_self_check_passes_and_leaves_the_mode_as_it_was(checked):
 @pytest.mark.parametrize("how", ["rows are shifted", "padding is attended to"])
 def test_self_check_stops_where(checked, how, monkeypatch):
     speech_lm, *clips = checked
-    forward, encode = speech_lm.forward, speech_lm.encode
+    forward = speech_lm.forward
+    encode = speech_lm.encode
 
     def shifted(batch, rollout):
         rows = forward(batch, rollout).split((rollout.lens + rollout.stopped).tolist())
