@@ -33,7 +33,6 @@ STEPS = {
     "ce-reference": {"states": "reference", "objective": "ce"},
     "ce-teacher": {"states": "teacher", "objective": "ce"},
     "support of the teacher": {"support": "teacher"},
-    "support of the student": {"support": "student"},
     "intersection": {"support": "intersection", "tau": 2.0, "k": 24},  # in some rows of no or one id
     "reverse": {"divergence": "reverse", "tau": 2.0},
     "jsd": {"divergence": "jsd", "beta": 0.3},

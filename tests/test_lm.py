@@ -132,7 +132,6 @@ REFUSED = {
     "rope_type": {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e6}},
     "layer_types": {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
     "hidden_act": {"hidden_act": "gelu"},
-    "attention_bias": {"attention_bias": True},
 }
 
 

@@ -72,7 +72,6 @@ def test_a_resumed_run_is_the_straight_run(script, step, lora, stage, straight, 
     assert runs.weight_bytes(out / "model") == runs.weight_bytes(out / "step-3/model")
     checkpoints = sorted(path.name for path in out.glob("step-*"))
     assert checkpoints == (["step-3"] if step == 2 else ["step-1", "step-2", "step-3"])
-    assert json.loads((out / "summary.json").read_text())["steps"] == 3
     # Now it is finished: a further --resume says so, and trains nothing.
     assert runs.train(script, stage, out, *flags, "--resume") == lines
     assert "finished at step 3" in capsys.readouterr().out

@@ -175,7 +175,6 @@ def test_every_metric_is_defined(stage, tmp_path):
     for script, flags in ((opd, ["--sample-every", 1]), (sft, CTC_AND_MASKS)):
         out = tmp_path / script.__name__
         lines = runs.train(script, stage, out, "--steps", 2, "--eval", manifest, "--eval-every", 1, *flags)
-        assert [line["step"] for line in lines] == [1, 2]
         assert "m/WER" in lines[0]  # the error of a set named m
         keys[script] = lines[0].keys() - {"m/WER"}
     table_key = re.compile(r"^\| `(\w+)` \|", re.MULTILINE)
