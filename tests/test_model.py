@@ -1,8 +1,5 @@
 """SpeechLM: prompts and ids, padding, teacher forcing, sampling, and model folders of both kinds."""
 
-import shutil
-
-import huggingface_hub.constants
 import pytest
 import safetensors.torch
 import torch
@@ -155,8 +152,8 @@ def test_caps_are_exact_and_by_seconds(max_new_tokens, tokens_per_second, lens):
     no_stop[speech_lm.front_end.stop_id] = True
     batch = batch_of(speech_lm, [0.5, 2.24, 1.0])
     rollout = speech_lm.sample(batch, max_new_tokens, forbidden=no_stop, tokens_per_second=tokens_per_second)
-    assert rollout.lens.tolist() == lens and not rollout.stopped.any()
-    assert rollout.ids.shape == (3, max(lens)) and rollout.row_mask().sum(dim=1).tolist() == lens
+    assert rollout.row_mask().sum(dim=1).tolist() == lens
+    assert not rollout.stopped.any()
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -221,17 +218,6 @@ def test_saved_folder_is_stock_transformers(tmp_path, tied, model_type, n_names)
     written = stock.generate(**inputs, max_new_tokens=8)[0, inputs["input_ids"].shape[1] :]
     rollout = speech_lm.sample(batch, 8)
     assert processor.decode(written, skip_special_tokens=True) == speech_lm.front_end.texts(rollout)[0]
-
-
-def test_a_replaced_encoder_is_what_trains_and_what_is_saved(tmp_path):
-    speech_lm = tiny_model().train()
-    encoder = tiny_model(seed=1).encoder
-    speech_lm.model["audio_tower"] = encoder
-    rows = speech_lm(batch_of(speech_lm, LENGTHS_S), speech_lm.front_end.transcripts(["abc"] * 6))
-    rows.square().sum().backward()
-    assert all(parameter.grad.any() for parameter in encoder.parameters())
-    speech_lm.save_pretrained(tmp_path)
-    assert_same_tensors(m.SpeechLM.from_pretrained(tmp_path).encoder.state_dict(), encoder.state_dict())
 
 
 # ---- folders of both kinds ---------------------------------------------------------------------------------
@@ -303,7 +289,7 @@ def test_what_is_tied_follows_the_tensors(tmp_path, kind, head):
 
 @KINDS
 def test_weights_that_are_none_are_one_line(tmp_path, kind):
-    """A pointer of git lfs in a split, and a pytorch_model.bin alone."""
+    """A pointer of git lfs in a split."""
     folder = folder_of(kind, tmp_path / "m")
     pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{64 * 'a'}\nsize 123\n"
     write_weights(folder, weights_of(folder), shards=2)
@@ -312,9 +298,6 @@ def test_weights_that_are_none_are_one_line(tmp_path, kind):
     (folder / "model-00002-of-00002.safetensors").write_text(pointer)
     message = error_of(folder)
     assert "model-00002-of-00002.safetensors" in message and "git lfs pull" in message
-    (folder / "model.safetensors.index.json").unlink()
-    (folder / "pytorch_model.bin").write_bytes(b"")
-    assert "no model.safetensors and no index of its parts" in error_of(folder)
 
 
 def error_of(name):
@@ -326,15 +309,11 @@ def error_of(name):
 
 
 @KINDS
-@pytest.mark.parametrize("change", ["missing", "unknown"])
-def test_tensors_that_do_not_fit_are_named(tmp_path, kind, change):
-    """Stock transformers would draw what is missing."""
+def test_a_tensor_that_is_missing_is_named(tmp_path, kind):
+    """Stock transformers would draw it."""
     folder = folder_of(kind, tmp_path / "m")
     weights = weights_of(folder)
-    if change == "missing":
-        del weights["model.language_model.norm.weight"]
-    else:
-        weights["model.language_model.norm2.weight"] = torch.ones(3)
+    del weights["model.language_model.norm.weight"]
     write_weights(folder, weights)
     with pytest.raises((RuntimeError, data.InputError), match=r"model\.language_model\.norm"):
         m.SpeechLM.from_pretrained(folder)
@@ -348,14 +327,12 @@ def with_nan(folder):
 
 REFUSED = {  # what is done to a folder of ours, and what the one line says
     "m is no model folder: it has no config.json": lambda folder: (folder / "config.json").unlink(),
-    "m is neither a folder nor a name like Qwen/": shutil.rmtree,
     "model.audio_tower.conv1.bias holds NaN": with_nan,
     "model_type is 'qwen3'; python -m prepare.student makes": {"model_type": "qwen3"},
     "m is a released ARK-ASR; run python -m prepare.ark": {"model_type": "arkasr", "whisper_config": {}},
     "name ends in -hf, such as Qwen/Qwen3-ASR-1.7B-hf": {"model_type": "qwen3_asr", "thinker_config": {}},
     "model and tokenizer differ: audio token 5": {"audio_token_id": 5},
     "model_type is 'llama'; the LM is Qwen2 or Qwen3": glm_asr_nano_folder,
-    "m has no tokenizer.json; copy it from the folder": lambda folder: (folder / "tokenizer.json").unlink(),
     "m is a run without a finished model; give one of its": {"script": "opd.py"},
     "m holds LoRA's matrices alone": lambda folder: (folder / "adapter_config.json").write_text("{}"),
     "no token(s) <|user|> <|begin_of_audio|> <|audio|> ": (
@@ -380,17 +357,6 @@ def test_the_folder_of_a_run_means_the_model_in_it(tmp_path):
     speech_lm.save_pretrained(tmp_path / "step-3" / "model")
     again = m.SpeechLM.from_pretrained(tmp_path / "step-3")
     assert_same_tensors(again.state_dict(), speech_lm.state_dict())
-
-
-def test_hub_names_are_looked_up_in_the_cache(tmp_path, monkeypatch):
-    folder = qwen3_asr_folder(tmp_path / "hub" / "models--Qwen--Qwen3-ASR-9B-hf" / "snapshots" / "0123abcd")
-    refs = folder.parent.parent / "refs"
-    refs.mkdir()
-    (refs / "main").write_text("0123abcd")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert isinstance(m.SpeechLM.from_pretrained("Qwen/Qwen3-ASR-9B-hf"), m.Qwen3ASR)
-    assert "take Qwen/Qwen3-ASR-9B-hf" in error_of("Qwen/Qwen3-ASR-9B")
 
 
 @KINDS

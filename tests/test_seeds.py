@@ -88,7 +88,7 @@ def seeds_by_hand(rows, columns_a, columns_b, is_paired):
 
 
 @pytest.mark.parametrize("is_paired", [True, False])
-def test_seeds_against_a_hand_calculation(runs, tmp_path, capsys, is_paired):
+def test_seeds_against_a_hand_calculation(runs, tmp_path, is_paired):
     """Paired, the runs of B are put in the order of seeds; unpaired, one run of A is left away."""
     folders, rows = runs
     columns_a = [3, 4, 5] if is_paired else [3, 4]
@@ -108,23 +108,8 @@ def test_seeds_against_a_hand_calculation(runs, tmp_path, capsys, is_paired):
     errors = [sum(row[column] for row in rows if row[0] == "x") for column in columns_b]
     assert c["sets"]["x"]["b"] == pytest.approx([100 * n / units for n in errors])
 
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert lines[1] == "A: r0/eval-10 (seed 0)".split()
-    at = lines.index("set change % cluster SE 95 % cluster seed sd 95 % total df p".split())
-    macro = c["macro"]
-    shown = ["value", "cluster_se", "cluster_low", "cluster_high", "seed_sd", "low", "high", "df"]
-    cells = [float(cell) for cell in lines[at + 3] if cell not in ("macro", "to")]
-    assert cells == [*(round(macro[key], 1) for key in shown), round(macro["p"], 4)]
 
-
-def test_one_run_a_side_has_no_seed_column(runs, capsys):
-    folders, _ = runs
-    seeds.print_seeds(seeds.compare_seeds([folders[0]], [folders[5]]))
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert "set change % cluster SE 95 % cluster".split() in lines
-
-
-def test_what_is_not_defined_is_null(tmp_path, capsys):
+def test_what_is_not_defined_is_null(tmp_path):
     """x has one speaker. In y a run has no error. In z all agree, so the spread is that of seeds alone."""
     rows = [("x", "s0", i, 4, 4, 2, 1, 10) for i in range(3)]
     rows += [("y", f"s{i}", i, 2, 3, 1, 0, 10) for i in range(3)]
@@ -141,17 +126,12 @@ def test_what_is_not_defined_is_null(tmp_path, capsys):
     assert z["cluster_se"] == 0 and z["df"] == pytest.approx(1)
     assert z["total_se"] == pytest.approx(100 * math.log(2) / 2)  # Δ = −ln 2, −2 ln 2
     assert (c["macro"]["stems"], c["macro"]["value"]) == (["y", "z"], None)
-    assert "not in the macro, because they have one cluster: x" in capsys.readouterr().out.splitlines()
 
 
-def test_runs_are_paired_where_both_sides_have_the_same_seeds_each_once(runs):
+def test_runs_are_paired_where_both_sides_have_the_same_seeds_each_once():
     assert seeds.can_be_paired([2, 1], [1, 2])
     for a, b in (([1], [None]), ([1, 1], [1, 1]), ([1, 2], [1, 3]), ([1, 2], [1])):
         assert not seeds.can_be_paired(a, b)
-    folders, _ = runs
-    os.remove(f"{folders[0]}/config.json")
-    assert seeds.evaluation_of(f"{folders[0]}/eval-9") == (f"{folders[0]}/eval-9", None)
-    assert seeds.evaluation_of(f"{folders[1]}/eval-9/") == (f"{folders[1]}/eval-9", 1)
 
 
 def test_what_cannot_be_compared_is_refused(runs):
@@ -161,13 +141,6 @@ def test_what_cannot_be_compared_is_refused(runs):
     os.rename(f"{folders[3]}/eval-10/y.jsonl", f"{folders[3]}/eval-10/z.jsonl")
     with pytest.raises(InputError, match="r0/eval-10 and .*/r3/eval-10 hold other sets"):
         run(folders[0], "--against", folders[3])
-    os.rename(f"{folders[1]}/eval-10", f"{folders[1]}/eval-7")
-    with pytest.raises(InputError, match="stand at eval-10, eval-9"):
-        run(*folders[:2], "--against", folders[5])
-    os.rename(f"{folders[1]}/eval-9", f"{folders[1]}/old")
-    os.rename(f"{folders[1]}/eval-7", f"{folders[1]}/older")
-    with pytest.raises(InputError, match=r"r1: this run has no evaluation \(eval-N\)"):
-        run(folders[1], "--against", folders[5])
 
 
 def test_exact_sign_flip_by_hand():
@@ -175,7 +148,6 @@ def test_exact_sign_flip_by_hand():
     assert seeds.exact_sign_flip(np.array([1.0, 2, 4])) == 2 / 8
     assert seeds.exact_sign_flip(np.array([1.0, 2, -4])) == 8 / 8
     assert seeds.exact_sign_flip(np.array([-1.0, 2, 4])) == 4 / 8
-    assert seeds.exact_sign_flip(np.full(6, 0.1)) == 2 / 2**6  # its floor
     assert seeds.exact_sign_flip(np.zeros(3)) == 1
 
 

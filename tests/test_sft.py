@@ -1,7 +1,5 @@
 """sft.py: its step by its definition, what of a transcript is learned, CTC and SpecAugment."""
 
-import json
-
 import pytest
 import runs
 import torch
@@ -83,23 +81,18 @@ def test_a_models_transcripts_are_learned_as_they_are(stage, tmp_path, capsys):
 
 
 def test_what_would_end_the_run_late_is_refused_at_its_start(stage, tmp_path, capsys):
-    """A line without text, a damaged clip to evaluate on, CTC for Qwen3-ASR (no frames of a fixed rate)."""
+    """A line without text, and CTC for Qwen3-ASR (no frames of a fixed rate)."""
     lines = runs.lines_of(stage / "m.jsonl")
-    (tmp_path / "none.wav").write_bytes(b"RIFF")
-    damaged = runs.write_lines(tmp_path / "test.jsonl", [*lines[:2], {**lines[0], "audio": "none.wav"}])
     del lines[4]["text"]
     textless = runs.write_lines(tmp_path / "m.jsonl", lines)
     student = qwen3_asr_folder(tmp_path / "student")
     for flags, message in (
         (["--train", textless], f'{textless}:5: no "text"'),
         (["--model", student, "--ctc-weight", 1], "--ctc-weight"),
-        (["--eval", damaged], f"{damaged}:3: "),
     ):
         assert runs.status_of(sft, runs.argv_of(sft, stage, tmp_path / "run", *flags)) == 2
         assert message in runs.error_line(capsys.readouterr().err)
     assert not (tmp_path / "run").exists()
-    runs.train(sft, stage, tmp_path / "run", "--eval", damaged, "--on-bad-audio", "skip")
-    assert json.loads((tmp_path / "run/summary.json").read_text())["eval"]["test"]["failed"] == 1
 
 
 def test_ctc_by_hand():
@@ -137,7 +130,6 @@ def augmentation(*flags):
 def test_spec_augment_is_a_function_of_seed_step_and_clip():
     mel = torch.randn(128, 200, generator=torch.Generator().manual_seed(0))
     original = mel.clone()
-    state = torch.get_rng_state()
     masks = ["--time-masks", 2, "--freq-masks", 2]
     args = augmentation(*masks)
     first = sft.spec_augment(mel, args, 3, 5)
@@ -147,7 +139,7 @@ def test_spec_augment_is_a_function_of_seed_step_and_clip():
     others.append(sft.spec_augment(mel, augmentation(*masks, "--seed", 1), 3, 5))
     assert not any(torch.equal(first, other) for other in others)
     assert torch.equal(sft.spec_augment(mel, augmentation(), 3, 5), mel)
-    assert torch.equal(mel, original) and torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(mel, original)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +148,6 @@ def test_spec_augment_is_a_function_of_seed_step_and_clip():
         (["--time-masks", 1, "--time-width", 6], 1, 6),
         (["--time-masks", 1], 1, 10),  # at most a quarter of the 40 frames
         (["--freq-masks", 1, "--freq-width", 9], 0, 9),
-        (["--freq-masks", 3, "--freq-width", 9], 0, 27),
     ],
 )
 def test_spec_augment_masks_whole_frames_or_bins_of_bounded_width(flags, axis, widest):

@@ -49,10 +49,10 @@ def test_opd_reads_no_transcript(text, stage, finished, tmp_path):
     assert runs.weight_bytes(tmp_path / "run/model") == runs.weight_bytes(finished(opd) / "model")
 
 
-def test_eval_before_and_after_is_of_the_models_it_names(stage, tmp_path, capsys):
+def test_eval_before_and_after_is_of_the_models_it_names(stage, tmp_path):
     out = tmp_path / "run"
     manifest = str(runs.write_lines(tmp_path / "m.jsonl", runs.lines_of(stage / "m.jsonl")[::4]))
-    runs.train(opd, stage, out, "--eval", manifest, "--eval-every", 1, "--steps", 2, "--lr", 1e-2)
+    runs.train(opd, stage, out, "--eval", manifest, "--steps", 2, "--lr", 1e-2)
     summary = json.loads((out / "summary.json").read_text())
     sets = eval.read_sets([manifest], 30)
     for step, key, folder in ((0, "before", stage / "student"), (2, "after", out / "model")):
@@ -60,9 +60,6 @@ def test_eval_before_and_after_is_of_the_models_it_names(stage, tmp_path, capsys
         speech_lm = model.SpeechLM.from_pretrained(folder)
         again = eval.evaluate(speech_lm, sets, torch.device("cpu"), {})
         assert {**again["m"], "rtf": 0} == {**summary[key]["m"], "rtf": 0}  # the same but for speed
-    assert (out / "eval-1/summary.json").exists()
-    shown = capsys.readouterr().out
-    assert "before %" in shown and str(out / "model") in shown
 
 
 # ---- no cut changes a step ---------------------------------------------------------------------------------
@@ -102,9 +99,6 @@ def test_bf16_computes_in_bf16_and_trains_float32(script, stage, tmp_path):
         assert end[name].dtype == torch.float32
         assert (end[name] - start[name]).abs().max() > 1e-4, name
         assert (end[name] != end[name].bfloat16().float()).any(), name  # a master weight, not a rounded one
-    moments = [tensor for key, tensor in runs.state_of(out, 5).items() if key.startswith("exp_avg")]
-    assert len(moments) == 2 * len(start)
-    assert {tensor.dtype for tensor in moments} == {torch.float32}
 
 
 # ---- rollouts ----------------------------------------------------------------------------------------------
@@ -137,9 +131,10 @@ def test_the_learning_rate_of_the_log_is_the_schedules_and_the_optimizers(script
     lines = runs.train(script, stage, out, *flags, "--keep", 4)
     assert [line["lr"] for line in lines] == pytest.approx([1e-3, 2e-3, 2e-3, 1e-3])
     # Adam's first update is the learning rate times the sign of the gradient.
+    start = runs.weights_of(stage / "student")
     end = runs.weights_of(out / "step-1/model")
-    changes = [(end[name] - start).abs().max() for name, start in runs.weights_of(stage / "student").items()]
-    assert max(changes).item() == pytest.approx(1e-3, rel=1e-3)
+    largest = max((end[name] - start[name]).abs().max().item() for name in start)
+    assert largest == pytest.approx(1e-3, rel=1e-3)
 
 
 @runs.BOTH
@@ -157,16 +152,14 @@ def test_clip_reaches_the_gradient_norm(script, stage, finished, tmp_path):
 
 
 @runs.BOTH
-def test_silent_clips_are_used_and_long_ones_left_out_and_both_counted(script, stage, tmp_path, capsys):
+def test_silent_clips_are_used_and_counted(script, stage, tmp_path):
     lines = runs.lines_of(stage / "m.jsonl")[:3]
     soundfile.write(tmp_path / "silent.wav", torch.zeros(4800).numpy(), 16_000)
     lines.append({**lines[0], "audio": str(tmp_path / "silent.wav"), "duration": 0.3})
-    lines.append({"audio": "missing.wav", "duration": 99, "text": "is never read"})
     path = runs.write_lines(tmp_path / "m.jsonl", lines)
     line = runs.train(script, stage, tmp_path / "run", "--train", path, "--batch-size", 4)[0]
-    assert line["silent"] == 0.25 and line["skipped"] == 0
-    shown = capsys.readouterr().out
-    assert "train: 4 clips, " in shown and "left out: 1 longer than 30 s" in shown
+    assert line["silent"] == 0.25
+    assert line["skipped"] == 0
 
 
 def section_of(text, title):
@@ -182,7 +175,6 @@ def test_every_metric_is_defined(stage, tmp_path):
     for script, flags in ((opd, ["--sample-every", 1]), (sft, CTC_AND_MASKS)):
         out = tmp_path / script.__name__
         lines = runs.train(script, stage, out, "--steps", 2, "--eval", manifest, "--eval-every", 1, *flags)
-        assert [line["step"] for line in lines] == [1, 2]
         assert "m/WER" in lines[0]  # the error of a set named m
         keys[script] = lines[0].keys() - {"m/WER"}
     table_key = re.compile(r"^\| `(\w+)` \|", re.MULTILINE)
@@ -203,7 +195,7 @@ def test_every_metric_is_defined(stage, tmp_path):
 
 
 @runs.BOTH
-@pytest.mark.parametrize("mistake", ["train", "short", "eval", "model", "language", "speaker"])
+@pytest.mark.parametrize("mistake", ["train", "model", "language", "speaker"])
 def test_a_refused_run_leaves_no_folder_behind(script, mistake, stage, tmp_path, capsys):
     """One line, status 2, and no --out."""
     lines = runs.lines_of(stage / "m.jsonl")
@@ -211,8 +203,6 @@ def test_a_refused_run_leaves_no_folder_behind(script, mistake, stage, tmp_path,
     one_speaker = runs.write_lines(tmp_path / "one.jsonl", lines)
     flags, message = {
         "train": (["--train", "nowhere.jsonl"], "nowhere.jsonl"),
-        "short": (["--max-seconds", 0.1], "m.jsonl: holds no clip of at most 0.1 s"),
-        "eval": (["--eval", "nowhere.jsonl"], "nowhere.jsonl"),
         "model": (["--student" if script is opd else "--model", "nowhere"], "nowhere"),
         "language": (["--language", "cn"], "'cn'"),
         "speaker": (["--eval", one_speaker], 'one.jsonl:2: no "speaker"'),
@@ -254,15 +244,13 @@ def write_bad_clips(folder):
 
 
 @runs.BOTH
-def test_bad_clips_are_left_out_counted_and_listed(script, stage, tmp_path, capsys):
+def test_bad_clips_are_left_out_counted_and_listed(script, stage, tmp_path):
     """A step without a usable clip on any rank changes no weight; two ranks do what one does."""
     path = write_bad_clips(tmp_path)
     flags = ["--train", path, "--batch-size", 2, "--steps", 3, "--lr", 1e-5, "--on-bad-audio", "skip"]
     flags += ["--save-every", 1, "--keep", 3, "--weight-decay", 1]
     one = tmp_path / "one"
     lines = runs.train(script, stage, one, *flags)
-    shown = capsys.readouterr().out
-    assert f"skipped: 3 clips that could not be used, listed in {one}/bad.jsonl" in shown
     assert json.loads((one / "summary.json").read_text())["skipped"] == 3
 
     # The first step holds the two longest clips, which are bad. What is a mean over clips or rows is absent.
@@ -276,13 +264,7 @@ def test_bad_clips_are_left_out_counted_and_listed(script, stage, tmp_path, caps
     assert all(line["loss"] > 0 and line[n_rows] > 0 for line in lines[1:])
 
     listed = runs.lines_of(one / "bad.jsonl")
-    steps = [line["step"] for line in lines for _ in range(line["skipped"])]
-    assert [line["step"] for line in listed] == steps
     assert sorted(line["clip"] for line in listed) == [f"{path}:{number}" for number in (1, 2, 4)]
-    for line in listed:
-        assert line["audio"].endswith(".wav")
-        assert line["audio"] in line["reason"]
-        assert line["clip"] in line["reason"]
 
     on_ranks = runs.train_on_ranks(script, stage, tmp_path / "two", 2, *flags)
     runs.assert_same_metrics(on_ranks, lines, 1e-5)
@@ -301,7 +283,6 @@ def test_a_bad_clip_ends_the_run_with_one_line_of_the_rank_that_meets_it(script,
     assert results[0][0] != 0
     line = runs.error_line(results[1][1])
     assert f"{path}:2: " in line and "3.wav" in line and "--on-bad-audio skip" in line
-    assert ".py: error: " not in results[0][1]
     assert not runs.lines_of(out / "metrics.jsonl")
     assert not (out / "model").exists()
 
@@ -326,17 +307,9 @@ def test_a_gradient_that_is_not_finite_stops_all_ranks(script, stage, tmp_path, 
     assert [status for status, _ in results] == [3, 3], results
     line = runs.error_line(results[0][1])
     assert "step 2: " in line and "nonfinite-2-0.jsonl" in line and "--lr" in line
-    assert ".py: error: " not in results[1][1]
-    clips = []
-    for rank in range(2):
-        listed = runs.lines_of(out / f"nonfinite-2-{rank}.jsonl")
-        assert len(listed) == 6
-        for entry in listed:
-            assert entry["step"] == 2
-            assert entry["audio"].endswith(".wav")
-            assert isinstance(entry["text"], str)
-        clips += [entry["clip"] for entry in listed]
-    assert sorted(clips) == sorted(clip.where for clip in data.read_manifest(stage / "m.jsonl"))
-    assert [line["step"] for line in runs.lines_of(out / "metrics.jsonl")] == [1]
+    listed = [runs.lines_of(out / f"nonfinite-2-{rank}.jsonl") for rank in range(2)]
+    assert [len(entries) for entries in listed] == [6, 6]
+    clips = sorted(entry["clip"] for entry in listed[0] + listed[1])
+    assert clips == sorted(clip.where for clip in data.read_manifest(stage / "m.jsonl"))
     assert [path.name for path in out.glob("step-*")] == ["step-1"]
     assert not (out / "model").exists()
