@@ -101,6 +101,7 @@ def add_random_lora(speech_lm, spread=1.0):
     for name, parameter in speech_lm.named_parameters():
         if ".lora_B." in name:
             torch.nn.init.normal_(parameter, std=spread)
+    return speech_lm
 
 
 def noise(seconds, seed=0):

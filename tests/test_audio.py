@@ -310,3 +310,24 @@ def test_mp3_with_a_hole_or_a_change_of_channels_is_refused(tmp_path):
     refused("cannot be decoded", clip_of(tmp_path / "a", 10.0, damaged))
     stereo = encoded(steps(44_100, 2), 44_100, "MP3")
     refused("changes its sample rate or channels", clip_of(tmp_path / "c", 11.0, whole + stereo))
+
+
+def test_what_a_library_would_choke_on(tmp_path):
+    """A tag in no known encoding is passed over; too many channels and an odd rate are refused."""
+    mp3 = by_ffmpeg(tmp_path / "a.mp3", chirp(1.0), "libmp3lame", 16_000)
+    tag = b"TAG" + "中文歌曲".encode("gbk").ljust(125, b"\0")
+    mp3.write_bytes(mp3.read_bytes() + tag)
+    assert data.audio_duration(mp3.read_bytes()) == pytest.approx(1.0, abs=0.1)
+    wide = tmp_path / "wide.mov"
+    with av.open(str(wide), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=16_000, layout="hexadecagonal")
+        samples = np.zeros((1, 16 * 16_000), dtype=np.int16)
+        frame = av.AudioFrame.from_ndarray(samples, format="s16", layout="hexadecagonal")
+        frame.sample_rate = 16_000
+        for piece in (frame, None):
+            container.mux(stream.encode(piece))
+    odd = tmp_path / "odd.wav"
+    odd.write_bytes(encoded(chirp(1.0, 7919), 7919))
+    for path, message in ((wide, "more than 8 channels"), (odd, "7919 Hz, has no usable ratio")):
+        with pytest.raises(AudioError, match=message):
+            load_audio(Clip(str(path), 1.0, "m.jsonl:1", {}))

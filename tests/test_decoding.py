@@ -4,22 +4,12 @@ import contextlib
 
 import pytest
 import torch
-from conftest import batch_of, tiny_model
+from conftest import add_random_lora, batch_of, tiny_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import model as m
 
 SHAPES = [[2.0] * 9, [0.4, 1.3], [6.0], [1.0] * 5, [0.3, 0.2, 0.9], [0.4, 1.3]]  # seconds; the longest first
-
-
-def with_lora(speech_lm):
-    """The model with LoRA that is not zero."""
-    m.add_lora(speech_lm, rank=3, seed=1)
-    torch.manual_seed(2)
-    for name, parameter in speech_lm.named_parameters():
-        if ".lora_B." in name:
-            torch.nn.init.normal_(parameter, std=0.2)
-    return speech_lm
 
 
 def written(speech_lm, lengths_s, temperature=0.0, n_tokens=12):
@@ -104,7 +94,7 @@ def test_rollouts_follow_an_update(bf16, lora):
     def new_model():
         speech_lm = tiny_model(3)
         speech_lm.bf16 = bf16
-        return with_lora(speech_lm) if lora else speech_lm
+        return add_random_lora(speech_lm) if lora else speech_lm
 
     speech_lm = new_model()
     first_weights = {name: tensor.clone() for name, tensor in speech_lm.state_dict().items()}
@@ -130,7 +120,7 @@ def test_rollouts_follow_an_update(bf16, lora):
 
 def test_copies_in_bf16_are_what_autocast_casts(monkeypatch):
     """With copies and without, the same tokens; afterwards each module has its own parameter again."""
-    speech_lm = with_lora(tiny_model(3))
+    speech_lm = add_random_lora(tiny_model(3))
     speech_lm.bf16 = True
     parameters = dict(speech_lm.named_parameters())
     with_copies = [written(speech_lm, lengths_s) for lengths_s in SHAPES[:3]]

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import tracemalloc
 import types
 
 import numpy as np
@@ -355,3 +356,14 @@ def test_a_run_goes_on_by_resume_with_the_same_flags_and_data_only(tmp_path, wav
     write_manifest(tmp_path / "m.jsonl", line(), line())
     assert command(*flags, "--resume") == 2
     assert "--data was " in capsys.readouterr().err
+
+
+def test_memory_does_not_grow_with_the_manifest(tmp_path, wav, command):
+    """Its lines have 15 MB, of which the run holds those of a batch."""
+    m = write_manifest(tmp_path / "m.jsonl", *(line(note=f"{i:100000}", speaker=i % 7) for i in range(150)))
+    command("--data", write_manifest(tmp_path / "one.jsonl", line()))  # what the first call loads stays
+    tracemalloc.start()
+    assert command("--data", m, "--out", tmp_path / "out", "--batch-seconds", 3) == 0
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 5e6

@@ -1,5 +1,6 @@
 """What would pass in silence: tags taken for words, signs typed in several ways, damaged checkpoints."""
 
+import builtins
 import errno
 import json
 import os
@@ -10,15 +11,21 @@ import unicodedata
 import pytest
 import soundfile
 import torch
-from runs import argv_of, lines_of, run_on_cpu
+from runs import argv_of, lines_of, run_on_cpu, write_stage
 
 import data
 import eval
+import opd
 import sft
 from prepare import check
 from prepare import folder as folder_script
 
 on_cpu = pytest.fixture(autouse=True, scope="module")(run_on_cpu)
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory):
+    return write_stage(tmp_path_factory.mktemp("stage"))
 
 
 # ---- texts -------------------------------------------------------------------------------------------------
@@ -42,6 +49,15 @@ def test_the_prefix_of_qwen3_asrs_training_data_is_no_text(text, language, read_
     assert (clip.text, clip.language) == (read_text, read_language)
     assert clip.fields["text"] == clip.fields["hyp"] == read_text
     assert clip.had_prefix == (text != read_text)
+
+
+def test_prefixes_are_counted_and_said(tmp_path, capsys):
+    path = tmp_path / "m.jsonl"
+    data.add_lines(path, [line_of(text, language) for text, language, _, _ in PREFIXED])
+    data.read_manifest(str(path))
+    data.Clips([str(path)], 30.0, "text")
+    said = f'{path}: 3 texts began with "language …<asr_text>", which was taken off\n'
+    assert capsys.readouterr().out == 2 * said
 
 
 def test_markup_is_not_learned(tmp_path):
@@ -126,6 +142,16 @@ def test_a_data_worker_that_is_killed_is_one_line():
         list(steps)
 
 
+def test_a_path_that_cannot_be_written_is_one_line(stage, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "gone" / "away")
+    for out in (tmp_path / "file" / "run", tmp_path / "link"):
+        with pytest.raises(SystemExit) as stop:
+            data.run_script(opd.main, opd.parse_args(argv_of(opd, stage, out, "--steps", 1)))
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert stop.value.code == 2 and str(out) in error and "give a path that can be used" in error
+
+
 def test_a_full_disk_leaves_nothing_half_written(stage, tmp_path, monkeypatch):
     import model
 
@@ -140,6 +166,38 @@ def test_a_full_disk_leaves_nothing_half_written(stage, tmp_path, monkeypatch):
 
 
 # ---- importers ---------------------------------------------------------------------------------------------
+
+
+def denied(plain, suffix):
+    """A function of a path that may not look at those with this end. (Nothing is denied to root.)"""
+
+    def looked(path, *args, **kwargs):
+        if str(path).endswith(suffix):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return plain(path, *args, **kwargs)
+
+    return looked
+
+
+def test_what_prepare_folder_cannot_read_is_counted_and_listed(tmp_path, capsys, monkeypatch):
+    root = tmp_path / "root"
+    (root / "lost+found").mkdir(parents=True)
+    for name in "ab":
+        soundfile.write(root / f"{name}.wav", torch.rand(16_000).numpy(), 16_000)
+        (root / f"{name}.txt").write_text(name)
+    (root / "c.wav").write_bytes(b"no sound")
+    monkeypatch.setattr(os, "listdir", denied(os.listdir, "lost+found"))
+    monkeypatch.setattr(builtins, "open", denied(open, "b.txt"))
+    folder_script.main(folder_script.parse_args([str(root), "--out", str(tmp_path / "m.jsonl")]))
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith(f"{tmp_path}/m.jsonl: 1 clips") and "m.left-out.jsonl" in said[-1]
+    left_out = lines_of(tmp_path / "m.left-out.jsonl")
+    assert [line["reason"] for line in left_out] == [
+        "its .txt cannot be read",
+        "cannot be used",
+        "a folder that cannot be read (Permission denied)",
+    ]
+    assert str(root / "c.wav") in left_out[1]["which"]
 
 
 def test_a_full_disk_leaves_no_shard_behind(tmp_path, monkeypatch):

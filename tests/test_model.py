@@ -289,7 +289,7 @@ def test_what_is_tied_follows_the_tensors(tmp_path, kind, head):
 
 @KINDS
 def test_weights_that_are_none_are_one_line(tmp_path, kind):
-    """A pointer of git lfs in a split."""
+    """A pointer of git lfs in a split, and a pytorch_model.bin alone."""
     folder = folder_of(kind, tmp_path / "m")
     pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{64 * 'a'}\nsize 123\n"
     write_weights(folder, weights_of(folder), shards=2)
@@ -298,6 +298,9 @@ def test_weights_that_are_none_are_one_line(tmp_path, kind):
     (folder / "model-00002-of-00002.safetensors").write_text(pointer)
     message = error_of(folder)
     assert "model-00002-of-00002.safetensors" in message and "git lfs pull" in message
+    (folder / "model.safetensors.index.json").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    assert "no model.safetensors and no index of its parts" in error_of(folder)
 
 
 def error_of(name):
