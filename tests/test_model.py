@@ -322,6 +322,15 @@ def test_a_tensor_that_is_missing_is_named(tmp_path, kind):
         m.SpeechLM.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("kind, name", [("qwen3_asr", "chat_template.jinja"), ("glmasr", "tokenizer.json")])
+def test_a_file_that_is_missing_is_named_with_where_to_copy_it_from(tmp_path, kind, name):
+    folder = folder_of(kind, tmp_path / "m")
+    (folder / name).unlink()
+    assert error_of(folder).endswith(
+        f"m has no {name}; copy it from the folder or hub repository that this model came from"
+    )
+
+
 def with_nan(folder):
     weights = weights_of(folder)
     weights["model.audio_tower.conv1.bias"][3] = torch.nan

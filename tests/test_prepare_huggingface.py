@@ -227,6 +227,31 @@ def test_what_cannot_be_loaded_is_one_line(tmp_path):
     assert "a-name/of-nothing" in refused(out, "huggingface", "a-name/of-nothing")
 
 
+SECOND_SHARDS = {
+    "pointer of git lfs": lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"),
+    "is cut off": lambda path: path.write_bytes(path.read_bytes()[:-100]),
+    "has the columns ['audio', 'words']": lambda path: parquet(path, AUDIO, audio=[None], words=["b"]),
+}
+
+
+@pytest.mark.parametrize("defect", SECOND_SHARDS)
+def test_a_faulty_shard_behind_the_first_is_named(sounds, tmp_path, defect):
+    for n in (0, 1):
+        parquet(tmp_path / f"set/train-{n}.parquet", AUDIO, audio=[stored(sounds[n])], text=["a"])
+    SECOND_SHARDS[defect](tmp_path / "set/train-1.parquet")
+    message = refused(tmp_path / "out/m.jsonl", "huggingface", tmp_path / "set", "--text-column", "text")
+    assert "train-1.parquet" in message and defect in message
+
+
+def test_relative_paths_start_at_the_file_that_names_them(run, sounds, tmp_path, monkeypatch):
+    write(tmp_path / "set/train.jsonl", json.dumps({"audio": "../sounds/a.flac", "text": "a"}))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    flags = ["--audio-column", "audio", "--text-column", "text"]
+    lines, left_out = run("huggingface", tmp_path / "set", *flags)
+    assert [line["text"] for line in lines] == ["a"] and left_out == []
+
+
 def test_rows_are_read_as_a_stream(sounds, tmp_path):
     """The first clip is there before the second file is, and nothing is put into the cache."""
     folder = tmp_path / "set"
