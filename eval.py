@@ -171,17 +171,20 @@ def by_stem(paths):
 
 def read_sets(paths, max_seconds):
     """{stem: clips} of manifests or audio files. Raises InputError for a clip that is too long."""
+
+    def is_short(clip):
+        if clip.duration > max_seconds:
+            too_long = f"{clip.duration:.1f} s, over --max-seconds {max_seconds:g}"
+            remedy = "split the clip (docs/data.md, Long recordings), or raise it"
+            raise data.InputError(f"{clip.where}: {too_long}; {remedy}")
+        return True
+
     sets = {}
     for stem, path in by_stem(paths).items():
         if path.endswith((".jsonl", ".json")):
-            sets[stem] = data.Clips([path], math.inf, "text", learns_text=False)
+            sets[stem] = data.Clips([path], math.inf, "text", is_short, learns_text=False)
         else:
-            sets[stem] = [data.clip_from_file(path)]
-        for clip in sets[stem]:
-            if clip.duration > max_seconds:
-                too_long = f"{clip.duration:.1f} s, over --max-seconds {max_seconds:g}"
-                remedy = "split the clip (docs/data.md, Long recordings), or raise it"
-                raise data.InputError(f"{clip.where}: {too_long}; {remedy}")
+            sets[stem] = list(filter(is_short, [data.clip_from_file(path)]))
     return sets
 
 
@@ -189,6 +192,8 @@ def languages_of(sets):
     """{code, or None where a line names none: first clip with it} of all sets, for `check_languages`."""
     languages = {}
     for clips in sets.values():
+        if isinstance(clips, data.Clips):
+            clips = clips.languages.values()  # the first of each: no manifest is read again
         for clip in clips:
             languages.setdefault(clip.language, clip)
     return languages
@@ -276,9 +281,8 @@ def transcribe(speech_lm, clips, device, decoding, label, done=(), log=None):
 def decode_batch(speech_lm, clips, device, default_language, with_context, max_new_tokens, tokens_per_second):
     """The answers of the clips of one batch, see `transcribe`; the options are those of DECODING."""
     usable, waveforms, defects = data.load_usable(clips)
-    answers = [
-        {"error": defect["reason"]} for defect in defects
-    ]  # of the clips that failed; the others are inserted below
+    # Those of the clips that failed; the others are inserted below.
+    answers = [{"error": defect["reason"]} for defect in defects]
     if not usable:
         return answers
     languages = [clips[b].language for b in usable]
