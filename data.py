@@ -356,8 +356,10 @@ def sound_file(file, is_segment=False):
     Raises InputError for a WAV that is cut off, which decoders pass by in silence. The recording of a segment
     is not searched for further streams.
     """
-    # Of several Ogg or FLAC streams in one file, libsndfile reads only the first.
-    content = b"" if is_segment else file.read()
+    # Of several Ogg or FLAC streams in one file, libsndfile reads only the first. No other file is searched.
+    content = file.read(4)
+    if content.startswith((b"OggS", b"fLaC", b"ID3")) and not is_segment:
+        content += file.read()
     file.seek(0)
     if len(re.findall(rb"OggS\0[\2\6]|fLaC[\0\x80]\0\0\x22", content)) > 1:
         return None
@@ -559,7 +561,9 @@ def contexts_of(clips, whose):
     """The contexts for the prompts of student and teacher, by --context: both, teacher or none."""
     contexts = [clip.context for clip in clips]
     nobody = [None] * len(clips)
-    return contexts if whose == "both" else nobody, nobody if whose == "none" else contexts
+    student_contexts = contexts if whose == "both" else nobody
+    teacher_contexts = nobody if whose == "none" else contexts
+    return student_contexts, teacher_contexts
 
 
 def pad_left(prompts, pad_id):
