@@ -1174,6 +1174,12 @@ def union_support(student_ids, teacher_ids):
     return ids.masked_fill(~support_mask, -1), support_mask
 
 
+def in_union_order(scores, student_ids, teacher_ids):
+    """Scores (N, 2K) at S_t and then T_t, in the order of `union_support`. An id in both has one score."""
+    order = torch.cat([student_ids, teacher_ids], dim=1).argsort(dim=1)
+    return scores.gather(1, order)
+
+
 def narrow_support(kind, support_ids, support_mask, student_topk, teacher_topk):
     """Narrows the mask (N, 2K) of the union U_t to a support: S_t, T_t or S_t ∩ T_t.
 
@@ -1310,7 +1316,7 @@ class SupportScores(torch.autograd.Function):
     def forward(ctx, weight, hidden, ids):
         hidden = hidden.contiguous()
         bags = torch.arange(len(ids), device=ids.device).repeat_interleave(ids.shape[1])
-        first = torch.arange(0, ids.numel(), max(ids.shape[1], 1), device=ids.device)[: len(ids)]
+        first = torch.arange(len(ids), device=ids.device) * ids.shape[1]  # of each bag, among all ids
         ctx.save_for_backward(weight, hidden, ids, bags)
         scores = torch.ops.aten._embedding_bag_per_sample_weights_backward(
             hidden, weight, ids.flatten(), first, bags, mode=0

@@ -294,9 +294,7 @@ def main(args):
             )
             teacher_topk = alignment.in_student(teacher_topk)  # (N, K)
             support_ids, support_mask = model.union_support(student_topk, teacher_topk)  # (N, 2K), ascending
-            # The teacher's logits came as S_t, T_t; U_t is sorted by id. (An id in both has one logit.)
-            order = torch.cat([student_topk, teacher_topk], dim=1).argsort(dim=1)
-            teacher_logits = teacher_logits.gather(1, order)  # (N, 2K)
+            teacher_logits = model.in_union_order(teacher_logits, student_topk, teacher_topk)  # (N, 2K)
 
             # The student's raw logits on U_t: no other row of its output matrix is read with gradient.
             student_logits = model.support_scores(student.head.weight, student_hidden, support_ids)  # (N, 2K)
@@ -418,8 +416,9 @@ def report(args, before, after):
     if summary["skipped"]:
         print(f"skipped: {summary['skipped']} clips that could not be used, listed in {args.out}/bad.jsonl")
     print(f"model: {summary['model']}")
-    compared = {stem: (before[stem], after[stem]) for stem in after if stem in before}
-    overlap.draw_report(args.out, lines, compared)
+    # A resume may give fewer --eval sets than an earlier start, which has left its files beside.
+    compared = [stem for stem in comparison.get("sets", {}) if stem in after]
+    overlap.draw_report(args.out, lines, {stem: (before[stem], after[stem]) for stem in compared})
     data.write_json(os.path.join(args.out, "summary.json"), summary)  # written last: it marks a finished run
 
 
