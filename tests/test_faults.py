@@ -11,7 +11,7 @@ import unicodedata
 import pytest
 import soundfile
 import torch
-from runs import argv_of, lines_of, run_on_cpu, write_stage
+from runs import argv_of, lines_of, run_on_cpu
 
 import data
 import eval
@@ -21,11 +21,6 @@ from prepare import check
 from prepare import folder as folder_script
 
 on_cpu = pytest.fixture(autouse=True, scope="module")(run_on_cpu)
-
-
-@pytest.fixture(scope="module")
-def stage(tmp_path_factory):
-    return write_stage(tmp_path_factory.mktemp("stage"))
 
 
 # ---- texts -------------------------------------------------------------------------------------------------
