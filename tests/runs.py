@@ -5,9 +5,7 @@ import json
 import math
 import multiprocessing
 import os
-import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,7 +18,7 @@ import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import ROOT, byte_tokenizer, noise, tiny_model
+from conftest import byte_tokenizer, noise, tiny_model
 
 import data
 import eval
@@ -228,7 +226,7 @@ def status_of(script, argv):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{script.__name__}.py"])  # names the script in an error
         try:
-            data.run_script(script.main, script.parse_args(argv))
+            data.run_script(script.main, script.parse_args([str(flag) for flag in argv]))
         except SystemExit as error:
             return error.code
     return 0
@@ -296,26 +294,6 @@ def train_on_ranks(script, stage, out, world, *more):
     results = run_ranks(lambda: status_of(script, argv), world)
     assert [status for status, _ in results] == [0] * world, results
     return lines_of(out / "metrics.jsonl")
-
-
-def run_command(script, argv, nproc=0, seconds=200):
-    """Runs a script as a user does, under torchrun where nproc > 0. → exit status, both streams"""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc else []
-    process = subprocess.Popen(
-        [sys.executable, *torchrun, str(ROOT / script), *map(str, argv)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
-        start_new_session=True,
-    )
-    try:
-        text, _ = process.communicate(timeout=seconds)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    return process.returncode, text
 
 
 # ---- what a run leaves -------------------------------------------------------------------------------------

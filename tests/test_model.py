@@ -364,13 +364,6 @@ def test_what_is_no_model_of_ours_is_one_line(tmp_path, reason):
     assert reason in error_of(folder)
 
 
-def test_the_folder_of_a_run_means_the_model_in_it(tmp_path):
-    speech_lm = tiny_model()
-    speech_lm.save_pretrained(tmp_path / "step-3" / "model")
-    again = m.SpeechLM.from_pretrained(tmp_path / "step-3")
-    assert_same_tensors(again.state_dict(), speech_lm.state_dict())
-
-
 @KINDS
 def test_no_remote_code_of_a_folder_is_run(tmp_path, monkeypatch, kind):
     """Nor is it named in the folder that is saved."""
