@@ -47,10 +47,11 @@ def write_clip(path, seconds, seed, **fields):
     return {**line, **fields}
 
 
-def with_other_ids(tokenizer):
-    """The same tokens, but the 256 bytes have their ids in reverse order."""
+def with_other_ids(tokenizer, missing=""):
+    """The same tokens, but the 256 bytes have their ids in reverse order, and one may be missing."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    state["model"]["vocab"] = {token: 255 - i for token, i in state["model"]["vocab"].items()}
+    vocabulary = state["model"]["vocab"].items()
+    state["model"]["vocab"] = {"other" if token == missing else token: 255 - i for token, i in vocabulary}
     reversed_bytes = tokenizers.Tokenizer.from_str(json.dumps(state))
     specials = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
     return transformers.PreTrainedTokenizerFast(tokenizer_object=reversed_bytes, **specials)
