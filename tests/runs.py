@@ -34,7 +34,8 @@ BOTH = pytest.mark.parametrize("script", [opd, sft], ids=["opd", "sft"])
 
 
 def write_lines(path, lines):
-    """A manifest of dicts. → its path"""
+    """A manifest of dicts, and the folders that it lies in. → its path"""
+    path.parent.mkdir(exist_ok=True, parents=True)
     path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
     return path
 

@@ -63,7 +63,6 @@ class StubModel:
 
 
 def write_manifest(path, *lines):
-    path.parent.mkdir(exist_ok=True, parents=True)
     return str(write_lines(path, lines))
 
 

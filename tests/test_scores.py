@@ -6,9 +6,9 @@ import math
 
 import numpy as np
 import pytest
-import runs
 import scipy.stats
 from coverage import simulate_pairs
+from runs import write_lines
 
 import eval as evaluation
 from data import Clip, InputError
@@ -105,11 +105,6 @@ def result_line(i, errors=0, units=10, **changed):
     """A result line of clip i: the first `errors` of `units` German words are missing."""
     line = {"audio": f"{i}.wav", "duration": 36.0, "text": " ".join(WORDS[:units]), "language": "de"}
     return {**line, "hyp": " ".join(WORDS[errors:units]), "stopped": True, **changed}
-
-
-def write_lines(path, lines):
-    path.parent.mkdir(exist_ok=True, parents=True)
-    return str(runs.write_lines(path, lines))
 
 
 def write_rows(folder, rows, column):
