@@ -39,6 +39,7 @@ DEFAULT = [  # language, text, units
     ("ko", "\u1112\u1161\u11ab\u1100\u1173\u11af", "한 글"),  # decomposed syllables
     ("fr", "aujourd’hui, ça va ?", "aujourd hui ça va"),
     ("tr", "I\u0307zmir Iğdır’ın", "izmir ığdır ın"),
+    ("tr", "ş < 3 > 2", "ş 3 2"),  # a comparison is no tag
     (None, "Hello, don't! Café 3.5", "hello don t café 3 5"),  # no language: plain words, not English
     ("km", "ភាសា\u200bខ្មែរ។", "ភ ា ស ា ខ ្ ម ែ រ"),
     ("hi", "हिन्दी है। क\u094d\u200dष", "हिन्दी है क\u094dष"),  # vowel signs stay
