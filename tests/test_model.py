@@ -326,9 +326,7 @@ def test_a_tensor_that_is_missing_is_named(tmp_path, kind):
 def test_a_file_that_is_missing_is_named_with_where_to_copy_it_from(tmp_path, kind, name):
     folder = folder_of(kind, tmp_path / "m")
     (folder / name).unlink()
-    assert error_of(folder).endswith(
-        f"m has no {name}; copy it from the folder or hub repository that this model came from"
-    )
+    assert f"m has no {name}; copy it from the folder or hub repository" in error_of(folder)
 
 
 def with_nan(folder):

@@ -185,10 +185,7 @@ def test_score_recounts_and_sums_up(tmp_path, capsys):
     }
     _, row, *notes = capsys.readouterr().out.splitlines()
     assert row.split() == f"mixed MER 366.67 {low:.2f} to {high:.2f} 0 5 61 9 0.09 2 1 1 1 –".split()
-    assert notes == [
-        f"normalizer: {ENGLISH}, words/3, zh/2",
-        "clusters: mixed 7 by audio+offset (few, so intervals are rough)",
-    ]
+    assert "few" in notes[-1]  # clusters
 
 
 def test_metric_name_follows_the_languages():
