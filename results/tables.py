@@ -25,7 +25,12 @@ from results import seeds, validate
 from results.run import (
     ABLATIONS,
     ARMS,
+    BASE,
     BASE_2,
+    LABEL_ARMS,
+    LABEL_RATE,
+    LABEL_RATES,
+    LABEL_TEACHERS,
     LEARNING_RATES,
     N_TD_SEEDS,
     READY_STARTS,
@@ -231,21 +236,24 @@ def draw_opd_against_offline(path, conditions):
 # ---- question 1 --------------------------------------------------------------------------------------------
 
 
-def tuning(lines):
-    """The grid of learning rates: error on dev after 100 steps, a row an arm."""
+def tuning(lines, question="tune", rates=LEARNING_RATES):
+    """The grid of learning rates: error on dev after 100 steps, a row an arm, and a teacher of question 9."""
     grid = collections.defaultdict(dict)  # arm → {learning rate: error}
     for line in lines:
-        if line["question"] == "tune":
-            grid[line["arm"]][line["lr"]] = rate(line, "dev")
+        if line["question"] == question:
+            name = line["arm"]
+            if question == "labels-tune" and name != "ce-reference":
+                name += f", {label_teacher(line)} teacher"
+            grid[name][line["lr"]] = rate(line, "dev")
     rows = []
     for arm, errors in grid.items():
         best = min(errors, key=errors.get)
         row = [arm]
-        for lr in LEARNING_RATES:
+        for lr in rates:
             cell = f"{errors[lr]:.2f}"
             row.append(f"**{cell}**" if lr == best else cell)
         rows.append(row)
-    header = ["error on dev, %"] + [f"lr {lr:g}" for lr in LEARNING_RATES]
+    header = ["error on dev, %"] + [f"lr {lr:g}" for lr in rates]
     return markdown(header, rows)
 
 
@@ -926,6 +934,105 @@ def rescue(lines):
     return markdown(header, rows)
 
 
+# ---- question 9 --------------------------------------------------------------------------------------------
+
+
+def label_teacher(line):
+    """The name of a line's teacher."""
+    return next(name for name, model in LABEL_TEACHERS.items() if model == line["teacher"])
+
+
+def label_runs(lines, question="labels"):
+    """{(teacher, arm): its lines, by seed}; ce-reference reads no teacher, and belongs to both."""
+    runs = collections.defaultdict(list)
+    for line in lines:
+        if line["question"] == question and "arm" in line:
+            names = LABEL_TEACHERS if line["arm"] == "ce-reference" else [label_teacher(line)]
+            for name in names:
+                runs[name, line["arm"]].append(line)
+    return {key: sorted(own, key=lambda line: line["seed"]) for key, own in runs.items()}
+
+
+def inherited(shares):
+    """Which part of the teacher's errors on the fresh audio the student makes too, %."""
+    return f"{100 * sum(share['shared'] for share in shares) / sum(share['teacher'] for share in shares):.1f}"
+
+
+def label_arms(lines):
+    """Both teachers with their students: the test sets, the fresh audio, and errors taken over."""
+    runs = label_runs(lines)
+    base = evaluation_of(lines, "labels", BASE)
+    shared_before = {}
+    for teacher in LABEL_TEACHERS:
+        shared_before[teacher] = inherited([line["shared_before"] for line in runs[teacher, "opd"]])
+    before = ", ".join(f"{share} of the {teacher} teacher's" for teacher, share in shared_before.items())
+    rows = [["base", *rates_row("", [base])[1:], f"{rate(base, 'fresh'):.1f}", "", before, ""]]
+    for teacher, model in LABEL_TEACHERS.items():
+        line = evaluation_of(lines, "labels", model)
+        rows.append(
+            [f"{teacher} teacher", *rates_row("", [line])[1:], f"{rate(line, 'fresh'):.1f}", "", "", ""]
+        )
+        for arm in LABEL_ARMS:
+            own = runs[teacher, arm]
+            if (teacher, arm) == ("weak", "ce-reference"):  # the row of the good teacher
+                continue
+            fresh = np.mean([rate(line, "fresh") for line in own])
+            row = rates_row(f"{arm}, {teacher}", own) + [f"{fresh:.1f}", change_cell(own, base)]
+            rows.append([*row, inherited([line["shared"] for line in own]), f"{own[0]['lr']:g}"])
+    shared = "errors of the teacher taken over, %"
+    return markdown(["%", *RATES_HEADER, "fresh audio", "macro change", shared, "lr"], rows)
+
+
+def label_contrasts(lines):
+    """What one has without transcripts, against each other and against what transcripts would bring."""
+    runs = label_runs(lines)
+    rows = []
+    for arm, other in (
+        ("opd", "ce-teacher"),
+        ("opd", "teacher-kl"),
+        ("opd", "offline-kl"),
+        ("opd", "ce-reference"),
+        ("ce-teacher", "ce-reference"),
+    ):
+        for teacher in ("weak", "good"):
+            name = f"{arm} against {other}, {teacher} teacher"
+            if (arm, other, teacher) == ("opd", "ce-teacher", "weak"):
+                name = f"**{name}** (primary)"
+            rows.append(contrast_row(name, runs[teacher, other], runs[teacher, arm]))
+    return markdown(CONTRAST_HEADER, rows)
+
+
+def label_filter(lines):
+    """SFT on the half of the clips with the best transcripts of the weak teacher."""
+    best = label_runs(lines, "labels-filter")["weak", "ce-teacher"]
+    runs = label_runs(lines)
+    rows = [
+        contrast_row("ce-teacher: the better half against all clips", runs["weak", "ce-teacher"], best),
+        contrast_row("opd against ce-teacher on the better half", best, runs["weak", "opd"]),
+    ]
+    return markdown(CONTRAST_HEADER, rows)
+
+
+def label_rates(lines):
+    """The arms at one learning rate, where some have another of their own."""
+    tuned = label_runs(lines)
+    common = label_runs(lines, "labels-rate")
+    runs = {}
+    for key, own in tuned.items():
+        runs[key] = own if own[0]["lr"] == LABEL_RATE else common[key]
+    rows = []
+    for other in LABEL_ARMS[1:]:
+        for teacher in ("weak", "good"):
+            name = f"opd against {other}, {teacher} teacher, both with lr {LABEL_RATE:g}"
+            rows.append(contrast_row(name, runs[teacher, other], runs[teacher, "opd"]))
+    return markdown(CONTRAST_HEADER, rows)
+
+
+def draw_labels(lines):
+    runs = {f"{arm}, {teacher}": own for (teacher, arm), own in label_runs(lines).items()}
+    draw_changes(HERE / "labels.png", runs, evaluation_of(lines, "labels", BASE))
+
+
 # ---- another base, and a larger instance -------------------------------------------------------------------
 
 
@@ -996,6 +1103,11 @@ TABLES = {
     "ready-measures": (ready_measures, "ready"),
     "ready-thresholds": (ready_thresholds, "ready"),
     "ready-rescue": (rescue, "ready-rescue"),
+    "labels-tune": (functools.partial(tuning, question="labels-tune", rates=LABEL_RATES), "labels-tune"),
+    "labels": (label_arms, "labels"),
+    "labels-contrasts": (label_contrasts, "labels"),
+    "labels-filter": (label_filter, "labels-filter"),
+    "labels-rate": (label_rates, "labels-rate"),
     "base-2": (other_base, "base-2"),
     "scale": (scale, "scale"),
 }
@@ -1011,6 +1123,7 @@ PICTURES = {
     "robustness": draw_robustness,
     "ablation": draw_ablations,
     "ready": draw_ready,
+    "labels": draw_labels,
     "base-2": draw_other_base,
     "scale": draw_scale,
 }
@@ -1024,6 +1137,8 @@ BESIDE = {
     "amount": {"table-1", "rate"},
     "ablation": {"table-1"},
     "ready-rescue": {"ready"},
+    "labels-filter": {"labels"},
+    "labels-rate": {"labels"},
     "base-2": {"table-1"},
 }
 
