@@ -1,7 +1,7 @@
 """Computes the tables and pictures of RESULTS.md from results/runs.jsonl, by the statistics of eval.py.
 
     python -m results.tables            # prints the tables, writes the pictures
-    python -m results.tables --write    # and puts the tables where RESULTS.md and README.md have their marks
+    python -m results.tables --write    # and puts the tables where the documents have their marks
 
 A table stands between the lines <!-- table NAME --> and <!-- end -->. A question whose runs are not all
 finished has no table yet, but for question 3, where a student counts once it has met every teacher.
@@ -49,6 +49,7 @@ from results.run import (
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent
+DOCUMENTS = [ROOT / "RESULTS.md", ROOT / "README.md", HERE / "tables.md"]  # which have tables
 
 KS = [1, 2, 4, 8, 16, 32]
 
@@ -148,11 +149,14 @@ CONTRAST_HEADER = ["macro change, %", "mean", "each seed", "sd over seeds"]
 CONTRAST_HEADER += ["95 %: other speakers", "95 %: other seeds and speakers", "p"]
 
 
-def contrast_row(name, runs_a, runs_b):
-    """B against A, paired by seed: the macro change with its three spreads."""
+def change_between(runs_a, runs_b):
+    """The macro change of B against A, paired by seed, with its three spreads."""
     runs_a, runs_b = paired(runs_a, runs_b)
-    figures = seeds.change_over_seeds(joint_counts(runs_a + runs_b), len(runs_a), is_paired=True)
-    return figures_row(name, figures)
+    return seeds.change_over_seeds(joint_counts(runs_a + runs_b), len(runs_a), is_paired=True)
+
+
+def contrast_row(name, runs_a, runs_b):
+    return figures_row(name, change_between(runs_a, runs_b))
 
 
 def figures_row(name, figures):
@@ -283,17 +287,6 @@ def arms(lines):
 def draw_arms(lines):
     runs, base, _ = arm_runs(lines)
     draw_changes(HERE / "table-1.png", runs, base)
-
-
-def arms_short(lines):
-    """Table 1 for the README."""
-    runs, base, teacher = arm_runs(lines)
-    rows = [[*rates_row("base", [base])[:-1], "", ""]]
-    for arm in ARMS:
-        own = runs[arm]
-        rows.append([*rates_row(f"`{arm}`", own)[:-1], change_cell(own, base), str(len(own))])
-    rows.append([*rates_row("teacher", [teacher])[:-1], "", ""])
-    return markdown(["%", *TEST_SETS, "mean", "macro change", "seeds"], rows)
 
 
 def arms_contrasts(lines):
@@ -1077,13 +1070,85 @@ def draw_other_base(lines):
     draw_opd_against_offline(HERE / "base-2.png", runs)
 
 
+# ---- the answers -------------------------------------------------------------------------------------------
+
+
+def answer_row(asked, figures, section):
+    """A question "Is B better than A?" with its change: yes, no, or open where 0 is in the interval."""
+    answer = "yes" if figures["value"] < 0 else "no"
+    if figures["low"] <= 0 <= figures["high"]:
+        answer = "open"
+    figure = f"{signed(figures['value'])} % ({spread(figures['low'], figures['high'])})"
+    return [asked, figure, answer, section]
+
+
+def answers(lines):
+    """What was asked, the figure, the answer, the section. What has unfinished runs is left out."""
+    shown = shown_questions(lines)
+    rows = []
+
+    def ask(question, asked, runs_a, runs_b, section):
+        if question in shown:
+            rows.append(answer_row(asked, change_between(runs_a, runs_b), section))
+
+    arms, _, _ = arm_runs(lines)
+    larger = runs_of(lines, "scale")
+    base_2 = runs_of(lines, "base-2")
+    asked = "Are the student's own transcripts better than references? `opd` against `offline-kl`"
+    ask("table-1", f"{asked} (primary)", arms["offline-kl"], arms["opd"], "Table 1")
+    ask("rate", "… at one learning rate", same_rate_runs(lines), arms["opd"], "Table 1")
+    ask("base-2", "… from another base", base_2["offline-kl"], base_2["opd"], "Table 1")
+    ask("scale", "… thirty times larger", larger["offline-kl"], larger["opd"], "A larger instance")
+    digit_lines, _, stems = digit_runs(lines)
+    counts, n_seeds = digit_counts(digit_lines["offline-kl with opd's lr"], digit_lines["opd"], stems)
+    at_one_rate = seeds.change_over_seeds(counts, n_seeds, is_paired=True)
+    rows.append(answer_row("… human speech, at one learning rate", at_one_rate, "Human speech"))
+    asked = "Is KL better than cross-entropy on references? `offline-kl` against `ce-reference`"
+    ask("table-1", asked, arms["ce-reference"], arms["offline-kl"], "Table 1")
+
+    labels = label_runs(lines)
+    for teacher in LABEL_TEACHERS:
+        asked = f"Audio without transcripts, a {teacher} teacher: is `opd` better than `ce-teacher`?"
+        asked += " (primary)" if teacher == "weak" else ""
+        own = labels.get((teacher, "ce-teacher")), labels.get((teacher, "opd"))
+        ask("labels", asked, *own, "Audio without transcripts")
+
+    recipe = recipe_runs(lines)
+    asked = "Is OPD after TD better than more SFT? (one of four, not corrected)"
+    ask("table-2", asked, recipe["td+sft"], recipe["td+opd"], "Table 2")
+    ask("table-2", "Is OPD better after TD?", recipe["opd"], recipe["td+opd"], "Table 2")
+    ready = ready_runs(lines)
+    for td_steps in READY_STARTS:
+        asked = f"A teacher of another style, {td_steps} steps of TD: is OPD better than more TD?"
+        asked += " (primary)" if td_steps != 200 else ""
+        own = ready.get(("style", td_steps, "td")), ready.get(("style", td_steps, "opd"))
+        ask("ready", asked, *own, "Readiness")
+
+    measures = validate.analyse(overlap_table(lines))["measures"]
+    for name, key, asked in (
+        ("vuss", "r_p", "VUSS at k = 32 (primary)"),
+        ("top1", "r_p_holm", "top-1 agreement"),
+    ):
+        p = measures[name][key]
+        figure = f"r {measures[name]['r']:+.2f}, p {eval.p_text(p)}".replace("-", "−")
+        rows.append([f"Does {asked} tell the gain?", figure, "yes" if p < 0.05 else "no", "Table 3"])
+
+    supports = support_runs(lines)
+    flags = ablation_runs(lines)
+    asked = "Is the KL on shared ids better than on the union?"
+    ask("support", asked, supports["union (k = 32)"], supports["intersection"], "Table 3")
+    asked = "Is it better to train the adapter alone? (one of 18 flags, not corrected)"
+    ask("ablation", asked, flags["default"], flags["parts-adapter"], "Ablations")
+    return markdown(["question", "change, or r (95 %: other seeds and speakers)", "answer", "section"], rows)
+
+
 # ---- all tables --------------------------------------------------------------------------------------------
 
 # Name → the table, and the question whose runs it needs.
 TABLES = {
+    "answers": (answers, "table-1"),
     "tune": (tuning, "tune"),
     "arms": (arms, "table-1"),
-    "arms-short": (arms_short, "table-1"),
     "arms-contrasts": (arms_contrasts, "table-1"),
     "rate-contrasts": (rate_contrasts, "rate"),
     "recipe": (recipe, "table-2"),
@@ -1185,7 +1250,7 @@ def main():
     for question in shown_questions(lines) & PICTURES.keys():
         PICTURES[question](lines)
     if args.write:
-        for path in (ROOT / "RESULTS.md", ROOT / "README.md"):
+        for path in DOCUMENTS:
             path.write_text(with_tables(path.read_text(encoding="utf-8"), tables), encoding="utf-8")
 
 
