@@ -6,6 +6,7 @@
     python example/make.py tokenizer    # byte-level BPE of 512 tokens -> --work
     python example/make.py models       # teacher and base by sft.py, which share the tokenizer -> example/
     python example/make.py all
+    python example/make.py fresh        # after extra: what neither has heard, for experiments -> --work
 
 Provenance: every sentence comes from the two grammars below, which were written for this example. The
 speech is synthesised by espeak-ng 1.51 (formant synthesis, GPL-3 program) and flite 2.2 (voices kal16, slt,
@@ -16,7 +17,7 @@ the `cmn` voice of 1.51 spells the pinyin with English sounds ("qing three" for 
 Every random choice of a clip is from a generator seeded by (seed, set, clip number), so a clip can be
 rebuilt alone and the number of worker processes changes nothing. A sentence belongs to exactly one of train
 + extra, dev and each test set by the hash of its text; speakers are disjoint between train + extra, dev and
-test by the lists below.
+test by the lists below. The fresh set has speakers of its own, and no sentence of train + extra.
 """
 
 import argparse
@@ -44,6 +45,7 @@ OPUS_LEVEL = 0.967  # libsndfile: bit rate = (1 - level) * 250 kbit/s + 6 kbit/s
 N_TRAIN = 1200
 N_DEV = 120
 N_TEST = 120  # 6 clips of each of 20 voices
+N_FRESH = 1500  # about an hour
 EXTRA_SHARD = 2000  # clips in one tar of the extra set
 # The base learns from the first hours of the extra set: clean clips, and few of the degraded ones. So the
 # unlabelled audio of train has something to teach: conditions that the base has hardly heard.
@@ -124,9 +126,12 @@ EXTRA = {
     "en": TRAIN["en"] + ["flite+awb"] + voices_of(MORE_VARIANTS)["en"],
     "zh": TRAIN["zh"] + voices_of(MORE_VARIANTS)["zh"],
 }
-SPEAKERS = {"train": TRAIN, "extra": EXTRA, "dev": DEV}  # the other sets: TEST
+FRESH = voices_of(
+    "adam announcer AnxiousAndy edward2 Gene2 Hugo Jacky klatt4 klatt5 michel RicishayMax Tweaky".split()
+)
+SPEAKERS = {"train": TRAIN, "extra": EXTRA, "dev": DEV, "fresh": FRESH}  # the other sets: TEST
 
-# set -> (language, condition); dev takes them in this order, N_DEV / 5 clips each
+# set -> (language, condition); dev and fresh take them in this order, a fifth of their clips each
 TESTS = {
     "en-clean": ("en", "clean"),
     "en-other": ("en", "noisy"),
@@ -215,6 +220,7 @@ def chinese(rng):
 
 
 GRAMMARS = {"en": english, "zh": chinese}
+HEARD = set()  # sentences of train and extra, which the fresh set must not have
 
 
 def set_of_text(text):
@@ -358,9 +364,10 @@ def degrade(x, condition, set_name, language, rng):
 
 
 def draw_text(set_name, language, rng):
+    family = "train" if set_name in ("extra", "fresh") else set_name
     while True:
         text = GRAMMARS[language](rng)
-        if set_of_text(text) == set_name.replace("extra", "train"):
+        if set_of_text(text) == family and not (set_name == "fresh" and text in HEARD):
             return text
 
 
@@ -372,7 +379,8 @@ def make_clip(job):
         language, turn = ("en", "zh")[number % 2], number // 2
         condition = str(rng.choice(CONDITIONS, p=TRAIN_MIX[language]))
     else:
-        kind = list(TESTS)[number * len(TESTS) // N_DEV] if set_name == "dev" else set_name
+        n_clips = {"dev": N_DEV, "fresh": N_FRESH}.get(set_name)
+        kind = list(TESTS)[number * len(TESTS) // n_clips] if n_clips else set_name
         language, condition = TESTS[kind]
         turn = number
     speakers = SPEAKERS.get(set_name, TEST)[language]
@@ -383,7 +391,7 @@ def make_clip(job):
         if MIN_S <= len(x) / RATE_HZ <= MAX_S:
             break
     file = io.BytesIO()
-    if set_name == "extra":
+    if set_name in ("extra", "fresh"):
         sf.write(file, x, RATE_HZ, format="FLAC", subtype="PCM_16")
         data = file.getvalue()
     else:
@@ -431,7 +439,7 @@ def with_serial(ogg, serial):
 
 def add_to_tar(tar, line, data):
     """Appends a clip to an open tar -> its manifest line, which finds the bytes without the tar's headers."""
-    suffix = ".flac" if line["id"].startswith("extra") else ".ogg"
+    suffix = ".flac" if line["id"].startswith(("extra", "fresh")) else ".ogg"
     header = tarfile.TarInfo(line["id"] + suffix)  # mtime and uid are 0
     header.size = len(data)
     offset = tar.offset + 512  # a ustar header is one block
@@ -478,6 +486,17 @@ def make_extra(args):
                         seconds += clip[0]["duration"]
         write_manifest(args.work / "extra.jsonl", lines)
         write_manifest(args.work / "labelled.jsonl", labelled_lines(lines))
+
+
+def make_fresh(args):
+    """Audio whose voices and sentences are neither in train nor in the extra set."""
+    for path in (HERE / "train.jsonl", args.heard or args.work / "extra.jsonl"):
+        with open(path, encoding="utf-8") as file:
+            HEARD.update(json.loads(line)["text"] for line in file)
+    args.work.mkdir(parents=True, exist_ok=True)
+    with multiprocessing.Pool(args.workers) as pool, new_tar(args.work / "fresh.tar") as tar:
+        clips = pool.imap(make_clip, [(args.seed, "fresh", n) for n in range(N_FRESH)], chunksize=8)
+        write_manifest(args.work / "fresh.jsonl", [add_to_tar(tar, *clip) for clip in clips])
 
 
 def labelled_lines(extra_lines):
@@ -661,10 +680,11 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("stage", choices=["audio", "extra", "tokenizer", "models", "all"])
+    parser.add_argument("stage", choices=["audio", "extra", "tokenizer", "models", "all", "fresh"])
     add = parser.add_argument
     add("--work", type=Path, default=Path("/tmp/asr-opd-example"), help="folder of what is not shipped")
     add("--extra-hours", type=float, default=8.0, help="hours of extra training audio, 0: none")
+    add("--heard", type=Path, help="manifest of the extra set, for fresh; WORK/extra.jsonl if absent")
     add("--seed", type=int, default=0, help="the shipped example: 0")
     add("--workers", type=int, default=2, help="processes; changes nothing but the time")
     return parser.parse_args(argv)
@@ -675,7 +695,9 @@ def main(args):
         if args.stage != "models" and shutil.which(program) is None:
             raise SystemExit(f"make.py: {program} is missing: apt-get install espeak-ng flite")
     stages = {"audio": make_audio, "extra": make_extra, "tokenizer": make_tokenizer, "models": make_models}
-    for name in stages if args.stage == "all" else [args.stage]:
+    chosen = list(stages) if args.stage == "all" else [args.stage]
+    stages["fresh"] = make_fresh
+    for name in chosen:
         start = time.time()
         stages[name](args)
         print(f"{name}: {time.time() - start:.0f} s")

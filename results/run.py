@@ -35,7 +35,7 @@ import numpy as np
 
 import data
 import eval
-from results import validate
+from results import labels, validate
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -115,6 +115,17 @@ for name, lr, manifests in (
     )
 SCALE_BASE = f"{FOLDER}/scale-base/step-800/model"
 SCALE_TEACHER = f"{FOLDER}/scale-teacher/model"
+
+# Fresh audio: neither the example's models nor weaker teachers have heard its voices or sentences.
+MODELS["extra-8"] = "example/make.py extra --work {out}"
+MODELS["fresh"] = f"example/make.py fresh --heard {FOLDER}/extra-8/extra.jsonl --work {{out}}"
+FRESH = f"{FOLDER}/fresh/fresh.jsonl"
+LABEL_TEACHERS = {"good": TEACHER, "weak": f"{FOLDER}/teachers/step-1600/model"}
+for name, model in LABEL_TEACHERS.items():
+    MODELS[f"written-{name}"] = (
+        f"overlap.py --student {model} --teacher {model} --states teacher --data {FRESH} --out {{out}}"
+    )
+    MODELS[f"labels-{name}"] = f"-m results.labels {FRESH} {FOLDER}/written-{name}/clips.jsonl {{out}}"
 
 TD_STUDENTS = (1000, 1300, 1600)  # checkpoints that get TD
 for n_steps in TD_STUDENTS:
@@ -221,6 +232,12 @@ RESCUES = {
     "student-share-0.5": "--states teacher --student-share 0.5",
 }
 RESCUE_STARTS = [0, 100]
+
+# Audio without transcripts: the three arms that one has, and the two that transcripts would bring.
+LABEL_ARMS = ["opd", "teacher-kl", "ce-teacher", "offline-kl", "ce-reference"]
+LABEL_RATES = [5e-4, 1e-3, 2e-3]
+LABEL_RATE = 1e-3  # that of all arms, beside their tuned ones
+LABEL_SEEDS = {"tuned": 6, "common": 3, "filter": 3}
 
 
 def experiments(finished):
@@ -349,6 +366,7 @@ def experiments(finished):
             runs.append(opd_run("ablation", arm, seed, rates["opd"], steps=100, flags=flags))
 
     runs += ready_runs()
+    runs += label_runs(finished)
 
     # The larger instance, its learning rates again by the error on dev after 100 steps.
     for arm in TUNED_ARMS:
@@ -476,6 +494,48 @@ def ready_run(question, arm, teacher, seed, td_steps, *, lr=READY_LR, flags=""):
     return {**run, "teacher": model, "td_steps": td_steps}
 
 
+def label_runs(finished):
+    """Question 9: audio without transcripts that no teacher has heard. OPD, or SFT on what they write?"""
+    runs = []
+    for teacher, model in LABEL_TEACHERS.items():
+        runs.append(eval_run("labels", f"teacher-{teacher}", model, f"{TESTS} {FRESH}"))
+    runs.append(eval_run("labels", "base", BASE, f"{TESTS} {FRESH}"))
+    pairs = []
+    for teacher in LABEL_TEACHERS:
+        for arm in LABEL_ARMS:
+            if (teacher, arm) != ("weak", "ce-reference"):  # which reads no teacher: once is enough
+                pairs.append((teacher, arm))
+    rates = {}
+    for teacher, arm in pairs:
+        for lr in LABEL_RATES:
+            runs.append(label_run("labels-tune", arm, teacher, 0, lr, steps=100, sets=DEV))
+        rates[teacher, arm] = tuned_rate(arm, finished, "labels-tune", LABEL_RATES, LABEL_TEACHERS[teacher])
+    if None in rates.values():
+        return runs
+    for seed in range(LABEL_SEEDS["tuned"]):
+        for teacher, arm in pairs:
+            runs.append(label_run("labels", arm, teacher, seed, rates[teacher, arm]))
+    for seed in range(LABEL_SEEDS["filter"]):
+        lr = rates["weak", "ce-teacher"]
+        runs.append(label_run("labels-filter", "ce-teacher", "weak", seed, lr, train="best"))
+    for seed in range(LABEL_SEEDS["common"]):
+        for teacher, arm in pairs:
+            if rates[teacher, arm] != LABEL_RATE:
+                runs.append(label_run("labels-rate", arm, teacher, seed, LABEL_RATE))
+    return runs
+
+
+def label_run(question, arm, teacher, seed, lr, *, steps=200, sets=None, train="fresh"):
+    """A run of opd.py on the fresh audio, or the half of it with the best transcripts; scored there too."""
+    folder = f"{FOLDER}/labels-{teacher}"
+    sets = sets or f"{TESTS} {folder}/fresh.jsonl"
+    flags = f"--train {folder}/{train}.jsonl"
+    model = LABEL_TEACHERS[teacher]
+    run = opd_run(question, arm, seed, lr, steps=steps, teacher=model, flags=flags, sets=sets)
+    run["name"] += f"-{teacher}"
+    return run
+
+
 def pair_run(student, teacher, seed, lr):
     """A cell of question 3: 100 steps of OPD of one student with one teacher."""
     run = opd_run("table-3", "opd", seed, lr, steps=100, student=STUDENTS[student], teacher=TEACHERS[teacher])
@@ -501,11 +561,14 @@ def overlap_run(question, name, student, teacher):
     }
 
 
-def tuned_rate(arm, finished, question="tune", rates=LEARNING_RATES):
-    """The learning rate with the lowest error on dev, or None while the grid is not finished."""
+def tuned_rate(arm, finished, question="tune", rates=LEARNING_RATES, teacher=None):
+    """The learning rate with the lowest error on dev, or None while the grid is not finished.
+
+    teacher: the one of a question with several.
+    """
     errors = {}
     for line in finished:
-        if line["question"] == question and line["arm"] == arm:
+        if line["question"] == question and line["arm"] == arm and teacher in (None, line["teacher"]):
             errors[line["lr"]] = sum(line["errors"]["dev"])
     if len(errors) < len(rates):
         return None
@@ -603,6 +666,9 @@ def line_of(run, seconds):
         line["health"] = health(folder)
     if script == "opd.py":
         line["vuss"] = vuss_of(out / "metrics.jsonl", at_every_k=run["question"] == "table-2")
+    if script == "opd.py" and run["question"] in ("labels", "labels-filter", "labels-rate"):
+        line["shared"] = labels.shared_errors(data.read_lines(folder / "fresh.jsonl"))
+        line["shared_before"] = labels.shared_errors(data.read_lines(out / "eval-0" / "fresh.jsonl"))
     if run["question"] == "ready" and run["arm"] == "opd":
         line["errors_before"] = errors_by_speaker(out / "eval-0", normalizer)
         first = data.read_lines(out / "metrics.jsonl")[0]
@@ -685,7 +751,8 @@ def finish(job, seconds, has_line):
 
 
 QUESTIONS = ["tune", "table-1", "rate", "table-2", "td-rate", "table-3", "support", "digits", "strength"]
-QUESTIONS += ["amount", "robustness", "base-2", "ablation", "ready", "ready-rescue", "scale-tune", "scale"]
+QUESTIONS += ["amount", "robustness", "base-2", "ablation", "ready", "ready-rescue", "labels-tune", "labels"]
+QUESTIONS += ["labels-filter", "labels-rate", "scale-tune", "scale"]
 
 
 def parse_args(argv=None):

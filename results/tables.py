@@ -1,7 +1,7 @@
 """Computes the tables and pictures of RESULTS.md from results/runs.jsonl, by the statistics of eval.py.
 
     python -m results.tables            # prints the tables, writes the pictures
-    python -m results.tables --write    # and puts the tables where RESULTS.md and README.md have their marks
+    python -m results.tables --write    # and puts the tables where the documents have their marks
 
 A table stands between the lines <!-- table NAME --> and <!-- end -->. A question whose runs are not all
 finished has no table yet, but for question 3, where a student counts once it has met every teacher.
@@ -25,7 +25,12 @@ from results import seeds, validate
 from results.run import (
     ABLATIONS,
     ARMS,
+    BASE,
     BASE_2,
+    LABEL_ARMS,
+    LABEL_RATE,
+    LABEL_RATES,
+    LABEL_TEACHERS,
     LEARNING_RATES,
     N_TD_SEEDS,
     READY_STARTS,
@@ -44,6 +49,7 @@ from results.run import (
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent
+DOCUMENTS = [ROOT / "RESULTS.md", ROOT / "README.md", HERE / "tables.md"]  # which have tables
 
 KS = [1, 2, 4, 8, 16, 32]
 
@@ -143,11 +149,14 @@ CONTRAST_HEADER = ["macro change, %", "mean", "each seed", "sd over seeds"]
 CONTRAST_HEADER += ["95 %: other speakers", "95 %: other seeds and speakers", "p"]
 
 
-def contrast_row(name, runs_a, runs_b):
-    """B against A, paired by seed: the macro change with its three spreads."""
+def change_between(runs_a, runs_b):
+    """The macro change of B against A, paired by seed, with its three spreads."""
     runs_a, runs_b = paired(runs_a, runs_b)
-    figures = seeds.change_over_seeds(joint_counts(runs_a + runs_b), len(runs_a), is_paired=True)
-    return figures_row(name, figures)
+    return seeds.change_over_seeds(joint_counts(runs_a + runs_b), len(runs_a), is_paired=True)
+
+
+def contrast_row(name, runs_a, runs_b):
+    return figures_row(name, change_between(runs_a, runs_b))
 
 
 def figures_row(name, figures):
@@ -231,21 +240,24 @@ def draw_opd_against_offline(path, conditions):
 # ---- question 1 --------------------------------------------------------------------------------------------
 
 
-def tuning(lines):
-    """The grid of learning rates: error on dev after 100 steps, a row an arm."""
+def tuning(lines, question="tune", rates=LEARNING_RATES):
+    """The grid of learning rates: error on dev after 100 steps, a row an arm, and a teacher of question 9."""
     grid = collections.defaultdict(dict)  # arm → {learning rate: error}
     for line in lines:
-        if line["question"] == "tune":
-            grid[line["arm"]][line["lr"]] = rate(line, "dev")
+        if line["question"] == question:
+            name = line["arm"]
+            if question == "labels-tune" and name != "ce-reference":
+                name += f", {label_teacher(line)} teacher"
+            grid[name][line["lr"]] = rate(line, "dev")
     rows = []
     for arm, errors in grid.items():
         best = min(errors, key=errors.get)
         row = [arm]
-        for lr in LEARNING_RATES:
+        for lr in rates:
             cell = f"{errors[lr]:.2f}"
             row.append(f"**{cell}**" if lr == best else cell)
         rows.append(row)
-    header = ["error on dev, %"] + [f"lr {lr:g}" for lr in LEARNING_RATES]
+    header = ["error on dev, %"] + [f"lr {lr:g}" for lr in rates]
     return markdown(header, rows)
 
 
@@ -275,17 +287,6 @@ def arms(lines):
 def draw_arms(lines):
     runs, base, _ = arm_runs(lines)
     draw_changes(HERE / "table-1.png", runs, base)
-
-
-def arms_short(lines):
-    """Table 1 for the README."""
-    runs, base, teacher = arm_runs(lines)
-    rows = [[*rates_row("base", [base])[:-1], "", ""]]
-    for arm in ARMS:
-        own = runs[arm]
-        rows.append([*rates_row(f"`{arm}`", own)[:-1], change_cell(own, base), str(len(own))])
-    rows.append([*rates_row("teacher", [teacher])[:-1], "", ""])
-    return markdown(["%", *TEST_SETS, "mean", "macro change", "seeds"], rows)
 
 
 def arms_contrasts(lines):
@@ -926,6 +927,105 @@ def rescue(lines):
     return markdown(header, rows)
 
 
+# ---- question 9 --------------------------------------------------------------------------------------------
+
+
+def label_teacher(line):
+    """The name of a line's teacher."""
+    return next(name for name, model in LABEL_TEACHERS.items() if model == line["teacher"])
+
+
+def label_runs(lines, question="labels"):
+    """{(teacher, arm): its lines, by seed}; ce-reference reads no teacher, and belongs to both."""
+    runs = collections.defaultdict(list)
+    for line in lines:
+        if line["question"] == question and "arm" in line:
+            names = LABEL_TEACHERS if line["arm"] == "ce-reference" else [label_teacher(line)]
+            for name in names:
+                runs[name, line["arm"]].append(line)
+    return {key: sorted(own, key=lambda line: line["seed"]) for key, own in runs.items()}
+
+
+def inherited(shares):
+    """Which part of the teacher's errors on the fresh audio the student makes too, %."""
+    return f"{100 * sum(share['shared'] for share in shares) / sum(share['teacher'] for share in shares):.1f}"
+
+
+def label_arms(lines):
+    """Both teachers with their students: the test sets, the fresh audio, and errors taken over."""
+    runs = label_runs(lines)
+    base = evaluation_of(lines, "labels", BASE)
+    shared_before = {}
+    for teacher in LABEL_TEACHERS:
+        shared_before[teacher] = inherited([line["shared_before"] for line in runs[teacher, "opd"]])
+    before = ", ".join(f"{share} of the {teacher} teacher's" for teacher, share in shared_before.items())
+    rows = [["base", *rates_row("", [base])[1:], f"{rate(base, 'fresh'):.1f}", "", before, ""]]
+    for teacher, model in LABEL_TEACHERS.items():
+        line = evaluation_of(lines, "labels", model)
+        rows.append(
+            [f"{teacher} teacher", *rates_row("", [line])[1:], f"{rate(line, 'fresh'):.1f}", "", "", ""]
+        )
+        for arm in LABEL_ARMS:
+            own = runs[teacher, arm]
+            if (teacher, arm) == ("weak", "ce-reference"):  # the row of the good teacher
+                continue
+            fresh = np.mean([rate(line, "fresh") for line in own])
+            row = rates_row(f"{arm}, {teacher}", own) + [f"{fresh:.1f}", change_cell(own, base)]
+            rows.append([*row, inherited([line["shared"] for line in own]), f"{own[0]['lr']:g}"])
+    shared = "errors of the teacher taken over, %"
+    return markdown(["%", *RATES_HEADER, "fresh audio", "macro change", shared, "lr"], rows)
+
+
+def label_contrasts(lines):
+    """What one has without transcripts, against each other and against what transcripts would bring."""
+    runs = label_runs(lines)
+    rows = []
+    for arm, other in (
+        ("opd", "ce-teacher"),
+        ("opd", "teacher-kl"),
+        ("opd", "offline-kl"),
+        ("opd", "ce-reference"),
+        ("ce-teacher", "ce-reference"),
+    ):
+        for teacher in ("weak", "good"):
+            name = f"{arm} against {other}, {teacher} teacher"
+            if (arm, other, teacher) == ("opd", "ce-teacher", "weak"):
+                name = f"**{name}** (primary)"
+            rows.append(contrast_row(name, runs[teacher, other], runs[teacher, arm]))
+    return markdown(CONTRAST_HEADER, rows)
+
+
+def label_filter(lines):
+    """SFT on the half of the clips with the best transcripts of the weak teacher."""
+    best = label_runs(lines, "labels-filter")["weak", "ce-teacher"]
+    runs = label_runs(lines)
+    rows = [
+        contrast_row("ce-teacher: the better half against all clips", runs["weak", "ce-teacher"], best),
+        contrast_row("opd against ce-teacher on the better half", best, runs["weak", "opd"]),
+    ]
+    return markdown(CONTRAST_HEADER, rows)
+
+
+def label_rates(lines):
+    """The arms at one learning rate, where some have another of their own."""
+    tuned = label_runs(lines)
+    common = label_runs(lines, "labels-rate")
+    runs = {}
+    for key, own in tuned.items():
+        runs[key] = own if own[0]["lr"] == LABEL_RATE else common[key]
+    rows = []
+    for other in LABEL_ARMS[1:]:
+        for teacher in ("weak", "good"):
+            name = f"opd against {other}, {teacher} teacher, both with lr {LABEL_RATE:g}"
+            rows.append(contrast_row(name, runs[teacher, other], runs[teacher, "opd"]))
+    return markdown(CONTRAST_HEADER, rows)
+
+
+def draw_labels(lines):
+    runs = {f"{arm}, {teacher}": own for (teacher, arm), own in label_runs(lines).items()}
+    draw_changes(HERE / "labels.png", runs, evaluation_of(lines, "labels", BASE))
+
+
 # ---- another base, and a larger instance -------------------------------------------------------------------
 
 
@@ -970,13 +1070,85 @@ def draw_other_base(lines):
     draw_opd_against_offline(HERE / "base-2.png", runs)
 
 
+# ---- the answers -------------------------------------------------------------------------------------------
+
+
+def answer_row(asked, figures, section):
+    """A question "Is B better than A?" with its change: yes, no, or open where 0 is in the interval."""
+    answer = "yes" if figures["value"] < 0 else "no"
+    if figures["low"] <= 0 <= figures["high"]:
+        answer = "open"
+    figure = f"{signed(figures['value'])} % ({spread(figures['low'], figures['high'])})"
+    return [asked, figure, answer, section]
+
+
+def answers(lines):
+    """What was asked, the figure, the answer, the section. What has unfinished runs is left out."""
+    shown = shown_questions(lines)
+    rows = []
+
+    def ask(question, asked, runs_a, runs_b, section):
+        if question in shown:
+            rows.append(answer_row(asked, change_between(runs_a, runs_b), section))
+
+    arms, _, _ = arm_runs(lines)
+    larger = runs_of(lines, "scale")
+    base_2 = runs_of(lines, "base-2")
+    asked = "Are the student's own transcripts better than references? `opd` against `offline-kl`"
+    ask("table-1", f"{asked} (primary)", arms["offline-kl"], arms["opd"], "Table 1")
+    ask("rate", "… at one learning rate", same_rate_runs(lines), arms["opd"], "Table 1")
+    ask("base-2", "… from another base", base_2["offline-kl"], base_2["opd"], "Table 1")
+    ask("scale", "… thirty times larger", larger["offline-kl"], larger["opd"], "A larger instance")
+    digit_lines, _, stems = digit_runs(lines)
+    counts, n_seeds = digit_counts(digit_lines["offline-kl with opd's lr"], digit_lines["opd"], stems)
+    at_one_rate = seeds.change_over_seeds(counts, n_seeds, is_paired=True)
+    rows.append(answer_row("… human speech, at one learning rate", at_one_rate, "Human speech"))
+    asked = "Is KL better than cross-entropy on references? `offline-kl` against `ce-reference`"
+    ask("table-1", asked, arms["ce-reference"], arms["offline-kl"], "Table 1")
+
+    labels = label_runs(lines)
+    for teacher in LABEL_TEACHERS:
+        asked = f"Audio without transcripts, a {teacher} teacher: is `opd` better than `ce-teacher`?"
+        asked += " (primary)" if teacher == "weak" else ""
+        own = labels.get((teacher, "ce-teacher")), labels.get((teacher, "opd"))
+        ask("labels", asked, *own, "Audio without transcripts")
+
+    recipe = recipe_runs(lines)
+    asked = "Is OPD after TD better than more SFT? (one of four, not corrected)"
+    ask("table-2", asked, recipe["td+sft"], recipe["td+opd"], "Table 2")
+    ask("table-2", "Is OPD better after TD?", recipe["opd"], recipe["td+opd"], "Table 2")
+    ready = ready_runs(lines)
+    for td_steps in READY_STARTS:
+        asked = f"A teacher of another style, {td_steps} steps of TD: is OPD better than more TD?"
+        asked += " (primary)" if td_steps != 200 else ""
+        own = ready.get(("style", td_steps, "td")), ready.get(("style", td_steps, "opd"))
+        ask("ready", asked, *own, "Readiness")
+
+    measures = validate.analyse(overlap_table(lines))["measures"]
+    for name, key, asked in (
+        ("vuss", "r_p", "VUSS at k = 32 (primary)"),
+        ("top1", "r_p_holm", "top-1 agreement"),
+    ):
+        p = measures[name][key]
+        figure = f"r {measures[name]['r']:+.2f}, p {eval.p_text(p)}".replace("-", "−")
+        rows.append([f"Does {asked} tell the gain?", figure, "yes" if p < 0.05 else "no", "Table 3"])
+
+    supports = support_runs(lines)
+    flags = ablation_runs(lines)
+    asked = "Is the KL on shared ids better than on the union?"
+    ask("support", asked, supports["union (k = 32)"], supports["intersection"], "Table 3")
+    asked = "Is it better to train the adapter alone? (one of 18 flags, not corrected)"
+    ask("ablation", asked, flags["default"], flags["parts-adapter"], "Ablations")
+    return markdown(["question", "change, or r (95 %: other seeds and speakers)", "answer", "section"], rows)
+
+
 # ---- all tables --------------------------------------------------------------------------------------------
 
 # Name → the table, and the question whose runs it needs.
 TABLES = {
+    "answers": (answers, "table-1"),
     "tune": (tuning, "tune"),
     "arms": (arms, "table-1"),
-    "arms-short": (arms_short, "table-1"),
     "arms-contrasts": (arms_contrasts, "table-1"),
     "rate-contrasts": (rate_contrasts, "rate"),
     "recipe": (recipe, "table-2"),
@@ -996,6 +1168,11 @@ TABLES = {
     "ready-measures": (ready_measures, "ready"),
     "ready-thresholds": (ready_thresholds, "ready"),
     "ready-rescue": (rescue, "ready-rescue"),
+    "labels-tune": (functools.partial(tuning, question="labels-tune", rates=LABEL_RATES), "labels-tune"),
+    "labels": (label_arms, "labels"),
+    "labels-contrasts": (label_contrasts, "labels"),
+    "labels-filter": (label_filter, "labels-filter"),
+    "labels-rate": (label_rates, "labels-rate"),
     "base-2": (other_base, "base-2"),
     "scale": (scale, "scale"),
 }
@@ -1011,6 +1188,7 @@ PICTURES = {
     "robustness": draw_robustness,
     "ablation": draw_ablations,
     "ready": draw_ready,
+    "labels": draw_labels,
     "base-2": draw_other_base,
     "scale": draw_scale,
 }
@@ -1024,6 +1202,8 @@ BESIDE = {
     "amount": {"table-1", "rate"},
     "ablation": {"table-1"},
     "ready-rescue": {"ready"},
+    "labels-filter": {"labels"},
+    "labels-rate": {"labels"},
     "base-2": {"table-1"},
 }
 
@@ -1070,7 +1250,7 @@ def main():
     for question in shown_questions(lines) & PICTURES.keys():
         PICTURES[question](lines)
     if args.write:
-        for path in (ROOT / "RESULTS.md", ROOT / "README.md"):
+        for path in DOCUMENTS:
             path.write_text(with_tables(path.read_text(encoding="utf-8"), tables), encoding="utf-8")
 
 

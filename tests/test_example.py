@@ -46,6 +46,8 @@ def test_training_dev_and_tests_share_no_voice_and_no_sentence(clips):
         assert not voices[a] & voices[b]
     extra = {variant_of(speaker) for speaker in make.EXTRA["en"] + make.EXTRA["zh"]}
     assert not extra & (voices[1] | voices[2])
+    fresh = {variant_of(speaker) for speaker in make.FRESH["en"] + make.FRESH["zh"]}
+    assert not fresh & (extra | voices[0] | voices[1] | voices[2])
 
 
 @pytest.mark.parametrize("name", ["teacher", "base"])
