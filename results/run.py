@@ -445,11 +445,11 @@ def ready_runs():
                     runs.append(ready_overlap_run(teacher, seed, td_steps))
                 for arm in ("opd", "td"):
                     runs.append(ready_run("ready", arm, teacher, seed, td_steps))
-    # Behind all others, so that a stop leaves seeds that have the primary comparison.
+    # Behind those of the primary comparison.
     for seed in range(READY_SEEDS):
         for teacher in READY_TEACHERS:
             for td_steps in READY_STARTS:
-                runs.append(ready_run("ready", "teacher-kl", teacher, seed, td_steps))
+                runs.append(ready_run("ready-kl", "teacher-kl", teacher, seed, td_steps))
     for seed in range(2):
         for td_steps in RESCUE_STARTS:
             for arm, flags in RESCUES.items():
@@ -751,8 +751,8 @@ def finish(job, seconds, has_line):
 
 
 QUESTIONS = ["tune", "table-1", "rate", "table-2", "td-rate", "table-3", "support", "digits", "strength"]
-QUESTIONS += ["amount", "robustness", "base-2", "ablation", "ready", "ready-rescue", "labels-tune", "labels"]
-QUESTIONS += ["labels-filter", "labels-rate", "scale-tune", "scale"]
+QUESTIONS += ["amount", "robustness", "base-2", "ablation", "ready", "ready-kl", "ready-rescue"]
+QUESTIONS += ["labels-tune", "labels", "labels-filter", "labels-rate", "scale-tune", "scale"]
 
 
 def parse_args(argv=None):

@@ -60,7 +60,7 @@ BASELINES = ["error_between", "token_agreement", "trigram_f1"]
 # Measures of question 8, which may tell whether OPD is the better next step. VUSS at k = 1 is 2 − top1.
 READY_MEASURES = ["kl_full", "top1", *(f"vuss_{k}" for k in KS[1:-1]), "vuss", "teacher_logp", "looping"]
 READY_MEASURES += ["error_student"]
-READY_ARMS = {"opd": "OPD", "teacher-kl": "teacher-kl", "td": "more TD"}
+READY_ARMS = {"opd": "OPD", "td": "more TD", "teacher-kl": "teacher-kl"}
 
 # ---- figures of runs ---------------------------------------------------------------------------------------
 
@@ -732,14 +732,22 @@ def draw_ablations(lines):
 # ---- question 8 --------------------------------------------------------------------------------------------
 
 
-def ready_runs(lines, question="ready"):
+def ready_runs(lines, questions=("ready", "ready-kl")):
     """{(teacher, steps of TD, arm): its lines, by seed} of the runs that begin there."""
     runs = collections.defaultdict(list)
     names = {model: name for name, (model, _) in READY_TEACHERS.items()}
     for line in lines:
-        if line["question"] == question and "td_steps" in line and "errors" in line:
+        if line["question"] in questions and "td_steps" in line and "errors" in line:
             runs[names[line["teacher"]], line["td_steps"], line["arm"]].append(line)
     return {key: sorted(own, key=lambda line: line["seed"]) for key, own in runs.items()}
+
+
+def ready_arms(lines):
+    """{arm: its name in a table} of the arms whose runs are through."""
+    arms = dict(READY_ARMS)
+    if "ready-kl" not in shown_questions(lines):
+        del arms["teacher-kl"]
+    return arms
 
 
 def errors_before(lines):
@@ -750,6 +758,7 @@ def errors_before(lines):
 def ready(lines):
     """The error before, and after 100 steps of each arm, by the steps of TD."""
     runs = ready_runs(lines)
+    arms = ready_arms(lines)
     rows = []
     for teacher in READY_TEACHERS:
         for td_steps in READY_STARTS:
@@ -757,18 +766,20 @@ def ready(lines):
             if td_steps == 0:
                 before = before[:1]  # the base is the same for all seeds
             row = [teacher, str(td_steps), each_rate(before)]
-            for arm in READY_ARMS:
+            for arm in arms:
                 row.append(each_rate(runs[teacher, td_steps, arm]))
             rows.append(row)
     header = ["mean error, %, each seed: teacher", "steps of TD", "before"]
-    return markdown([*header, *READY_ARMS.values()], rows)
+    return markdown([*header, *arms.values()], rows)
 
 
 def ready_contrasts(lines):
     """The arms against each other at each start; the primary comparison is OPD against more TD."""
     runs = ready_runs(lines)
     rows = []
-    for arm, other in (("opd", "td"), ("teacher-kl", "td"), ("opd", "teacher-kl")):
+    pairs = [("opd", "td"), ("teacher-kl", "td"), ("opd", "teacher-kl")]
+    arms = ready_arms(lines)
+    for arm, other in [pair for pair in pairs if arms.keys() >= set(pair)]:
         for teacher in READY_TEACHERS:
             for td_steps in READY_STARTS:
                 own = runs[teacher, td_steps, arm]
@@ -891,7 +902,7 @@ def draw_ready(lines):
     base = errors_before(runs["shipped", 0, "opd"])[0]
     figure = Figure(figsize=(8, 3.4), layout="constrained")
     for axis, teacher in zip(figure.subplots(1, 2, sharey=True), READY_TEACHERS):
-        for arm, name in READY_ARMS.items():
+        for arm, name in ready_arms(lines).items():
             changes = []
             for td_steps in READY_STARTS:
                 own = runs[teacher, td_steps, arm]
@@ -912,7 +923,7 @@ def draw_ready(lines):
 def rescue(lines):
     """OPD with one flag, from a student without TD and one with a little: seeds 0 and 1."""
     runs = {key: own[:2] for key, own in ready_runs(lines).items()}
-    runs.update(ready_runs(lines, "ready-rescue"))
+    runs.update(ready_runs(lines, ["ready-rescue"]))
     rows = []
     for arm in ("before", *READY_ARMS, *RESCUES):
         row = [READY_ARMS.get(arm, arm)]
@@ -1201,7 +1212,7 @@ BESIDE = {
     "strength": {"table-1", "rate"},
     "amount": {"table-1", "rate"},
     "ablation": {"table-1"},
-    "ready-rescue": {"ready"},
+    "ready-rescue": {"ready", "ready-kl"},
     "labels-filter": {"labels"},
     "labels-rate": {"labels"},
     "base-2": {"table-1"},

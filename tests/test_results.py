@@ -144,7 +144,7 @@ def test_the_next_steps_from_a_student_differ_in_nothing_else():
     shared = ["seed", "steps", "batch_size", "lr", "warmup_steps", "weight_decay", "clip", "eval"]
     arms = {}  # (teacher, seed, steps of TD) → arm → its settings
     for run in driver.ready_runs():
-        if run["question"] == "ready" and "td_steps" in run and "arm" in run:
+        if run["question"] in ("ready", "ready-kl") and "td_steps" in run and "arm" in run:
             script, *flags = shlex.split(driver.command_of(run))
             args = SCRIPTS[script].parse_args([flag.replace("@", f"@{ROOT}/") for flag in flags])
             start = args.model if script == "sft.py" else args.student
