@@ -1118,11 +1118,10 @@ def answers(lines):
     ask("table-1", asked, arms["ce-reference"], arms["offline-kl"], "Table 1")
 
     labels = label_runs(lines)
-    for teacher in LABEL_TEACHERS:
-        asked = f"Audio without transcripts, a {teacher} teacher: is `opd` better than `ce-teacher`?"
-        asked += " (primary)" if teacher == "weak" else ""
+    asked = "Audio without transcripts, a weak teacher: is `opd` better than `ce-teacher`? (primary)"
+    for teacher, asked_of in (("weak", asked), ("good", "… a good teacher")):
         own = labels.get((teacher, "ce-teacher")), labels.get((teacher, "opd"))
-        ask("labels", asked, *own, "Audio without transcripts")
+        ask("labels", asked_of, *own, "Audio without transcripts")
 
     recipe = recipe_runs(lines)
     asked = "Is OPD after TD better than more SFT? (one of four, not corrected)"
@@ -1130,7 +1129,9 @@ def answers(lines):
     ask("table-2", "Is OPD better after TD?", recipe["opd"], recipe["td+opd"], "Table 2")
     ready = ready_runs(lines)
     for td_steps in READY_STARTS:
-        asked = f"A teacher of another style, {td_steps} steps of TD: is OPD better than more TD?"
+        asked = f"… after {td_steps} steps of TD"
+        if td_steps == 0:
+            asked = "A teacher of another style: is OPD better than TD?"
         asked += " (primary)" if td_steps != 200 else ""
         own = ready.get(("style", td_steps, "td")), ready.get(("style", td_steps, "opd"))
         ask("ready", asked, *own, "Readiness")
