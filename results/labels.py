@@ -1,19 +1,21 @@
-"""Fresh audio with what a teacher has written for it (question 9), and the errors that a student takes over.
+"""Fresh audio with what a teacher has written for it, and the errors that a student shares with the teacher.
 
     python -m results.labels FRESH.jsonl OVERLAP/clips.jsonl OUT
 
 FRESH.jsonl is of example/make.py, OVERLAP of overlap.py, with the teacher as both models and on its own
-transcripts. Makes OUT/fresh.jsonl, whose lines have what the teacher has written as "teacher", and
-OUT/best.jsonl: the half of these clips of whose transcripts the teacher is surest, by its mean
-log-probability of a token.
+transcripts. Makes OUT/fresh.jsonl, whose lines have what the teacher has written as "teacher", and two halves
+of it. Both have half of the clips of each language and condition: OUT/surest.jsonl those of whose transcripts
+the teacher is surest, by its mean log-probability of a token, and OUT/random.jsonl any.
 """
 
 import collections
+import itertools
 import os
 import pathlib
 import sys
 
 import jiwer
+import numpy as np
 
 import data
 import eval
@@ -28,10 +30,18 @@ def main(manifest, written, out):
     for line, clip in zip(lines, clips, strict=True):
         line["audio"] = os.path.relpath(manifest.parent / line["audio"], out)
         line["teacher"] = clip["teacher"]
-    surest = sorted(range(len(lines)), key=lambda i: -clips[i]["teacher_logp"])
-    best = sorted(surest[: len(lines) // 2])
     data.add_lines(out / "fresh.jsonl", lines, mode="w")
-    data.add_lines(out / "best.jsonl", [lines[i] for i in best], mode="w")
+
+    draws = np.random.default_rng(0).random(len(lines))
+    logps = [clip["teacher_logp"] for clip in clips]
+    for name, scores in (("surest", logps), ("random", draws)):
+        kinds = collections.defaultdict(list)  # language and condition → clip numbers, best first
+        for i in sorted(range(len(lines)), key=lambda i: -scores[i]):
+            kinds[lines[i]["language"], lines[i]["condition"]].append(i)
+        half = []
+        for numbers in kinds.values():
+            half += numbers[: len(numbers) // 2]
+        data.add_lines(out / f"{name}.jsonl", [lines[i] for i in sorted(half)], mode="w")
 
 
 def shared_errors(results):
@@ -55,11 +65,10 @@ def errors_of(reference, hypothesis, language):
     for chunk in jiwer.process_words(" ".join(reference), " ".join(hypothesis)).alignments[0]:
         if chunk.type == "equal":
             continue
-        wanted = reference[chunk.ref_start_idx : chunk.ref_end_idx] or [""] * len(hypothesis)
-        written = hypothesis[chunk.hyp_start_idx : chunk.hyp_end_idx] or [""] * len(reference)
-        for n, pair in enumerate(zip(wanted, written)):
-            place = chunk.ref_start_idx + (n if chunk.type != "insert" else 0)
-            errors[place, *pair] += 1
+        wanted = reference[chunk.ref_start_idx : chunk.ref_end_idx]  # empty for an insertion
+        written = hypothesis[chunk.hyp_start_idx : chunk.hyp_end_idx]  # empty for a deletion
+        for n, pair in enumerate(itertools.zip_longest(wanted, written, fillvalue="")):
+            errors[chunk.ref_start_idx + min(n, len(wanted)), *pair] += 1
     return errors
 
 

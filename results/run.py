@@ -4,6 +4,7 @@
     python -m results.run --jobs 2             # everything that is left, two runs side by side
     python -m results.run --only table-1       # some questions
     python -m results.run --only table-1 --since COMMIT    # and anew what an older commit made
+    python -m results.run --only labels-tune labels        # a grid of rates, then what takes the best
 
 A run is finished when results/runs.jsonl has its line. So this can be stopped at any moment, and started
 again, with --since too: what was being run begins anew. Each run is one process of one thread, in
@@ -14,8 +15,8 @@ digit strings. --since makes no model anew: remove runs/results first where thes
 
 A line holds the question, the arm, the settings, the command, the commit that was checked out when the run
 began (12 digits), the seconds, and what results/tables.py computes the tables from: the errors of each
-speaker in each set (speakers in the order of results/units.json, which has their reference units), VUSS
-during the run, or the measures of overlap.py.
+speaker in each set (speakers in the order of results/units.json, which has their reference units), or the
+measures of overlap.py; of some questions also VUSS during the run, errors before it, counts of loops.
 """
 
 import argparse
@@ -116,14 +117,14 @@ for name, lr, manifests in (
 SCALE_BASE = f"{FOLDER}/scale-base/step-800/model"
 SCALE_TEACHER = f"{FOLDER}/scale-teacher/model"
 
-# Fresh audio: neither the example's models nor weaker teachers have heard its voices or sentences.
-MODELS["extra-8"] = "example/make.py extra --work {out}"
-MODELS["fresh"] = f"example/make.py fresh --heard {FOLDER}/extra-8/extra.jsonl --work {{out}}"
+# Fresh audio, of voices and sentences that no model has heard, and what two teachers write for it.
+MODELS["fresh"] = "example/make.py fresh --work {out}"
 FRESH = f"{FOLDER}/fresh/fresh.jsonl"
 LABEL_TEACHERS = {"good": TEACHER, "weak": f"{FOLDER}/teachers/step-1600/model"}
 for name, model in LABEL_TEACHERS.items():
     MODELS[f"written-{name}"] = (
-        f"overlap.py --student {model} --teacher {model} --states teacher --data {FRESH} --out {{out}}"
+        f"overlap.py --student {model} --teacher {model} --states teacher --max-new-tokens 64"
+        f" --data {FRESH} --out {{out}}"
     )
     MODELS[f"labels-{name}"] = f"-m results.labels {FRESH} {FOLDER}/written-{name}/clips.jsonl {{out}}"
 
@@ -235,9 +236,9 @@ RESCUE_STARTS = [0, 100]
 
 # Audio without transcripts: the three arms that one has, and the two that transcripts would bring.
 LABEL_ARMS = ["opd", "teacher-kl", "ce-teacher", "offline-kl", "ce-reference"]
-LABEL_RATES = [5e-4, 1e-3, 2e-3]
 LABEL_RATE = 1e-3  # that of all arms, beside their tuned ones
-LABEL_SEEDS = {"tuned": 6, "common": 3, "filter": 3}
+LABEL_SEEDS = 6
+FEW_LABEL_SEEDS = 3  # for what is not the primary comparison
 
 
 def experiments(finished):
@@ -495,7 +496,7 @@ def ready_run(question, arm, teacher, seed, td_steps, *, lr=READY_LR, flags=""):
 
 
 def label_runs(finished):
-    """Question 9: audio without transcripts that no teacher has heard. OPD, or SFT on what they write?"""
+    """Question 9: audio without transcripts that no teacher has heard. OPD, or SFT on what it writes?"""
     runs = []
     for teacher, model in LABEL_TEACHERS.items():
         runs.append(eval_run("labels", f"teacher-{teacher}", model, f"{TESTS} {FRESH}"))
@@ -507,26 +508,31 @@ def label_runs(finished):
                 pairs.append((teacher, arm))
     rates = {}
     for teacher, arm in pairs:
-        for lr in LABEL_RATES:
+        for lr in LEARNING_RATES:
             runs.append(label_run("labels-tune", arm, teacher, 0, lr, steps=100, sets=DEV))
-        rates[teacher, arm] = tuned_rate(arm, finished, "labels-tune", LABEL_RATES, LABEL_TEACHERS[teacher])
+        model = LABEL_TEACHERS[teacher]
+        rates[teacher, arm] = tuned_rate(arm, finished, "labels-tune", LEARNING_RATES, model)
     if None in rates.values():
         return runs
-    for seed in range(LABEL_SEEDS["tuned"]):
+    for seed in range(LABEL_SEEDS):
         for teacher, arm in pairs:
             runs.append(label_run("labels", arm, teacher, seed, rates[teacher, arm]))
-    for seed in range(LABEL_SEEDS["filter"]):
-        lr = rates["weak", "ce-teacher"]
-        runs.append(label_run("labels-filter", "ce-teacher", "weak", seed, lr, train="best"))
-    for seed in range(LABEL_SEEDS["common"]):
+    for seed in range(LABEL_SEEDS):
         for teacher, arm in pairs:
-            if rates[teacher, arm] != LABEL_RATE:
+            is_primary = teacher == "weak" and arm in ("opd", "ce-teacher")
+            if rates[teacher, arm] != LABEL_RATE and (is_primary or seed < FEW_LABEL_SEEDS):
                 runs.append(label_run("labels-rate", arm, teacher, seed, LABEL_RATE))
+    for seed in range(FEW_LABEL_SEEDS):
+        for part in ("surest", "random"):
+            lr = rates["weak", "ce-teacher"]
+            run = label_run("labels-filter", "ce-teacher", "weak", seed, lr, train=part)
+            run["name"] += f"-{part}"
+            runs.append({**run, "condition": part})
     return runs
 
 
 def label_run(question, arm, teacher, seed, lr, *, steps=200, sets=None, train="fresh"):
-    """A run of opd.py on the fresh audio, or the half of it with the best transcripts; scored there too."""
+    """A run of opd.py on the fresh audio, or on a half of it (results/labels.py); all of it is scored too."""
     folder = f"{FOLDER}/labels-{teacher}"
     sets = sets or f"{TESTS} {folder}/fresh.jsonl"
     flags = f"--train {folder}/{train}.jsonl"

@@ -29,7 +29,6 @@ from results.run import (
     BASE_2,
     LABEL_ARMS,
     LABEL_RATE,
-    LABEL_RATES,
     LABEL_TEACHERS,
     LEARNING_RATES,
     N_TD_SEEDS,
@@ -240,7 +239,7 @@ def draw_opd_against_offline(path, conditions):
 # ---- question 1 --------------------------------------------------------------------------------------------
 
 
-def tuning(lines, question="tune", rates=LEARNING_RATES):
+def tuning(lines, question="tune"):
     """The grid of learning rates: error on dev after 100 steps, a row an arm, and a teacher of question 9."""
     grid = collections.defaultdict(dict)  # arm → {learning rate: error}
     for line in lines:
@@ -253,11 +252,11 @@ def tuning(lines, question="tune", rates=LEARNING_RATES):
     for arm, errors in grid.items():
         best = min(errors, key=errors.get)
         row = [arm]
-        for lr in rates:
+        for lr in LEARNING_RATES:
             cell = f"{errors[lr]:.2f}"
             row.append(f"**{cell}**" if lr == best else cell)
         rows.append(row)
-    header = ["error on dev, %"] + [f"lr {lr:g}" for lr in rates]
+    header = ["error on dev, %"] + [f"lr {lr:g}" for lr in LEARNING_RATES]
     return markdown(header, rows)
 
 
@@ -340,6 +339,17 @@ def recipe_contrasts(lines):
     rows = []
     for arm, other in (("td+opd", "opd"), ("td+opd", "td+sft"), ("td+sft", "opd"), ("td+sft", "td")):
         rows.append(contrast_row(f"{arm} against {other}", runs[other], runs[arm]))
+    return markdown(CONTRAST_HEADER, rows)
+
+
+def recipe_rates(lines):
+    """OPD after TD against more SFT, both with the rate of OPD, and what that rate does to more SFT."""
+    runs = recipe_runs(lines)
+    same_rate = runs_of(lines, "td-rate")["td+sft"]
+    rows = [
+        contrast_row("td+opd against td+sft, both with the rate of opd", same_rate, runs["td+opd"]),
+        contrast_row("td+sft: the rate of opd against its own", runs["td+sft"], same_rate),
+    ]
     return markdown(CONTRAST_HEADER, rows)
 
 
@@ -957,33 +967,34 @@ def label_runs(lines, question="labels"):
     return {key: sorted(own, key=lambda line: line["seed"]) for key, own in runs.items()}
 
 
-def inherited(shares):
-    """Which part of the teacher's errors on the fresh audio the student makes too, %."""
-    return f"{100 * sum(share['shared'] for share in shares) / sum(share['teacher'] for share in shares):.1f}"
+def shared_cell(shares):
+    """Errors on the fresh audio that both models make, in % of the teacher's and of the student's."""
+    totals = {}
+    for whose in ("teacher", "student", "shared"):
+        totals[whose] = sum(share[whose] for share in shares)
+    of_teacher = 100 * totals["shared"] / totals["teacher"]
+    return f"{of_teacher:.1f}, {100 * totals['shared'] / totals['student']:.1f}"
 
 
 def label_arms(lines):
-    """Both teachers with their students: the test sets, the fresh audio, and errors taken over."""
+    """Both teachers with their students: the test sets, the fresh audio, and the errors that they share."""
     runs = label_runs(lines)
     base = evaluation_of(lines, "labels", BASE)
-    shared_before = {}
-    for teacher in LABEL_TEACHERS:
-        shared_before[teacher] = inherited([line["shared_before"] for line in runs[teacher, "opd"]])
-    before = ", ".join(f"{share} of the {teacher} teacher's" for teacher, share in shared_before.items())
-    rows = [["base", *rates_row("", [base])[1:], f"{rate(base, 'fresh'):.1f}", "", before, ""]]
+    rows = [["base", *rates_row("", [base])[1:], f"{rate(base, 'fresh'):.1f}", "", "", ""]]
     for teacher, model in LABEL_TEACHERS.items():
         line = evaluation_of(lines, "labels", model)
-        rows.append(
-            [f"{teacher} teacher", *rates_row("", [line])[1:], f"{rate(line, 'fresh'):.1f}", "", "", ""]
-        )
+        before = shared_cell([line["shared_before"] for line in runs[teacher, "opd"][:1]])
+        row = [f"{teacher} teacher (shared: with the base)", *rates_row("", [line])[1:]]
+        rows.append([*row, f"{rate(line, 'fresh'):.1f}", "", before, ""])
         for arm in LABEL_ARMS:
             own = runs[teacher, arm]
-            if (teacher, arm) == ("weak", "ce-reference"):  # the row of the good teacher
+            if (teacher, arm) == ("weak", "ce-reference"):  # it reads no teacher: one row
                 continue
             fresh = np.mean([rate(line, "fresh") for line in own])
-            row = rates_row(f"{arm}, {teacher}", own) + [f"{fresh:.1f}", change_cell(own, base)]
-            rows.append([*row, inherited([line["shared"] for line in own]), f"{own[0]['lr']:g}"])
-    shared = "errors of the teacher taken over, %"
+            name = arm if arm == "ce-reference" else f"{arm}, {teacher}"
+            row = rates_row(name, own) + [f"{fresh:.1f}", change_cell(own, base)]
+            rows.append([*row, shared_cell([line["shared"] for line in own]), f"{own[0]['lr']:g}"])
+    shared = "shared errors, % of the teacher's, of the student's"
     return markdown(["%", *RATES_HEADER, "fresh audio", "macro change", shared, "lr"], rows)
 
 
@@ -994,6 +1005,7 @@ def label_contrasts(lines):
     for arm, other in (
         ("opd", "ce-teacher"),
         ("opd", "teacher-kl"),
+        ("teacher-kl", "ce-teacher"),
         ("opd", "offline-kl"),
         ("opd", "ce-reference"),
         ("ce-teacher", "ce-reference"),
@@ -1007,23 +1019,36 @@ def label_contrasts(lines):
 
 
 def label_filter(lines):
-    """SFT on the half of the clips with the best transcripts of the weak teacher."""
-    best = label_runs(lines, "labels-filter")["weak", "ce-teacher"]
+    """SFT on the half of the clips of whose transcripts the weak teacher is surest, and on a random half."""
+    halves = collections.defaultdict(list)
+    for line in lines:
+        if line["question"] == "labels-filter":
+            halves[line["condition"]].append(line)
     runs = label_runs(lines)
+    everything = runs["weak", "ce-teacher"]
     rows = [
-        contrast_row("ce-teacher: the better half against all clips", runs["weak", "ce-teacher"], best),
-        contrast_row("opd against ce-teacher on the better half", best, runs["weak", "opd"]),
+        contrast_row("ce-teacher: the surest half against all clips", everything, halves["surest"]),
+        contrast_row("ce-teacher: the surest half against a random one", halves["random"], halves["surest"]),
+        contrast_row(
+            "opd on all clips against ce-teacher on the surest half", halves["surest"], runs["weak", "opd"]
+        ),
     ]
     return markdown(CONTRAST_HEADER, rows)
 
 
-def label_rates(lines):
-    """The arms at one learning rate, where some have another of their own."""
+def same_rate_label_runs(lines):
+    """{(teacher, arm): its lines} at one learning rate: runs of their own, unless it is the tuned one."""
     tuned = label_runs(lines)
     common = label_runs(lines, "labels-rate")
     runs = {}
     for key, own in tuned.items():
-        runs[key] = own if own[0]["lr"] == LABEL_RATE else common[key]
+        runs[key] = own if own[0]["lr"] == LABEL_RATE else common.get(key, [])
+    return runs
+
+
+def label_rates(lines):
+    """The arms at one learning rate, where some have another of their own."""
+    runs = same_rate_label_runs(lines)
     rows = []
     for other in LABEL_ARMS[1:]:
         for teacher in ("weak", "good"):
@@ -1034,6 +1059,7 @@ def label_rates(lines):
 
 def draw_labels(lines):
     runs = {f"{arm}, {teacher}": own for (teacher, arm), own in label_runs(lines).items()}
+    del runs["ce-reference, weak"]  # it reads no teacher
     draw_changes(HERE / "labels.png", runs, evaluation_of(lines, "labels", BASE))
 
 
@@ -1085,7 +1111,7 @@ def draw_other_base(lines):
 
 
 def answer_row(asked, figures, section):
-    """A question "Is B better than A?" with its change: yes, no, or open where 0 is in the interval."""
+    """A question "Fewer errors by B than by A?" with the change: yes, no, or open where 0 is inside."""
     answer = "yes" if figures["value"] < 0 else "no"
     if figures["low"] <= 0 <= figures["high"]:
         answer = "open"
@@ -1094,77 +1120,106 @@ def answer_row(asked, figures, section):
 
 
 def answers(lines):
-    """What was asked, the figure, the answer, the section. What has unfinished runs is left out."""
+    """What was asked, the figure, the answer, the section. A question with unfinished runs is left out."""
     shown = shown_questions(lines)
     rows = []
 
-    def ask(question, asked, runs_a, runs_b, section):
+    def ask(question, asked, runs, a, b, section):
+        """Adds the question whether runs[b] have fewer errors than runs[a]."""
         if question in shown:
-            rows.append(answer_row(asked, change_between(runs_a, runs_b), section))
+            rows.append(answer_row(asked, change_between(runs[a], runs[b]), section))
 
-    arms, _, _ = arm_runs(lines)
-    larger = runs_of(lines, "scale")
-    base_2 = runs_of(lines, "base-2")
-    asked = "Are the student's own transcripts better than references? `opd` against `offline-kl`"
-    ask("table-1", f"{asked} (primary)", arms["offline-kl"], arms["opd"], "Table 1")
-    ask("rate", "… at one learning rate", same_rate_runs(lines), arms["opd"], "Table 1")
-    ask("base-2", "… from another base", base_2["offline-kl"], base_2["opd"], "Table 1")
-    ask("scale", "… thirty times larger", larger["offline-kl"], larger["opd"], "A larger instance")
-    digit_lines, _, stems = digit_runs(lines)
-    counts, n_seeds = digit_counts(digit_lines["offline-kl with opd's lr"], digit_lines["opd"], stems)
-    at_one_rate = seeds.change_over_seeds(counts, n_seeds, is_paired=True)
-    rows.append(answer_row("… human speech, at one learning rate", at_one_rate, "Human speech"))
-    asked = "Is KL better than cross-entropy on references? `offline-kl` against `ce-reference`"
-    ask("table-1", asked, arms["ce-reference"], arms["offline-kl"], "Table 1")
+    table_1 = runs_of(lines, "table-1")
+    one_rate = {**table_1, "offline-kl": same_rate_runs(lines)}
+    pair = ("offline-kl", "opd")
+    asked = "KL along the student's own transcripts, not along references: `opd` against `offline-kl`"
+    ask("table-1", f"{asked} (primary)", table_1, *pair, "Table 1")
+    ask("rate", "… at one learning rate", one_rate, *pair, "Table 1")
+    ask("base-2", "… from another base", runs_of(lines, "base-2"), *pair, "Table 1")
+    ask("scale", "… in a larger instance", runs_of(lines, "scale"), *pair, "A larger instance")
+    if "digits" in shown:
+        runs, _, stems = digit_runs(lines)
+        counts, n_seeds = digit_counts(runs["offline-kl with opd's lr"], runs["opd"], stems)
+        figures = seeds.change_over_seeds(counts, n_seeds, is_paired=True)
+        rows.append(answer_row("… on human speech, at one learning rate", figures, "Human speech"))
+    asked = "KL, not cross-entropy, along references: `offline-kl` against `ce-reference`"
+    ask("table-1", asked, table_1, "ce-reference", "offline-kl", "Table 1")
+    asked = "OPD, not more SFT on references: `opd` against `ce-reference` (not declared, unequal rates)"
+    ask("table-1", asked, table_1, "ce-reference", "opd", "Table 1")
 
-    labels = label_runs(lines)
-    asked = "Audio without transcripts, a weak teacher: is `opd` better than `ce-teacher`? (primary)"
-    for teacher, asked_of in (("weak", asked), ("good", "… a good teacher")):
-        own = labels.get((teacher, "ce-teacher")), labels.get((teacher, "opd"))
-        ask("labels", asked_of, *own, "Audio without transcripts")
+    own = label_runs(lines)
+    asked = "Audio without transcripts, a weak teacher: `opd` against `ce-teacher`"
+    section = "Audio without transcripts"
+    ask("labels", f"{asked} (primary)", own, ("weak", "ce-teacher"), ("weak", "opd"), section)
+    one_rate = same_rate_label_runs(lines)
+    ask("labels-rate", "… at one learning rate", one_rate, ("weak", "ce-teacher"), ("weak", "opd"), section)
+    ask("labels", "… a good teacher", own, ("good", "ce-teacher"), ("good", "opd"), section)
 
-    recipe = recipe_runs(lines)
-    asked = "Is OPD after TD better than more SFT? (one of four, not corrected)"
-    ask("table-2", asked, recipe["td+sft"], recipe["td+opd"], "Table 2")
-    ask("table-2", "Is OPD better after TD?", recipe["opd"], recipe["td+opd"], "Table 2")
-    ready = ready_runs(lines)
+    own = recipe_runs(lines)
+    asked = "OPD, not more SFT, after TD (one of four, not corrected)"
+    ask("table-2", asked, own, "td+sft", "td+opd", "Table 2")
+    one_rate = {**own, **runs_of(lines, "td-rate")}
+    ask("td-rate", "… at one learning rate", one_rate, "td+sft", "td+opd", "Table 2")
+    ask("table-2", "OPD after TD, not OPD alone (which has 100 steps less)", own, "opd", "td+opd", "Table 2")
+
+    own = ready_runs(lines)
     for td_steps in READY_STARTS:
         asked = f"… after {td_steps} steps of TD"
         if td_steps == 0:
-            asked = "A teacher of another style: is OPD better than TD?"
+            asked = "A teacher of another style: OPD, not more TD"
         asked += " (primary)" if td_steps != 200 else ""
-        own = ready.get(("style", td_steps, "td")), ready.get(("style", td_steps, "opd"))
-        ask("ready", asked, *own, "Readiness")
+        ask("ready", asked, own, ("style", td_steps, "td"), ("style", td_steps, "opd"), "Readiness")
 
-    measures = validate.analyse(overlap_table(lines))["measures"]
+    if "support" in shown:
+        asked = "KL on S ∩ T, not on S ∪ T"
+        ask("support", asked, support_runs(lines), "union (k = 32)", "intersection", "Table 3")
+    asked = "Training the adapter alone (the largest of 18 flags, not corrected)"
+    ask("ablation", asked, runs_of(lines, "ablation"), "default", "parts-adapter", "Ablations")
+
+    table = overlap_table(lines)
     for name, key, asked in (
-        ("vuss", "r_p", "VUSS at k = 32 (primary)"),
-        ("top1", "r_p_holm", "top-1 agreement"),
+        ("vuss", "r_p", "Does VUSS at k = 32 before OPD predict the error after it? (primary)"),
+        ("top1", "r_p_holm", "… top-1 agreement (one of ten more, Holm)"),
     ):
-        p = measures[name][key]
-        figure = f"r {measures[name]['r']:+.2f}, p {eval.p_text(p)}".replace("-", "−")
-        rows.append([f"Does {asked} tell the gain?", figure, "yes" if p < 0.05 else "no", "Table 3"])
+        if table is not None:
+            figures = validate.analyse(table)["measures"][name]
+            answer = "yes" if figures[key] < 0.05 and figures["r"] * figures["expected_sign"] > 0 else "open"
+            figure = f"r {figures['r']:+.2f}, p {eval.p_text(figures[key])}".replace("-", "−")
+            rows.append([asked, figure, answer, "Table 3"])
+    return rows
 
-    supports = support_runs(lines)
-    flags = ablation_runs(lines)
-    asked = "Is the KL on shared ids better than on the union?"
-    ask("support", asked, supports["union (k = 32)"], supports["intersection"], "Table 3")
-    asked = "Is it better to train the adapter alone? (one of 18 flags, not corrected)"
-    ask("ablation", asked, flags["default"], flags["parts-adapter"], "Ablations")
-    return markdown(["question", "change, or r (95 %: other seeds and speakers)", "answer", "section"], rows)
+
+ANSWERS_HEADER = ["fewer errors by …?", "change (95 %: other seeds and speakers)", "answer", "section"]
+
+
+def all_answers(lines):
+    return markdown(ANSWERS_HEADER, answers(lines))
+
+
+def primary_answers(lines):
+    """For the README: what was declared as primary, and its variations."""
+    rows = []
+    is_primary = False
+    for asked, figure, answer, _ in answers(lines):
+        is_primary = "(primary)" in asked or asked.startswith("…") and is_primary
+        if is_primary:
+            rows.append([asked.replace(" (primary)", ""), figure, answer])
+    return markdown(ANSWERS_HEADER[:-1], rows)
 
 
 # ---- all tables --------------------------------------------------------------------------------------------
 
 # Name → the table, and the question whose runs it needs.
 TABLES = {
-    "answers": (answers, "table-1"),
+    "answers": (all_answers, "table-1"),
+    "primary-answers": (primary_answers, "table-1"),
     "tune": (tuning, "tune"),
     "arms": (arms, "table-1"),
     "arms-contrasts": (arms_contrasts, "table-1"),
     "rate-contrasts": (rate_contrasts, "rate"),
     "recipe": (recipe, "table-2"),
     "recipe-contrasts": (recipe_contrasts, "table-2"),
+    "recipe-rates": (recipe_rates, "td-rate"),
     "recipe-vuss": (recipe_vuss, "table-2"),
     "pairs": (pairs, "table-3"),
     "prediction": (prediction, "table-3"),
@@ -1180,7 +1235,7 @@ TABLES = {
     "ready-measures": (ready_measures, "ready"),
     "ready-thresholds": (ready_thresholds, "ready"),
     "ready-rescue": (rescue, "ready-rescue"),
-    "labels-tune": (functools.partial(tuning, question="labels-tune", rates=LABEL_RATES), "labels-tune"),
+    "labels-tune": (functools.partial(tuning, question="labels-tune"), "labels-tune"),
     "labels": (label_arms, "labels"),
     "labels-contrasts": (label_contrasts, "labels"),
     "labels-filter": (label_filter, "labels-filter"),
@@ -1209,11 +1264,13 @@ PICTURES = {
 BESIDE = {
     "rate": {"table-1"},
     "table-2": {"table-1"},
+    "td-rate": {"table-2"},
     "support": {"table-1"},
     "strength": {"table-1", "rate"},
     "amount": {"table-1", "rate"},
     "ablation": {"table-1"},
     "ready-rescue": {"ready", "ready-kl"},
+    "labels": {"labels-tune"},
     "labels-filter": {"labels"},
     "labels-rate": {"labels"},
     "base-2": {"table-1"},

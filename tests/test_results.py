@@ -23,7 +23,11 @@ def best_rate(arm, rates):
     return rates[2 if arm == "opd" else 1]
 
 
-GRIDS = {"tune": driver.LEARNING_RATES, "labels-tune": driver.LABEL_RATES, "scale-tune": driver.SCALE_RATES}
+GRIDS = {
+    "tune": driver.LEARNING_RATES,
+    "labels-tune": driver.LEARNING_RATES,
+    "scale-tune": driver.SCALE_RATES,
+}
 
 
 def tuned_lines():
