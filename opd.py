@@ -240,8 +240,14 @@ def main(args):
     caps = {"max_new_tokens": args.max_new_tokens, "tokens_per_second": args.tokens_per_second}
     student_writing = {**caps, "temperature": args.temperature, "forbidden": alignment.student_forbidden}
     teacher_writing = {**caps, "forbidden": alignment.teacher_forbidden}  # greedy
-    arm = functools.partial(arm_loss, args, student, teacher, alignment)
-    is_arm = (args.objective, args.support, args.divergence, args.tau) != ("kl", "union", "forward", 1.0)
+    given_rollout = functools.partial(arm_rollout, teacher, teacher_writing, alignment)
+    other_loss = functools.partial(arm_loss, args, student, teacher, alignment)
+    has_other_loss = (args.objective, args.support, args.divergence, args.tau) != (
+        "kl",
+        "union",
+        "forward",
+        1.0,
+    )
     bar = tqdm(initial=first_step, total=args.steps, disable=rank > 0, desc="opd", mininterval=1)
     started = time.perf_counter()
     for step, micro_batches, bad in data.step_batches(dataset, first_step, args.steps, args.workers):
@@ -270,27 +276,22 @@ def main(args):
             if states == "student":
                 rollout = student.sample(batch, **student_writing, uniforms=uniforms, encoded=encoded)
             else:
-                rollout = arm_rollout(
-                    states, references, teacher, teacher_batch, teacher_writing, teacher_encoded, alignment
-                )
+                rollout = given_rollout(states, references, teacher_batch, teacher_encoded)
 
             # Both models read the same tokens, id by id, the teacher behind its own prompt. (Where no line
             # names a language for that prompt, the script of the transcript decides it.)
             texts = student.front_end.texts(rollout)
             teacher_batch = teacher.with_script_languages(teacher_batch, texts)
             student_hidden = student(batch, rollout, encoded)  # (N, H)
-            same_rollout = model.mapped_rollout(rollout, alignment.to_teacher)
-            teacher_hidden = teacher(teacher_batch, same_rollout, teacher_encoded)  # (N, H')
+            teacher_rollout = model.mapped_rollout(rollout, alignment.to_teacher)
+            teacher_hidden = teacher(teacher_batch, teacher_rollout, teacher_encoded)  # (N, H')
 
             # At each row S_t and T_t, the top-k ids of student and teacher, and U_t = S_t ∪ T_t, all in the
             # student's ids. The teacher's head is multiplied once, for T_t and for its raw logits on U_t.
             student_topk = model.topk_ids(student, student_hidden, alignment.student_forbidden, args.k)
+            other_ids = alignment.in_teacher(student_topk)  # (N, K), −1 where there is none
             teacher_topk, teacher_logits = model.topk_scores(
-                teacher,
-                teacher_hidden,
-                alignment.teacher_forbidden,
-                args.k,
-                other_ids=alignment.in_teacher(student_topk),
+                teacher, teacher_hidden, alignment.teacher_forbidden, args.k, other_ids
             )
             teacher_topk = alignment.in_student(teacher_topk)  # (N, K)
             support_ids, support_mask = model.union_support(student_topk, teacher_topk)  # (N, 2K), ascending
@@ -303,12 +304,10 @@ def main(args):
             kl, kl_mask = model.support_kl(student_logits, teacher_logits, support_mask)  # (N,), (N,)
             loss = kl
             loss_mask = kl_mask
-            if is_arm:
-                id_mask = model.narrow_support(
-                    args.support, support_ids, support_mask, student_topk, teacher_topk
-                )
+            if has_other_loss:
                 hidden = (student_hidden, teacher_hidden)
-                loss, loss_mask = arm(rollout, hidden, student_logits, teacher_logits, id_mask)
+                support = (support_ids, support_mask, student_topk, teacher_topk)
+                loss, loss_mask = other_loss(rollout, hidden, support, student_logits, teacher_logits)
 
             # Backward of the sum. The division by |𝒯| comes once, when the rows of all ranks are known.
             loss.sum().backward()
@@ -433,19 +432,20 @@ def states_of(args, step):
     return "student" if draw < args.student_share else args.states
 
 
-def arm_rollout(states, references, teacher, teacher_batch, teacher_writing, teacher_encoded, alignment):
-    """Transcripts that the student has not written: the manifest's, or the teacher's greedy ones."""
+def arm_rollout(teacher, teacher_writing, alignment, states, references, teacher_batch, teacher_encoded):
+    """The `Rollout`, in the student's ids, of the manifest's transcripts or the teacher's greedy ones."""
     if states == "reference":
         return references.to(teacher.device)
     written = teacher.sample(teacher_batch, **teacher_writing, encoded=teacher_encoded)
     return model.mapped_rollout(written, alignment.to_student)
 
 
-def arm_loss(args, student, teacher, alignment, rollout, hidden, student_logits, teacher_logits, id_mask):
+def arm_loss(args, student, teacher, alignment, rollout, hidden, support, student_logits, teacher_logits):
     """The loss of each row by the flags: → loss (N,) in nats, and loss_mask (N,), the rows of 𝒯.
 
-    Cross-entropy, or a divergence at temperature τ on all ids, on the union, or on the part id_mask of it.
-    hidden: the rows of student and teacher.
+    Cross-entropy, or a divergence at temperature τ on all ids, on the union, or on a part of it.
+    hidden: (N, H) and (N, H') rows of student and teacher. support: ids and mask (N, 2K) of the union, and
+    the top-k ids (N, K) of both. student_logits, teacher_logits (N, 2K), on the union.
     """
     student_hidden, teacher_hidden = hidden
     if args.objective == "ce":
@@ -454,7 +454,8 @@ def arm_loss(args, student, teacher, alignment, rollout, hidden, student_logits,
     divergence = (args.tau, args.divergence, args.beta)
     if args.support == "full":
         return model.full_kl(student, student_hidden, teacher, teacher_hidden, alignment, *divergence)
-    return model.support_kl(student_logits, teacher_logits, id_mask, *divergence)
+    mask = model.narrow_support(args.support, *support)
+    return model.support_kl(student_logits, teacher_logits, mask, *divergence)
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@
     python example/make.py tokenizer    # byte-level BPE of 512 tokens -> --work
     python example/make.py models       # teacher and base by sft.py, which share the tokenizer -> example/
     python example/make.py all
+    python example/make.py fresh        # what neither teacher nor base has heard, for experiments -> --work
 
 Provenance: every sentence comes from the two grammars below, which were written for this example. The
 speech is synthesised by espeak-ng 1.51 (formant synthesis, GPL-3 program) and flite 2.2 (voices kal16, slt,
@@ -16,10 +17,11 @@ the `cmn` voice of 1.51 spells the pinyin with English sounds ("qing three" for 
 Every random choice of a clip is from a generator seeded by (seed, set, clip number), so a clip can be
 rebuilt alone and the number of worker processes changes nothing. A sentence belongs to exactly one of train
 + extra, dev and each test set by the hash of its text; speakers are disjoint between train + extra, dev and
-test by the lists below.
+test by the lists below. The fresh set has speakers of its own, and sentences of dev's kind that dev has not.
 """
 
 import argparse
+import functools
 import hashlib
 import io
 import json
@@ -44,6 +46,7 @@ OPUS_LEVEL = 0.967  # libsndfile: bit rate = (1 - level) * 250 kbit/s + 6 kbit/s
 N_TRAIN = 1200
 N_DEV = 120
 N_TEST = 120  # 6 clips of each of 20 voices
+N_FRESH = 1500  # about an hour
 EXTRA_SHARD = 2000  # clips in one tar of the extra set
 # The base learns from the first hours of the extra set: clean clips, and few of the degraded ones. So the
 # unlabelled audio of train has something to teach: conditions that the base has hardly heard.
@@ -63,7 +66,8 @@ SPECIAL_TOKENS = [
 ]  # pad: endoftext, eos: im_end
 
 # ------------------------------------------------------------------------------------------------- speakers
-# A speaker is "voice+variant". TRAIN (EXTRA holds it too), DEV and TEST share no variant in either language.
+# A speaker is "voice+variant". TRAIN (EXTRA holds it too), DEV, TEST and FRESH share no variant in either
+# language.
 
 TRAIN = {
     "en": [
@@ -124,9 +128,10 @@ EXTRA = {
     "en": TRAIN["en"] + ["flite+awb"] + voices_of(MORE_VARIANTS)["en"],
     "zh": TRAIN["zh"] + voices_of(MORE_VARIANTS)["zh"],
 }
-SPEAKERS = {"train": TRAIN, "extra": EXTRA, "dev": DEV}  # the other sets: TEST
+FRESH = voices_of("adam announcer AnxiousAndy Jacky klatt4 klatt5".split())
+SPEAKERS = {"train": TRAIN, "extra": EXTRA, "dev": DEV, "fresh": FRESH}  # the other sets: TEST
 
-# set -> (language, condition); dev takes them in this order, N_DEV / 5 clips each
+# set -> (language, condition); dev and fresh take them in this order, a fifth of their clips each
 TESTS = {
     "en-clean": ("en", "clean"),
     "en-other": ("en", "noisy"),
@@ -218,7 +223,7 @@ GRAMMARS = {"en": english, "zh": chinese}
 
 
 def set_of_text(text):
-    """The one set that may contain this sentence; "train" stands for train and extra."""
+    """The one set that may contain this sentence; "train" stands for extra too, and "dev" for fresh."""
     bucket = int(hashlib.md5(text.encode()).hexdigest(), 16) % 16
     return [*TESTS, "dev"][bucket] if bucket < 6 else "train"
 
@@ -256,7 +261,7 @@ def language_of(speaker):
 def speak(speaker, text, rng):
     """Speech (n,) at 16 kHz, RMS 0.1. Pitch and vocal-tract scale are the speaker's own, speed varies.
 
-    In training, pitch and scale vary too, which stands for more voices.
+    In train, extra and fresh, pitch and scale vary too, which stands for more voices.
     """
     own = rng_of("speaker", speaker)
     vary_scale = rng.uniform(0.985, 1.015)
@@ -358,10 +363,17 @@ def degrade(x, condition, set_name, language, rng):
 
 
 def draw_text(set_name, language, rng):
+    family = {"extra": "train", "fresh": "dev"}.get(set_name, set_name)
     while True:
         text = GRAMMARS[language](rng)
-        if set_of_text(text) == set_name.replace("extra", "train"):
+        if set_of_text(text) == family and not (set_name == "fresh" and text in dev_texts()):
             return text
+
+
+@functools.cache
+def dev_texts():
+    with open(HERE / "dev.jsonl", encoding="utf-8") as file:
+        return {json.loads(line)["text"] for line in file}
 
 
 def make_clip(job):
@@ -372,7 +384,8 @@ def make_clip(job):
         language, turn = ("en", "zh")[number % 2], number // 2
         condition = str(rng.choice(CONDITIONS, p=TRAIN_MIX[language]))
     else:
-        kind = list(TESTS)[number * len(TESTS) // N_DEV] if set_name == "dev" else set_name
+        n_clips = {"dev": N_DEV, "fresh": N_FRESH}.get(set_name)
+        kind = list(TESTS)[number * len(TESTS) // n_clips] if n_clips else set_name
         language, condition = TESTS[kind]
         turn = number
     speakers = SPEAKERS.get(set_name, TEST)[language]
@@ -478,6 +491,14 @@ def make_extra(args):
                         seconds += clip[0]["duration"]
         write_manifest(args.work / "extra.jsonl", lines)
         write_manifest(args.work / "labelled.jsonl", labelled_lines(lines))
+
+
+def make_fresh(args):
+    """Audio of voices and sentences that no other set has, in the conditions of the test sets."""
+    args.work.mkdir(parents=True, exist_ok=True)
+    with multiprocessing.Pool(args.workers) as pool, new_tar(args.work / "fresh.tar") as tar:
+        clips = pool.imap(make_clip, [(args.seed, "fresh", n) for n in range(N_FRESH)], chunksize=8)
+        write_manifest(args.work / "fresh.jsonl", [add_to_tar(tar, *clip) for clip in clips])
 
 
 def labelled_lines(extra_lines):
@@ -661,7 +682,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("stage", choices=["audio", "extra", "tokenizer", "models", "all"])
+    parser.add_argument("stage", choices=["audio", "extra", "tokenizer", "models", "all", "fresh"])
     add = parser.add_argument
     add("--work", type=Path, default=Path("/tmp/asr-opd-example"), help="folder of what is not shipped")
     add("--extra-hours", type=float, default=8.0, help="hours of extra training audio, 0: none")
@@ -675,7 +696,9 @@ def main(args):
         if args.stage != "models" and shutil.which(program) is None:
             raise SystemExit(f"make.py: {program} is missing: apt-get install espeak-ng flite")
     stages = {"audio": make_audio, "extra": make_extra, "tokenizer": make_tokenizer, "models": make_models}
-    for name in stages if args.stage == "all" else [args.stage]:
+    chosen = list(stages) if args.stage == "all" else [args.stage]
+    stages["fresh"] = make_fresh
+    for name in chosen:
         start = time.time()
         stages[name](args)
         print(f"{name}: {time.time() - start:.0f} s")

@@ -4,6 +4,7 @@
     python -m results.run --jobs 2             # everything that is left, two runs side by side
     python -m results.run --only table-1       # some questions
     python -m results.run --only table-1 --since COMMIT    # and anew what an older commit made
+    python -m results.run --only labels-tune labels        # a grid of rates, then what takes the best
 
 A run is finished when results/runs.jsonl has its line. So this can be stopped at any moment, and started
 again, with --since too: what was being run begins anew. Each run is one process of one thread, in
@@ -14,8 +15,8 @@ digit strings. --since makes no model anew: remove runs/results first where thes
 
 A line holds the question, the arm, the settings, the command, the commit that was checked out when the run
 began (12 digits), the seconds, and what results/tables.py computes the tables from: the errors of each
-speaker in each set (speakers in the order of results/units.json, which has their reference units), VUSS
-during the run, or the measures of overlap.py.
+speaker in each set (speakers in the order of results/units.json, which has their reference units), or the
+measures of overlap.py; of some questions also VUSS during the run, errors before it, counts of loops.
 """
 
 import argparse
@@ -35,7 +36,7 @@ import numpy as np
 
 import data
 import eval
-from results import validate
+from results import labels, validate
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -115,6 +116,17 @@ for name, lr, manifests in (
     )
 SCALE_BASE = f"{FOLDER}/scale-base/step-800/model"
 SCALE_TEACHER = f"{FOLDER}/scale-teacher/model"
+
+# Fresh audio, of voices and sentences that no model has heard, and what two teachers write for it.
+MODELS["fresh"] = "example/make.py fresh --work {out}"
+FRESH = f"{FOLDER}/fresh/fresh.jsonl"
+LABEL_TEACHERS = {"good": TEACHER, "weak": f"{FOLDER}/teachers/step-1600/model"}
+for name, model in LABEL_TEACHERS.items():
+    MODELS[f"written-{name}"] = (
+        f"overlap.py --student {model} --teacher {model} --states teacher --max-new-tokens 64"
+        f" --data {FRESH} --out {{out}}"
+    )
+    MODELS[f"labels-{name}"] = f"-m results.labels {FRESH} {FOLDER}/written-{name}/clips.jsonl {{out}}"
 
 TD_STUDENTS = (1000, 1300, 1600)  # checkpoints that get TD
 for n_steps in TD_STUDENTS:
@@ -221,6 +233,12 @@ RESCUES = {
     "student-share-0.5": "--states teacher --student-share 0.5",
 }
 RESCUE_STARTS = [0, 100]
+
+# Audio without transcripts: the three arms that one has, and the two that transcripts would bring.
+LABEL_ARMS = ["opd", "teacher-kl", "ce-teacher", "offline-kl", "ce-reference"]
+LABEL_RATE = 1e-3  # that of all arms, beside their tuned ones
+LABEL_SEEDS = 6
+FEW_LABEL_SEEDS = 3  # for what is not the primary comparison
 
 
 def experiments(finished):
@@ -349,6 +367,7 @@ def experiments(finished):
             runs.append(opd_run("ablation", arm, seed, rates["opd"], steps=100, flags=flags))
 
     runs += ready_runs()
+    runs += label_runs(finished)
 
     # The larger instance, its learning rates again by the error on dev after 100 steps.
     for arm in TUNED_ARMS:
@@ -427,11 +446,11 @@ def ready_runs():
                     runs.append(ready_overlap_run(teacher, seed, td_steps))
                 for arm in ("opd", "td"):
                     runs.append(ready_run("ready", arm, teacher, seed, td_steps))
-    # Behind all others, so that a stop leaves seeds that have the primary comparison.
+    # Behind those of the primary comparison.
     for seed in range(READY_SEEDS):
         for teacher in READY_TEACHERS:
             for td_steps in READY_STARTS:
-                runs.append(ready_run("ready", "teacher-kl", teacher, seed, td_steps))
+                runs.append(ready_run("ready-kl", "teacher-kl", teacher, seed, td_steps))
     for seed in range(2):
         for td_steps in RESCUE_STARTS:
             for arm, flags in RESCUES.items():
@@ -476,6 +495,53 @@ def ready_run(question, arm, teacher, seed, td_steps, *, lr=READY_LR, flags=""):
     return {**run, "teacher": model, "td_steps": td_steps}
 
 
+def label_runs(finished):
+    """Question 9: audio without transcripts that no teacher has heard. OPD, or SFT on what it writes?"""
+    runs = []
+    for teacher, model in LABEL_TEACHERS.items():
+        runs.append(eval_run("labels", f"teacher-{teacher}", model, f"{TESTS} {FRESH}"))
+    runs.append(eval_run("labels", "base", BASE, f"{TESTS} {FRESH}"))
+    pairs = []
+    for teacher in LABEL_TEACHERS:
+        for arm in LABEL_ARMS:
+            if (teacher, arm) != ("weak", "ce-reference"):  # which reads no teacher: once is enough
+                pairs.append((teacher, arm))
+    rates = {}
+    for teacher, arm in pairs:
+        for lr in LEARNING_RATES:
+            runs.append(label_run("labels-tune", arm, teacher, 0, lr, steps=100, sets=DEV))
+        model = LABEL_TEACHERS[teacher]
+        rates[teacher, arm] = tuned_rate(arm, finished, "labels-tune", LEARNING_RATES, model)
+    if None in rates.values():
+        return runs
+    for seed in range(LABEL_SEEDS):
+        for teacher, arm in pairs:
+            runs.append(label_run("labels", arm, teacher, seed, rates[teacher, arm]))
+    for seed in range(LABEL_SEEDS):
+        for teacher, arm in pairs:
+            is_primary = teacher == "weak" and arm in ("opd", "ce-teacher")
+            if rates[teacher, arm] != LABEL_RATE and (is_primary or seed < FEW_LABEL_SEEDS):
+                runs.append(label_run("labels-rate", arm, teacher, seed, LABEL_RATE))
+    for seed in range(FEW_LABEL_SEEDS):
+        for part in ("surest", "random"):
+            lr = rates["weak", "ce-teacher"]
+            run = label_run("labels-filter", "ce-teacher", "weak", seed, lr, train=part)
+            run["name"] += f"-{part}"
+            runs.append({**run, "condition": part})
+    return runs
+
+
+def label_run(question, arm, teacher, seed, lr, *, steps=200, sets=None, train="fresh"):
+    """A run of opd.py on the fresh audio, or on a half of it (results/labels.py); all of it is scored too."""
+    folder = f"{FOLDER}/labels-{teacher}"
+    sets = sets or f"{TESTS} {folder}/fresh.jsonl"
+    flags = f"--train {folder}/{train}.jsonl"
+    model = LABEL_TEACHERS[teacher]
+    run = opd_run(question, arm, seed, lr, steps=steps, teacher=model, flags=flags, sets=sets)
+    run["name"] += f"-{teacher}"
+    return run
+
+
 def pair_run(student, teacher, seed, lr):
     """A cell of question 3: 100 steps of OPD of one student with one teacher."""
     run = opd_run("table-3", "opd", seed, lr, steps=100, student=STUDENTS[student], teacher=TEACHERS[teacher])
@@ -501,11 +567,14 @@ def overlap_run(question, name, student, teacher):
     }
 
 
-def tuned_rate(arm, finished, question="tune", rates=LEARNING_RATES):
-    """The learning rate with the lowest error on dev, or None while the grid is not finished."""
+def tuned_rate(arm, finished, question="tune", rates=LEARNING_RATES, teacher=None):
+    """The learning rate with the lowest error on dev, or None while the grid is not finished.
+
+    teacher: the one of a question with several.
+    """
     errors = {}
     for line in finished:
-        if line["question"] == question and line["arm"] == arm:
+        if line["question"] == question and line["arm"] == arm and teacher in (None, line["teacher"]):
             errors[line["lr"]] = sum(line["errors"]["dev"])
     if len(errors) < len(rates):
         return None
@@ -603,6 +672,9 @@ def line_of(run, seconds):
         line["health"] = health(folder)
     if script == "opd.py":
         line["vuss"] = vuss_of(out / "metrics.jsonl", at_every_k=run["question"] == "table-2")
+    if script == "opd.py" and run["question"] in ("labels", "labels-filter", "labels-rate"):
+        line["shared"] = labels.shared_errors(data.read_lines(folder / "fresh.jsonl"))
+        line["shared_before"] = labels.shared_errors(data.read_lines(out / "eval-0" / "fresh.jsonl"))
     if run["question"] == "ready" and run["arm"] == "opd":
         line["errors_before"] = errors_by_speaker(out / "eval-0", normalizer)
         first = data.read_lines(out / "metrics.jsonl")[0]
@@ -685,7 +757,8 @@ def finish(job, seconds, has_line):
 
 
 QUESTIONS = ["tune", "table-1", "rate", "table-2", "td-rate", "table-3", "support", "digits", "strength"]
-QUESTIONS += ["amount", "robustness", "base-2", "ablation", "ready", "ready-rescue", "scale-tune", "scale"]
+QUESTIONS += ["amount", "robustness", "base-2", "ablation", "ready", "ready-kl", "ready-rescue"]
+QUESTIONS += ["labels-tune", "labels", "labels-filter", "labels-rate", "scale-tune", "scale"]
 
 
 def parse_args(argv=None):

@@ -1,7 +1,7 @@
 """Computes the tables and pictures of RESULTS.md from results/runs.jsonl, by the statistics of eval.py.
 
     python -m results.tables            # prints the tables, writes the pictures
-    python -m results.tables --write    # and puts the tables where RESULTS.md and README.md have their marks
+    python -m results.tables --write    # and puts the tables where the documents have their marks
 
 A table stands between the lines <!-- table NAME --> and <!-- end -->. A question whose runs are not all
 finished has no table yet, but for question 3, where a student counts once it has met every teacher.
@@ -25,7 +25,11 @@ from results import seeds, validate
 from results.run import (
     ABLATIONS,
     ARMS,
+    BASE,
     BASE_2,
+    LABEL_ARMS,
+    LABEL_RATE,
+    LABEL_TEACHERS,
     LEARNING_RATES,
     N_TD_SEEDS,
     READY_STARTS,
@@ -44,6 +48,7 @@ from results.run import (
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent
+DOCUMENTS = [ROOT / "RESULTS.md", ROOT / "README.md", HERE / "tables.md"]  # which have tables
 
 KS = [1, 2, 4, 8, 16, 32]
 
@@ -54,7 +59,7 @@ BASELINES = ["error_between", "token_agreement", "trigram_f1"]
 # Measures of question 8, which may tell whether OPD is the better next step. VUSS at k = 1 is 2 − top1.
 READY_MEASURES = ["kl_full", "top1", *(f"vuss_{k}" for k in KS[1:-1]), "vuss", "teacher_logp", "looping"]
 READY_MEASURES += ["error_student"]
-READY_ARMS = {"opd": "OPD", "teacher-kl": "teacher-kl", "td": "more TD"}
+READY_ARMS = {"opd": "OPD", "td": "more TD", "teacher-kl": "teacher-kl"}
 
 # ---- figures of runs ---------------------------------------------------------------------------------------
 
@@ -143,11 +148,14 @@ CONTRAST_HEADER = ["macro change, %", "mean", "each seed", "sd over seeds"]
 CONTRAST_HEADER += ["95 %: other speakers", "95 %: other seeds and speakers", "p"]
 
 
-def contrast_row(name, runs_a, runs_b):
-    """B against A, paired by seed: the macro change with its three spreads."""
+def change_between(runs_a, runs_b):
+    """The macro change of B against A, paired by seed, with its three spreads."""
     runs_a, runs_b = paired(runs_a, runs_b)
-    figures = seeds.change_over_seeds(joint_counts(runs_a + runs_b), len(runs_a), is_paired=True)
-    return figures_row(name, figures)
+    return seeds.change_over_seeds(joint_counts(runs_a + runs_b), len(runs_a), is_paired=True)
+
+
+def contrast_row(name, runs_a, runs_b):
+    return figures_row(name, change_between(runs_a, runs_b))
 
 
 def figures_row(name, figures):
@@ -231,12 +239,15 @@ def draw_opd_against_offline(path, conditions):
 # ---- question 1 --------------------------------------------------------------------------------------------
 
 
-def tuning(lines):
-    """The grid of learning rates: error on dev after 100 steps, a row an arm."""
+def tuning(lines, question="tune"):
+    """The grid of learning rates: error on dev after 100 steps, a row an arm, and a teacher of question 9."""
     grid = collections.defaultdict(dict)  # arm → {learning rate: error}
     for line in lines:
-        if line["question"] == "tune":
-            grid[line["arm"]][line["lr"]] = rate(line, "dev")
+        if line["question"] == question:
+            name = line["arm"]
+            if question == "labels-tune" and name != "ce-reference":
+                name += f", {label_teacher(line)} teacher"
+            grid[name][line["lr"]] = rate(line, "dev")
     rows = []
     for arm, errors in grid.items():
         best = min(errors, key=errors.get)
@@ -275,17 +286,6 @@ def arms(lines):
 def draw_arms(lines):
     runs, base, _ = arm_runs(lines)
     draw_changes(HERE / "table-1.png", runs, base)
-
-
-def arms_short(lines):
-    """Table 1 for the README."""
-    runs, base, teacher = arm_runs(lines)
-    rows = [[*rates_row("base", [base])[:-1], "", ""]]
-    for arm in ARMS:
-        own = runs[arm]
-        rows.append([*rates_row(f"`{arm}`", own)[:-1], change_cell(own, base), str(len(own))])
-    rows.append([*rates_row("teacher", [teacher])[:-1], "", ""])
-    return markdown(["%", *TEST_SETS, "mean", "macro change", "seeds"], rows)
 
 
 def arms_contrasts(lines):
@@ -339,6 +339,17 @@ def recipe_contrasts(lines):
     rows = []
     for arm, other in (("td+opd", "opd"), ("td+opd", "td+sft"), ("td+sft", "opd"), ("td+sft", "td")):
         rows.append(contrast_row(f"{arm} against {other}", runs[other], runs[arm]))
+    return markdown(CONTRAST_HEADER, rows)
+
+
+def recipe_rates(lines):
+    """OPD after TD against more SFT, both with the rate of OPD, and what that rate does to more SFT."""
+    runs = recipe_runs(lines)
+    same_rate = runs_of(lines, "td-rate")["td+sft"]
+    rows = [
+        contrast_row("td+opd against td+sft, both with the rate of opd", same_rate, runs["td+opd"]),
+        contrast_row("td+sft: the rate of opd against its own", runs["td+sft"], same_rate),
+    ]
     return markdown(CONTRAST_HEADER, rows)
 
 
@@ -731,14 +742,22 @@ def draw_ablations(lines):
 # ---- question 8 --------------------------------------------------------------------------------------------
 
 
-def ready_runs(lines, question="ready"):
+def ready_runs(lines, questions=("ready", "ready-kl")):
     """{(teacher, steps of TD, arm): its lines, by seed} of the runs that begin there."""
     runs = collections.defaultdict(list)
     names = {model: name for name, (model, _) in READY_TEACHERS.items()}
     for line in lines:
-        if line["question"] == question and "td_steps" in line and "errors" in line:
+        if line["question"] in questions and "td_steps" in line and "errors" in line:
             runs[names[line["teacher"]], line["td_steps"], line["arm"]].append(line)
     return {key: sorted(own, key=lambda line: line["seed"]) for key, own in runs.items()}
+
+
+def ready_arms(lines):
+    """{arm: its name in a table} of the arms whose runs are through."""
+    arms = dict(READY_ARMS)
+    if "ready-kl" not in shown_questions(lines):
+        del arms["teacher-kl"]
+    return arms
 
 
 def errors_before(lines):
@@ -749,6 +768,7 @@ def errors_before(lines):
 def ready(lines):
     """The error before, and after 100 steps of each arm, by the steps of TD."""
     runs = ready_runs(lines)
+    arms = ready_arms(lines)
     rows = []
     for teacher in READY_TEACHERS:
         for td_steps in READY_STARTS:
@@ -756,18 +776,20 @@ def ready(lines):
             if td_steps == 0:
                 before = before[:1]  # the base is the same for all seeds
             row = [teacher, str(td_steps), each_rate(before)]
-            for arm in READY_ARMS:
+            for arm in arms:
                 row.append(each_rate(runs[teacher, td_steps, arm]))
             rows.append(row)
     header = ["mean error, %, each seed: teacher", "steps of TD", "before"]
-    return markdown([*header, *READY_ARMS.values()], rows)
+    return markdown([*header, *arms.values()], rows)
 
 
 def ready_contrasts(lines):
     """The arms against each other at each start; the primary comparison is OPD against more TD."""
     runs = ready_runs(lines)
     rows = []
-    for arm, other in (("opd", "td"), ("teacher-kl", "td"), ("opd", "teacher-kl")):
+    pairs = [("opd", "td"), ("teacher-kl", "td"), ("opd", "teacher-kl")]
+    arms = ready_arms(lines)
+    for arm, other in [pair for pair in pairs if arms.keys() >= set(pair)]:
         for teacher in READY_TEACHERS:
             for td_steps in READY_STARTS:
                 own = runs[teacher, td_steps, arm]
@@ -890,7 +912,7 @@ def draw_ready(lines):
     base = errors_before(runs["shipped", 0, "opd"])[0]
     figure = Figure(figsize=(8, 3.4), layout="constrained")
     for axis, teacher in zip(figure.subplots(1, 2, sharey=True), READY_TEACHERS):
-        for arm, name in READY_ARMS.items():
+        for arm, name in ready_arms(lines).items():
             changes = []
             for td_steps in READY_STARTS:
                 own = runs[teacher, td_steps, arm]
@@ -911,7 +933,7 @@ def draw_ready(lines):
 def rescue(lines):
     """OPD with one flag, from a student without TD and one with a little: seeds 0 and 1."""
     runs = {key: own[:2] for key, own in ready_runs(lines).items()}
-    runs.update(ready_runs(lines, "ready-rescue"))
+    runs.update(ready_runs(lines, ["ready-rescue"]))
     rows = []
     for arm in ("before", *READY_ARMS, *RESCUES):
         row = [READY_ARMS.get(arm, arm)]
@@ -924,6 +946,121 @@ def rescue(lines):
         rows.append(row)
     header = ["mean error, %, each seed"] + [f"after {td_steps} steps of TD" for td_steps in RESCUE_STARTS]
     return markdown(header, rows)
+
+
+# ---- question 9 --------------------------------------------------------------------------------------------
+
+
+def label_teacher(line):
+    """The name of a line's teacher."""
+    return next(name for name, model in LABEL_TEACHERS.items() if model == line["teacher"])
+
+
+def label_runs(lines, question="labels"):
+    """{(teacher, arm): its lines, by seed}; ce-reference reads no teacher, and belongs to both."""
+    runs = collections.defaultdict(list)
+    for line in lines:
+        if line["question"] == question and "arm" in line:
+            names = LABEL_TEACHERS if line["arm"] == "ce-reference" else [label_teacher(line)]
+            for name in names:
+                runs[name, line["arm"]].append(line)
+    return {key: sorted(own, key=lambda line: line["seed"]) for key, own in runs.items()}
+
+
+def shared_cell(shares):
+    """Errors on the fresh audio that both models make, in % of the teacher's and of the student's."""
+    totals = {}
+    for whose in ("teacher", "student", "shared"):
+        totals[whose] = sum(share[whose] for share in shares)
+    of_teacher = 100 * totals["shared"] / totals["teacher"]
+    return f"{of_teacher:.1f}, {100 * totals['shared'] / totals['student']:.1f}"
+
+
+def label_arms(lines):
+    """Both teachers with their students: the test sets, the fresh audio, and the errors that they share."""
+    runs = label_runs(lines)
+    base = evaluation_of(lines, "labels", BASE)
+    rows = [["base", *rates_row("", [base])[1:], f"{rate(base, 'fresh'):.1f}", "", "", ""]]
+    for teacher, model in LABEL_TEACHERS.items():
+        line = evaluation_of(lines, "labels", model)
+        before = shared_cell([line["shared_before"] for line in runs[teacher, "opd"][:1]])
+        row = [f"{teacher} teacher (shared: with the base)", *rates_row("", [line])[1:]]
+        rows.append([*row, f"{rate(line, 'fresh'):.1f}", "", before, ""])
+        for arm in LABEL_ARMS:
+            own = runs[teacher, arm]
+            if (teacher, arm) == ("weak", "ce-reference"):  # it reads no teacher: one row
+                continue
+            fresh = np.mean([rate(line, "fresh") for line in own])
+            name = arm if arm == "ce-reference" else f"{arm}, {teacher}"
+            row = rates_row(name, own) + [f"{fresh:.1f}", change_cell(own, base)]
+            rows.append([*row, shared_cell([line["shared"] for line in own]), f"{own[0]['lr']:g}"])
+    shared = "shared errors, % of the teacher's, of the student's"
+    return markdown(["%", *RATES_HEADER, "fresh audio", "macro change", shared, "lr"], rows)
+
+
+def label_contrasts(lines):
+    """What one has without transcripts, against each other and against what transcripts would bring."""
+    runs = label_runs(lines)
+    rows = []
+    for arm, other in (
+        ("opd", "ce-teacher"),
+        ("opd", "teacher-kl"),
+        ("teacher-kl", "ce-teacher"),
+        ("opd", "offline-kl"),
+        ("opd", "ce-reference"),
+        ("ce-teacher", "ce-reference"),
+    ):
+        for teacher in ("weak", "good"):
+            name = f"{arm} against {other}, {teacher} teacher"
+            if (arm, other, teacher) == ("opd", "ce-teacher", "weak"):
+                name = f"**{name}** (primary)"
+            rows.append(contrast_row(name, runs[teacher, other], runs[teacher, arm]))
+    return markdown(CONTRAST_HEADER, rows)
+
+
+def label_filter(lines):
+    """SFT on the half of the clips of whose transcripts the weak teacher is surest, and on a random half."""
+    halves = collections.defaultdict(list)
+    for line in lines:
+        if line["question"] == "labels-filter":
+            halves[line["condition"]].append(line)
+    runs = label_runs(lines)
+    everything = runs["weak", "ce-teacher"]
+    rows = [
+        contrast_row("ce-teacher: the surest half against all clips", everything, halves["surest"]),
+        contrast_row("ce-teacher: the surest half against a random one", halves["random"], halves["surest"]),
+        contrast_row(
+            "opd on all clips against ce-teacher on the surest half", halves["surest"], runs["weak", "opd"]
+        ),
+    ]
+    return markdown(CONTRAST_HEADER, rows)
+
+
+def same_rate_label_runs(lines):
+    """{(teacher, arm): its lines} at one learning rate: runs of their own, unless it is the tuned one."""
+    tuned = label_runs(lines)
+    common = label_runs(lines, "labels-rate")
+    runs = {}
+    for key, own in tuned.items():
+        runs[key] = own if own[0]["lr"] == LABEL_RATE else common.get(key, [])
+    return runs
+
+
+def label_rates(lines):
+    """The arms at one learning rate, where some have another of their own."""
+    runs = same_rate_label_runs(lines)
+    rows = []
+    for other in LABEL_ARMS[1:]:
+        for teacher in ("weak", "good"):
+            name = f"opd against {other}, {teacher} teacher, both with lr {LABEL_RATE:g}"
+            rows.append(contrast_row(name, runs[teacher, other], runs[teacher, "opd"]))
+    return markdown(CONTRAST_HEADER, rows)
+
+
+def draw_labels(lines):
+    runs = {f"{arm}, {teacher}": own for (teacher, arm), own in label_runs(lines).items()}
+    del runs["ce-reference, weak"]  # it reads no teacher
+    draw_changes(HERE / "labels.png", runs, evaluation_of(lines, "labels", BASE))
 
 
 # ---- another base, and a larger instance -------------------------------------------------------------------
@@ -970,17 +1107,119 @@ def draw_other_base(lines):
     draw_opd_against_offline(HERE / "base-2.png", runs)
 
 
+# ---- the answers -------------------------------------------------------------------------------------------
+
+
+def answer_row(asked, figures, section):
+    """A question "Fewer errors by B than by A?" with the change: yes, no, or open where 0 is inside."""
+    answer = "yes" if figures["value"] < 0 else "no"
+    if figures["low"] <= 0 <= figures["high"]:
+        answer = "open"
+    figure = f"{signed(figures['value'])} % ({spread(figures['low'], figures['high'])})"
+    return [asked, figure, answer, section]
+
+
+def answers(lines):
+    """What was asked, the figure, the answer, the section. A question with unfinished runs is left out."""
+    shown = shown_questions(lines)
+    rows = []
+
+    def ask(question, asked, runs, a, b, section):
+        """Adds the question whether runs[b] have fewer errors than runs[a]."""
+        if question in shown:
+            rows.append(answer_row(asked, change_between(runs[a], runs[b]), section))
+
+    table_1 = runs_of(lines, "table-1")
+    one_rate = {**table_1, "offline-kl": same_rate_runs(lines)}
+    pair = ("offline-kl", "opd")
+    asked = "KL along the student's own transcripts, not along references: `opd` against `offline-kl`"
+    ask("table-1", f"{asked} (primary)", table_1, *pair, "Table 1")
+    ask("rate", "… at one learning rate", one_rate, *pair, "Table 1")
+    ask("base-2", "… from another base", runs_of(lines, "base-2"), *pair, "Table 1")
+    ask("scale", "… in a larger instance", runs_of(lines, "scale"), *pair, "A larger instance")
+    if "digits" in shown:
+        runs, _, stems = digit_runs(lines)
+        counts, n_seeds = digit_counts(runs["offline-kl with opd's lr"], runs["opd"], stems)
+        figures = seeds.change_over_seeds(counts, n_seeds, is_paired=True)
+        rows.append(answer_row("… on human speech, at one learning rate", figures, "Human speech"))
+    asked = "KL, not cross-entropy, along references: `offline-kl` against `ce-reference`"
+    ask("table-1", asked, table_1, "ce-reference", "offline-kl", "Table 1")
+    asked = "OPD, not more SFT on references: `opd` against `ce-reference` (not declared, unequal rates)"
+    ask("table-1", asked, table_1, "ce-reference", "opd", "Table 1")
+
+    own = label_runs(lines)
+    asked = "Audio without transcripts, a weak teacher: `opd` against `ce-teacher`"
+    section = "Audio without transcripts"
+    ask("labels", f"{asked} (primary)", own, ("weak", "ce-teacher"), ("weak", "opd"), section)
+    one_rate = same_rate_label_runs(lines)
+    ask("labels-rate", "… at one learning rate", one_rate, ("weak", "ce-teacher"), ("weak", "opd"), section)
+    ask("labels", "… a good teacher", own, ("good", "ce-teacher"), ("good", "opd"), section)
+
+    own = recipe_runs(lines)
+    asked = "OPD, not more SFT, after TD (one of four, not corrected)"
+    ask("table-2", asked, own, "td+sft", "td+opd", "Table 2")
+    one_rate = {**own, **runs_of(lines, "td-rate")}
+    ask("td-rate", "… at one learning rate", one_rate, "td+sft", "td+opd", "Table 2")
+    ask("table-2", "OPD after TD, not OPD alone (which has 100 steps less)", own, "opd", "td+opd", "Table 2")
+
+    own = ready_runs(lines)
+    for td_steps in READY_STARTS:
+        asked = f"… after {td_steps} steps of TD"
+        if td_steps == 0:
+            asked = "A teacher of another style: OPD, not more TD"
+        asked += " (primary)" if td_steps != 200 else ""
+        ask("ready", asked, own, ("style", td_steps, "td"), ("style", td_steps, "opd"), "Readiness")
+
+    if "support" in shown:
+        asked = "KL on S ∩ T, not on S ∪ T"
+        ask("support", asked, support_runs(lines), "union (k = 32)", "intersection", "Table 3")
+    asked = "Training the adapter alone (the largest of 18 flags, not corrected)"
+    ask("ablation", asked, runs_of(lines, "ablation"), "default", "parts-adapter", "Ablations")
+
+    table = overlap_table(lines)
+    for name, key, asked in (
+        ("vuss", "r_p", "Does VUSS at k = 32 before OPD predict the error after it? (primary)"),
+        ("top1", "r_p_holm", "… top-1 agreement (one of ten more, Holm)"),
+    ):
+        if table is not None:
+            figures = validate.analyse(table)["measures"][name]
+            answer = "yes" if figures[key] < 0.05 and figures["r"] * figures["expected_sign"] > 0 else "open"
+            figure = f"r {figures['r']:+.2f}, p {eval.p_text(figures[key])}".replace("-", "−")
+            rows.append([asked, figure, answer, "Table 3"])
+    return rows
+
+
+ANSWERS_HEADER = ["fewer errors by …?", "change (95 %: other seeds and speakers)", "answer", "section"]
+
+
+def all_answers(lines):
+    return markdown(ANSWERS_HEADER, answers(lines))
+
+
+def primary_answers(lines):
+    """For the README: what was declared as primary, and its variations."""
+    rows = []
+    is_primary = False
+    for asked, figure, answer, _ in answers(lines):
+        is_primary = "(primary)" in asked or asked.startswith("…") and is_primary
+        if is_primary:
+            rows.append([asked.replace(" (primary)", ""), figure, answer])
+    return markdown(ANSWERS_HEADER[:-1], rows)
+
+
 # ---- all tables --------------------------------------------------------------------------------------------
 
 # Name → the table, and the question whose runs it needs.
 TABLES = {
+    "answers": (all_answers, "table-1"),
+    "primary-answers": (primary_answers, "table-1"),
     "tune": (tuning, "tune"),
     "arms": (arms, "table-1"),
-    "arms-short": (arms_short, "table-1"),
     "arms-contrasts": (arms_contrasts, "table-1"),
     "rate-contrasts": (rate_contrasts, "rate"),
     "recipe": (recipe, "table-2"),
     "recipe-contrasts": (recipe_contrasts, "table-2"),
+    "recipe-rates": (recipe_rates, "td-rate"),
     "recipe-vuss": (recipe_vuss, "table-2"),
     "pairs": (pairs, "table-3"),
     "prediction": (prediction, "table-3"),
@@ -996,6 +1235,11 @@ TABLES = {
     "ready-measures": (ready_measures, "ready"),
     "ready-thresholds": (ready_thresholds, "ready"),
     "ready-rescue": (rescue, "ready-rescue"),
+    "labels-tune": (functools.partial(tuning, question="labels-tune"), "labels-tune"),
+    "labels": (label_arms, "labels"),
+    "labels-contrasts": (label_contrasts, "labels"),
+    "labels-filter": (label_filter, "labels-filter"),
+    "labels-rate": (label_rates, "labels-rate"),
     "base-2": (other_base, "base-2"),
     "scale": (scale, "scale"),
 }
@@ -1011,6 +1255,7 @@ PICTURES = {
     "robustness": draw_robustness,
     "ablation": draw_ablations,
     "ready": draw_ready,
+    "labels": draw_labels,
     "base-2": draw_other_base,
     "scale": draw_scale,
 }
@@ -1019,11 +1264,15 @@ PICTURES = {
 BESIDE = {
     "rate": {"table-1"},
     "table-2": {"table-1"},
+    "td-rate": {"table-2"},
     "support": {"table-1"},
     "strength": {"table-1", "rate"},
     "amount": {"table-1", "rate"},
     "ablation": {"table-1"},
-    "ready-rescue": {"ready"},
+    "ready-rescue": {"ready", "ready-kl"},
+    "labels": {"labels-tune"},
+    "labels-filter": {"labels"},
+    "labels-rate": {"labels"},
     "base-2": {"table-1"},
 }
 
@@ -1070,7 +1319,7 @@ def main():
     for question in shown_questions(lines) & PICTURES.keys():
         PICTURES[question](lines)
     if args.write:
-        for path in (ROOT / "RESULTS.md", ROOT / "README.md"):
+        for path in DOCUMENTS:
             path.write_text(with_tables(path.read_text(encoding="utf-8"), tables), encoding="utf-8")
 
 

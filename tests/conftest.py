@@ -28,13 +28,7 @@ ROPE = {"rope_type": "default", "rope_theta": 1e6}
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: over 20 s; run with `pytest -m slow`")
-
-
-def pytest_collection_modifyitems(config, items):
-    if "slow" not in config.getoption("-m"):
-        slow = [item for item in items if "slow" in item.keywords]
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if "slow" not in item.keywords]
+    config.option.markexpr = config.option.markexpr or "not slow"
 
 
 # ---- our student -------------------------------------------------------------------------------------------

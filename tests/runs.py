@@ -5,9 +5,7 @@ import json
 import math
 import multiprocessing
 import os
-import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,7 +18,7 @@ import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import ROOT, byte_tokenizer, noise, tiny_model
+from conftest import byte_tokenizer, noise, tiny_model
 
 import data
 import eval
@@ -36,7 +34,8 @@ BOTH = pytest.mark.parametrize("script", [opd, sft], ids=["opd", "sft"])
 
 
 def write_lines(path, lines):
-    """A manifest of dicts. → its path"""
+    """A manifest of dicts, and the folders that it lies in. → its path"""
+    path.parent.mkdir(exist_ok=True, parents=True)
     path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
     return path
 
@@ -49,10 +48,11 @@ def write_clip(path, seconds, seed, **fields):
     return {**line, **fields}
 
 
-def with_other_ids(tokenizer):
-    """The same tokens, but the 256 bytes have their ids in reverse order."""
+def with_other_ids(tokenizer, missing=""):
+    """The same tokens, but the 256 bytes have their ids in reverse order, and one may be missing."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    state["model"]["vocab"] = {token: 255 - i for token, i in state["model"]["vocab"].items()}
+    vocabulary = state["model"]["vocab"].items()
+    state["model"]["vocab"] = {"other" if token == missing else token: 255 - i for token, i in vocabulary}
     reversed_bytes = tokenizers.Tokenizer.from_str(json.dumps(state))
     specials = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
     return transformers.PreTrainedTokenizerFast(tokenizer_object=reversed_bytes, **specials)
@@ -228,7 +228,7 @@ def status_of(script, argv):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{script.__name__}.py"])  # names the script in an error
         try:
-            data.run_script(script.main, script.parse_args(argv))
+            data.run_script(script.main, script.parse_args([str(flag) for flag in argv]))
         except SystemExit as error:
             return error.code
     return 0
@@ -296,26 +296,6 @@ def train_on_ranks(script, stage, out, world, *more):
     results = run_ranks(lambda: status_of(script, argv), world)
     assert [status for status, _ in results] == [0] * world, results
     return lines_of(out / "metrics.jsonl")
-
-
-def run_command(script, argv, nproc=0, seconds=200):
-    """Runs a script as a user does, under torchrun where nproc > 0. → exit status, both streams"""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc else []
-    process = subprocess.Popen(
-        [sys.executable, *torchrun, str(ROOT / script), *map(str, argv)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
-        start_new_session=True,
-    )
-    try:
-        text, _ = process.communicate(timeout=seconds)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    return process.returncode, text
 
 
 # ---- what a run leaves -------------------------------------------------------------------------------------

@@ -1,13 +1,12 @@
 """The controlled arms of opd.py: each step by its definition; arms differ in nothing but their flags."""
 
-import json
 import shutil
 
 import numpy as np
 import pytest
 import runs
 import torch
-from conftest import qwen3_asr_folder, tiny_model
+from conftest import byte_tokenizer, qwen3_asr_folder, tiny_model
 
 import data
 import model
@@ -201,10 +200,7 @@ def test_parts_that_do_not_train_stay_bit_for_bit(parts, kind, stage, tmp_path):
 def test_a_reference_that_the_teacher_cannot_write_is_a_bad_clip(stage, tmp_path, capsys):
     """A teacher without the token z, and a z in the text of one clip."""
     shutil.copytree(stage / "teacher", tmp_path / "teacher")
-    path = tmp_path / "teacher/tokenizer.json"
-    state = json.loads(path.read_text())
-    state["model"]["vocab"]["not z"] = state["model"]["vocab"].pop("z")
-    path.write_text(json.dumps(state))
+    runs.with_other_ids(byte_tokenizer(), missing="z").save_pretrained(tmp_path / "teacher")
     lines = runs.lines_of(stage / "m.jsonl")
     lines[3]["text"] = "a zebra here"
     path = runs.write_lines(tmp_path / "m.jsonl", lines)

@@ -62,8 +62,7 @@ def clip_of(path, duration, content=None, **times):
 
 
 def refused(reason, clip):
-    raises_at("m.jsonl:7", AudioError, f"{clip.audio}: ", load_audio, clip)
-    raises_at("m.jsonl:7", AudioError, reason, load_audio, clip)
+    raises_at(f"m.jsonl:7: {clip.audio}", AudioError, reason, load_audio, clip)
 
 
 LOSSLESS = (

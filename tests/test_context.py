@@ -83,7 +83,7 @@ def test_sft_and_eval_with_and_without(stage, manifest, finished, tmp_path):
     for path, more in ((stage / "m.jsonl", []), (manifest, ["--no-context"]), (manifest, [])):
         out = tmp_path / f"eval{len(hyps)}"
         flags = ["--model", stage / "teacher", "--data", path, "--out", out, *more]
-        evaluation.main(evaluation.parse_args([str(flag) for flag in flags]))
+        assert runs.status_of(evaluation, flags) == 0
         lines = runs.lines_of(out / "m.jsonl")
         hyps.append([line["hyp"] for line in lines])
     assert hyps[0] == hyps[1] != hyps[2]

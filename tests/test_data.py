@@ -6,7 +6,6 @@ import json
 import math
 import re
 import sys
-import tracemalloc
 
 import numpy as np
 import pytest
@@ -230,15 +229,6 @@ def test_clips_count_what_they_leave_out(tmp_path):
     wanted = Clips([path], 30.0, "hyp", is_wanted=lambda clip: clip.text != "z")
     assert [clip.text for clip in wanted] == ["y", ""]
     assert wanted.n_unwanted == 1
-
-
-def test_clips_are_not_kept_in_memory(tmp_path):
-    path = write_manifest(tmp_path, *[line_of(text="x" * 300)] * 20_000)
-    tracemalloc.start()
-    clips = Clips([path], 30.0, "text")
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert len(clips) == 20_000 and peak < 4e6
 
 
 # ---- features ----------------------------------------------------------------------------------------------
@@ -509,12 +499,8 @@ def test_a_flag_that_is_wrong(argv, reason, capsys):
         (InputError("m.jsonl:1: bad"), 0, 2, "x.py: error: m.jsonl:1: bad\n"),
         (InputError("m.jsonl:1: bad"), 1, 2, ""),
         (AudioError("m.jsonl:1: bad"), 1, 2, "x.py: error: m.jsonl:1: bad\n"),
-        (
-            OSError(28, "disk full", "a/b"),
-            1,
-            2,
-            "x.py: error: [Errno 28] disk full: 'a/b'; make room on that disk\n",
-        ),
+        (OSError(20, "no folder", "a/b"), 1, 2, f"x.py: error: [Errno 20] no folder: 'a/b'{REMEDY}"),
+        (OSError(28, "full", "a/b"), 1, 2, "x.py: error: [Errno 28] full: 'a/b'; make room on that disk\n"),
     ],
 )
 def test_a_mistake_of_the_user_is_one_line_and_a_status(error, rank, status, printed, monkeypatch, capsys):

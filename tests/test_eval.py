@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from runs import lines_of, run_ranks, write_lines
+from runs import lines_of, run_ranks, status_of, write_lines
 
 import data
 import eval as evaluation
@@ -63,7 +63,6 @@ class StubModel:
 
 
 def write_manifest(path, *lines):
-    path.parent.mkdir(exist_ok=True, parents=True)
     return str(write_lines(path, lines))
 
 
@@ -216,12 +215,7 @@ def command(monkeypatch, tmp_path):
             return stub
 
         monkeypatch.setattr(model.SpeechLM, "from_pretrained", from_pretrained)
-        argv = ["--model", tmp_path / "model", *argv]
-        try:
-            data.run_script(evaluation.main, evaluation.parse_args(list(map(str, argv))))
-        except SystemExit as caught:
-            return caught.code
-        return 0
+        return status_of(evaluation, ["--model", tmp_path / "model", *argv])
 
     return command
 
@@ -242,9 +236,7 @@ def test_a_clip_that_fails_is_reported_counted_and_nothing_else(tmp_path, wav, c
     assert result.pop("error").endswith("convert it to wav or flac")
     assert result == {**bad, "audio": "../bad.wav"}
 
-    argv = ["--score", tmp_path / "out" / "m.jsonl", *flags]
-    with pytest.raises(SystemExit):
-        evaluation.main(evaluation.parse_args(list(map(str, argv))))
+    assert status_of(evaluation, ["--score", tmp_path / "out" / "m.jsonl", *flags]) == 1
     assert data.read_json(tmp_path / "x.json") == {"m": {**summary, "rtf": None}}
 
 

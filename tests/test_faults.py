@@ -11,11 +11,10 @@ import unicodedata
 import pytest
 import soundfile
 import torch
-from runs import argv_of, lines_of, run_on_cpu
+from runs import argv_of, lines_of, run_on_cpu, train
 
 import data
 import eval
-import opd
 import sft
 from prepare import check
 from prepare import folder as folder_script
@@ -46,15 +45,6 @@ def test_the_prefix_of_qwen3_asrs_training_data_is_no_text(text, language, read_
     assert clip.had_prefix == (text != read_text)
 
 
-def test_prefixes_are_counted_and_said(tmp_path, capsys):
-    path = tmp_path / "m.jsonl"
-    data.add_lines(path, [line_of(text, language) for text, language, _, _ in PREFIXED])
-    data.read_manifest(str(path))
-    data.Clips([str(path)], 30.0, "text")
-    said = f'{path}: 3 texts began with "language …<asr_text>", which was taken off\n'
-    assert capsys.readouterr().out == 2 * said
-
-
 def test_markup_is_not_learned(tmp_path):
     path = tmp_path / "m.jsonl"
     data.add_lines(path, [line_of("a <b c"), line_of("<|zh|><|NEUTRAL|>打开")])
@@ -63,7 +53,7 @@ def test_markup_is_not_learned(tmp_path):
     assert len(data.Clips([str(path)], 30.0)) == 2  # where no text is learned
 
 
-def test_the_check_lists_markup(tmp_path, capsys):
+def test_prefixes_are_counted_and_the_check_lists_markup(tmp_path, capsys):
     texts = ["language English<asr_text>call david", "call <COMMA> david", "[laughter] well [laughter] (hm)"]
     lines = []
     for i, text in enumerate(texts):
@@ -71,9 +61,10 @@ def test_the_check_lists_markup(tmp_path, capsys):
         lines.append({**line_of(text, "en"), "audio": f"{i}.wav"})
     data.add_lines(tmp_path / "m.jsonl", lines)
     n_defects = check.check(str(tmp_path / "m.jsonl"), 30.0)
+    data.read_manifest(str(tmp_path / "m.jsonl"))
     said = capsys.readouterr().out
     assert n_defects == 1 and "m.jsonl:2: text holds <COMMA>, which no training takes" in said
-    assert '1 texts began with "language …<asr_text>"' in said
+    assert said.count('1 texts began with "language …<asr_text>", which was taken off') == 2
     assert "looks like markup, and is scored and learned as words: [laughter] 2, (hm) 1" in said
 
 
@@ -98,10 +89,6 @@ def test_the_same_units_in_every_style(language, one, other, style):
     assert units and eval.normalize(one, language, style) == units
 
 
-def test_turkish_keeps_its_cedillas_and_a_comparison_its_signs():
-    assert eval.normalize("ş < 3 > 2", "tr") == ["ş", "3", "2"]
-
-
 # ---- runs --------------------------------------------------------------------------------------------------
 
 
@@ -110,18 +97,18 @@ def test_a_damaged_checkpoint_is_left_aside_and_the_one_before_goes_on(stage, tm
     """Bit for bit as if the newer one had not been."""
     flags = ["--steps", 4, "--save-every", 1]
     for out in ("straight", "damaged"):
-        sft.main(sft.parse_args(argv_of(sft, stage, tmp_path / out, *flags)))
+        train(sft, stage, tmp_path / out, *flags)
     out = tmp_path / "damaged"
     os.remove(out / "summary.json")
     os.truncate(out / "step-4" / name, 1000)
-    sft.main(sft.parse_args(argv_of(sft, stage, out, *flags, "--resume")))
+    lines = train(sft, stage, out, *flags, "--resume")
     said = capsys.readouterr().out
     assert f"{out}/step-4 cannot be read, and is left aside as {out}/step-4.damaged" in said
     assert f"{out}: goes on from step 3" in said
     for folder in ("step-4/model", "model"):
         own = (out / folder / "model.safetensors").read_bytes()
         assert own == (tmp_path / "straight" / folder / "model.safetensors").read_bytes()
-    assert [line["step"] for line in lines_of(out / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
 
 
 class Deadly(torch.utils.data.Dataset):
@@ -135,16 +122,6 @@ def test_a_data_worker_that_is_killed_is_one_line():
     steps = data.step_batches(Deadly(), 0, 3, workers=1)
     with pytest.raises(data.AudioError, match="a data worker was killed; .* --workers; go on by --resume"):
         list(steps)
-
-
-def test_a_path_that_cannot_be_written_is_one_line(stage, tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    (tmp_path / "link").symlink_to(tmp_path / "gone" / "away")
-    for out in (tmp_path / "file" / "run", tmp_path / "link"):
-        with pytest.raises(SystemExit) as stop:
-            data.run_script(opd.main, opd.parse_args(argv_of(opd, stage, out, "--steps", 1)))
-        error = capsys.readouterr().err.strip().splitlines()[-1]
-        assert stop.value.code == 2 and str(out) in error and "give a path that can be used" in error
 
 
 def test_a_full_disk_leaves_nothing_half_written(stage, tmp_path, monkeypatch):

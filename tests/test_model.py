@@ -326,9 +326,7 @@ def test_a_tensor_that_is_missing_is_named(tmp_path, kind):
 def test_a_file_that_is_missing_is_named_with_where_to_copy_it_from(tmp_path, kind, name):
     folder = folder_of(kind, tmp_path / "m")
     (folder / name).unlink()
-    assert error_of(folder).endswith(
-        f"m has no {name}; copy it from the folder or hub repository that this model came from"
-    )
+    assert f"m has no {name}; copy it from the folder or hub repository" in error_of(folder)
 
 
 def with_nan(folder):
@@ -362,13 +360,6 @@ def test_what_is_no_model_of_ours_is_one_line(tmp_path, reason):
     else:
         change(folder)
     assert reason in error_of(folder)
-
-
-def test_the_folder_of_a_run_means_the_model_in_it(tmp_path):
-    speech_lm = tiny_model()
-    speech_lm.save_pretrained(tmp_path / "step-3" / "model")
-    again = m.SpeechLM.from_pretrained(tmp_path / "step-3")
-    assert_same_tensors(again.state_dict(), speech_lm.state_dict())
 
 
 @KINDS

@@ -6,22 +6,16 @@ import json
 import math
 
 import pytest
-import tokenizers
 import torch
-import transformers
 from conftest import SPECIALS, byte_tokenizer, tiny_model
-from runs import lines_of, run_on_cpu, run_ranks, write_clip, write_lines
+from runs import lines_of, run_on_cpu, run_ranks, with_other_ids, write_clip, write_lines
 
 import data
 import model
 import overlap
 
 K = 5
-
-
-@pytest.fixture(autouse=True, scope="module")
-def on_cpu():
-    yield from run_on_cpu()
+on_cpu = pytest.fixture(autouse=True, scope="module")(run_on_cpu)
 
 
 # ---- the measures of a row ---------------------------------------------------------------------------------
@@ -98,17 +92,6 @@ def in_plain_python(student_logits, teacher_logits, token, k=K):
 # ---- runs with tiny models ---------------------------------------------------------------------------------
 
 
-def other_tokenizer():
-    """The bytes in the reverse order, other ids of control tokens, and "qq" in place of "q"."""
-    core = json.loads(byte_tokenizer(specials=SPECIALS[::-1]).backend_tokenizer.to_str())
-    tokens = list(core["model"]["vocab"])[::-1]
-    core["model"]["vocab"] = {token.replace("q", "qq"): i for i, token in enumerate(tokens)}
-    core = tokenizers.Tokenizer.from_str(json.dumps(core))
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>"
-    )
-
-
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory):
     """Six clips with texts in m.jsonl and n.jsonl, and two tiny models with other ids.
@@ -126,7 +109,8 @@ def stage(tmp_path_factory):
     student = tiny_model(13, spread=0.1)
     student.head.weight.data[student.front_end.stop_id] *= 4
     student.save_pretrained(folder / "student")
-    teacher = tiny_model(11, tokenizer=other_tokenizer(), width=48, hidden=64, spread=0.1)
+    words = with_other_ids(byte_tokenizer(specials=SPECIALS[::-1]), missing="q")
+    teacher = tiny_model(11, words, width=48, hidden=64, spread=0.1)
     teacher.head.weight.data[teacher.front_end.stop_id] *= 5
     teacher.save_pretrained(folder / "teacher")
     return folder

@@ -176,15 +176,6 @@ def test_nothing_found_names_the_folder_and_what_was_looked_for(name, tmp_path):
     assert str(tmp_path / "empty") in message and CORPORA[name][2] in message
 
 
-def test_audio_that_does_not_lie_below_the_manifest_is_absolute(run, tmp_path, monkeypatch):
-    kaldi(tmp_path / "corpus")
-    (tmp_path / "lists").mkdir()
-    monkeypatch.chdir(tmp_path)
-    lines, _ = run("kaldi", "corpus", out="lists/m.jsonl")
-    assert all(os.path.isabs(line["audio"]) for line in lines)
-    assert len(waveforms(tmp_path / "lists/m.jsonl")) == 2
-
-
 def test_an_existing_manifest_or_shard_is_refused_and_left_alone(tmp_path):
     root = folder(tmp_path / "clips")
     (tmp_path / "m.jsonl").write_bytes(b"precious")
@@ -306,14 +297,18 @@ def test_kaldi_segments(run, tmp_path):
 
 
 def test_kaldi_paths_and_commands(run, tmp_path, monkeypatch):
-    """Paths start at ROOT, then at the current folder; commands are never run."""
+    """Paths start at ROOT, then at the current folder; commands are never run.
+
+    Audio below the manifest is relative to it, other audio absolute.
+    """
     root = kaldi(tmp_path / "k")
     sound(tmp_path / "here/my clips/c.wav", 0.75)
     with open(root / "wav.scp", "a") as file:
         file.write(f"utt3 my clips/c.wav\nutt4 touch {tmp_path}/ran; cat a.wav |  \nutt5 gone.wav\n")
     monkeypatch.chdir(tmp_path / "here")
-    lines, left_out = run("kaldi", "../k")
-    assert [line["audio"] for line in lines] == ["k/a.wav", "k/b.flac", "here/my clips/c.wav"]
+    lines, left_out = run("kaldi", "../k", out="here/m.jsonl")
+    assert [line["audio"] for line in lines] == [f"{root}/a.wav", f"{root}/b.flac", "my clips/c.wav"]
+    assert len(waveforms(tmp_path / "here/m.jsonl")) == 3
     assert left_out == [
         (1, "its audio is a command, which is never run", f"utt4 touch {tmp_path}/ran; cat a.wav |"),
         (1, "no audio file", "utt5 gone.wav"),

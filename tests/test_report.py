@@ -4,7 +4,7 @@ import importlib
 import math
 
 import pytest
-from runs import BOTH, argv_of, lines_of, run_on_cpu, write_lines
+from runs import BOTH, argv_of, error_line, lines_of, run_on_cpu, status_of, train, write_lines
 
 import data
 import opd
@@ -12,11 +12,6 @@ import overlap
 
 DRAW_REPORT = overlap.draw_report
 on_cpu = pytest.fixture(autouse=True, scope="module")(run_on_cpu)
-
-
-def train(script, stage, out, *more):
-    script.main(script.parse_args(argv_of(script, stage, out, *more)))
-    return out
 
 
 def test_the_picture_has_the_metrics_and_the_errors(tmp_path, monkeypatch):
@@ -46,8 +41,8 @@ def test_a_run_without_a_row_has_no_vuss(stage, tmp_path, capsys):
     lines[-1] = {**lines[-1], "audio": str(tmp_path / "none.wav"), "duration": 9.0}  # the longest is first
     write_lines(tmp_path / "m.jsonl", lines)
     flags = ["--train", tmp_path / "m.jsonl", "--batch-size", 1, "--on-bad-audio", "skip"]
-    out = train(opd, stage, tmp_path / "run", *flags)
-    summary = data.read_json(out / "summary.json")
+    train(opd, stage, tmp_path / "run", *flags)
+    summary = data.read_json(tmp_path / "run/summary.json")
     assert (summary["skipped"], summary["vuss_first"], summary["vuss_last"]) == (1, None, None)
     assert "VUSS – → –" in capsys.readouterr().out
 
@@ -58,10 +53,10 @@ def test_a_run_leaves_a_picture(stage, tmp_path, monkeypatch):
     monkeypatch.setattr(overlap, "draw_report", DRAW_REPORT)
     lines = [{**line, "text": ""} for line in lines_of(stage / "m.jsonl")]
     write_lines(tmp_path / "silence.jsonl", lines)
-    out = train(opd, stage, tmp_path / "run", "--eval", stage / "m.jsonl", tmp_path / "silence.jsonl")
-    bare = train(opd, stage, tmp_path / "bare")
-    for folder in (out, bare):
-        assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
+    train(opd, stage, tmp_path / "run", "--eval", stage / "m.jsonl", tmp_path / "silence.jsonl")
+    train(opd, stage, tmp_path / "bare")
+    for name in ("run", "bare"):
+        assert (tmp_path / name / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow
@@ -69,14 +64,14 @@ def test_a_run_leaves_a_picture(stage, tmp_path, monkeypatch):
 def test_tensorboard_has_every_metric_also_after_a_resume(stage, tmp_path, script):
     pytest.importorskip("tensorboard")
     flags = ["--steps", 4, "--save-every", 2, "--keep", 9, "--tensorboard"]
-    out = train(script, stage, tmp_path / "run", *flags)
+    out = tmp_path / "run"
+    train(script, stage, out, *flags)
     (out / "step-4").rename(tmp_path / "step-4")
     (out / "model").rename(tmp_path / "model")
     (out / "summary.json").unlink()
-    train(script, stage, out, *flags, "--resume")
+    lines = train(script, stage, out, *flags, "--resume")
     events = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
     reader = events.EventAccumulator(str(out / "tensorboard")).Reload()
-    lines = lines_of(out / "metrics.jsonl")
     assert set(reader.Tags()["scalars"]) == lines[0].keys()
     for name in lines[0]:
         points = [(event.step, event.value) for event in reader.Scalars(name)]
@@ -84,8 +79,8 @@ def test_tensorboard_has_every_metric_also_after_a_resume(stage, tmp_path, scrip
 
 
 @BOTH
-def test_without_tensorboard_the_flag_is_refused(stage, tmp_path, monkeypatch, script):
+def test_without_tensorboard_the_flag_is_refused(stage, tmp_path, monkeypatch, script, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(data.InputError, match="pip install tensorboard"):
-        train(script, stage, tmp_path / "run", "--tensorboard")
+    assert status_of(script, argv_of(script, stage, tmp_path / "run", "--tensorboard")) == 2
+    assert "pip install tensorboard" in error_line(capsys.readouterr().err)
     assert not (tmp_path / "run").exists()

@@ -12,8 +12,8 @@ import eval as evaluation
 import opd
 import overlap
 import sft
+from results import labels, sets, tables
 from results import run as driver
-from results import sets, tables
 
 SCRIPTS = {"opd.py": opd, "sft.py": sft, "eval.py": evaluation, "overlap.py": overlap}
 
@@ -23,10 +23,17 @@ def best_rate(arm, rates):
     return rates[2 if arm == "opd" else 1]
 
 
+GRIDS = {
+    "tune": driver.LEARNING_RATES,
+    "labels-tune": driver.LEARNING_RATES,
+    "scale-tune": driver.SCALE_RATES,
+}
+
+
 def tuned_lines():
     """The grids of learning rates as if they were finished: `best_rate` has the fewest errors."""
     lines = []
-    for question, rates in (("tune", driver.LEARNING_RATES), ("scale-tune", driver.SCALE_RATES)):
+    for question, rates in GRIDS.items():
         for run in driver.experiments(lines):
             if run["question"] == question:
                 distance = abs(rates.index(run["lr"]) - rates.index(best_rate(run["arm"], rates)))
@@ -90,7 +97,7 @@ def test_figures_of_the_tables():
 
 
 def made_up(run, rng):
-    """A line of a run of readiness as the driver would write it."""
+    """A line of a run as the driver would write it."""
     line = {**run, "command": driver.command_of(run)}
     if line["command"].startswith("overlap.py"):
         names = [*tables.MEASURES, *(f"vuss_{k}" for k in tables.KS[:-1])]
@@ -98,7 +105,10 @@ def made_up(run, rng):
         names = [*tables.BASELINES, "error_student", "looping"]
         line["baselines"] = {name: float(rng.uniform(1, 2)) for name in names}
         return line
-    line["errors"] = {stem: rng.integers(1, 9, size=20).tolist() for stem in tables.TEST_SETS}
+    sets = [*tables.TEST_SETS, "dev", "fresh"]
+    line["errors"] = {stem: rng.integers(1, 9, size=20).tolist() for stem in sets}
+    line["shared"] = {"teacher": 9, "student": 8, "shared": 7}
+    line["shared_before"] = line["shared"]
     if run["question"] == "ready" and run["arm"] == "opd":
         line["errors_before"] = line["errors"]
         line["first_step"] = {"kl": 9.4, "top1": 0.4, "looping": 0.0}
@@ -108,10 +118,14 @@ def made_up(run, rng):
 @pytest.mark.slow
 def test_every_question_has_its_table_and_picture_once_it_is_through(monkeypatch, tmp_path):
     """From the lines of the runs, and from made-up ones of those to come."""
+    units = json.loads(driver.UNITS.read_text(encoding="utf-8"))
+    (tmp_path / "units.json").write_text(json.dumps({"fresh": {"voice": 900}, **units}), encoding="utf-8")
+    monkeypatch.setattr(tables, "UNITS", tmp_path / "units.json")
     rng = np.random.default_rng(0)
     lines = driver.finished_lines()
-    finished = {line["name"] for line in lines}
-    lines += [made_up(run, rng) for run in driver.experiments(lines) if run["name"] not in finished]
+    for _ in ("grids of learning rates", "runs that take the best"):
+        finished = {line["name"] for line in lines}
+        lines += [made_up(run, rng) for run in driver.experiments(lines) if run["name"] not in finished]
     computed = tables.all_tables(lines)
     assert computed.keys() == tables.TABLES.keys()
     for name, table in computed.items():
@@ -134,7 +148,7 @@ def test_the_next_steps_from_a_student_differ_in_nothing_else():
     shared = ["seed", "steps", "batch_size", "lr", "warmup_steps", "weight_decay", "clip", "eval"]
     arms = {}  # (teacher, seed, steps of TD) → arm → its settings
     for run in driver.ready_runs():
-        if run["question"] == "ready" and "td_steps" in run and "arm" in run:
+        if run["question"] in ("ready", "ready-kl") and "td_steps" in run and "arm" in run:
             script, *flags = shlex.split(driver.command_of(run))
             args = SCRIPTS[script].parse_args([flag.replace("@", f"@{ROOT}/") for flag in flags])
             start = args.model if script == "sft.py" else args.student
@@ -159,6 +173,14 @@ def test_one_threshold_tells_the_better_next_step():
     assert tables.left_out_choices(values, gains, groups).tolist() == [False] * 3 + [True] * 3
 
 
+def test_errors_that_a_student_takes_over():
+    english = {"text": "call peter at ten now", "teacher": "call pete ten now", "language": "en"}
+    chinese = {"text": "开车去上海", "teacher": "开去杭海", "language": "zh"}
+    lines = [{**english, "hyp": "call pete at tan now"}, {**chinese, "hyp": "开去杭海水"}]
+    # The teacher has "pete" and no "at", no 车 and 杭. The student shares all but the "at".
+    assert labels.shared_errors(lines) == {"teacher": 4, "student": 5, "shared": 3}
+
+
 def test_another_style_is_the_same_to_the_scores():
     for text, language in (("close the window at five", "en"), ("请打电话六七六二", "zh")):
         styled = sets.styled(text, language)
@@ -168,13 +190,13 @@ def test_another_style_is_the_same_to_the_scores():
 
 @pytest.mark.slow
 def test_documents_show_what_the_runs_say():
-    """RESULTS.md and README.md hold the tables that results/tables.py computes from results/runs.jsonl."""
+    """They hold every table that results/tables.py computes from results/runs.jsonl."""
     computed = tables.all_tables(driver.finished_lines())
-    for name in ("RESULTS.md", "README.md"):
-        text = (ROOT / name).read_text(encoding="utf-8")
-        assert tables.with_tables(text, computed) == text, f"{name}: python -m results.tables --write"
-    shown = [name for name in computed if f"<!-- table {name} -->" in (ROOT / "RESULTS.md").read_text()]
-    assert set(computed) - set(shown) <= {"arms-short"}
+    texts = [path.read_text(encoding="utf-8") for path in tables.DOCUMENTS]
+    for text in texts:
+        assert tables.with_tables(text, computed) == text, "python -m results.tables --write"
+    shown = re.findall("<!-- table (.*) -->", "".join(texts))
+    assert set(shown) == set(computed)
 
 
 def test_lines_are_of_the_listed_runs_and_stay_small():

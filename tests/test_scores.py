@@ -6,9 +6,9 @@ import math
 
 import numpy as np
 import pytest
-import runs
 import scipy.stats
 from coverage import simulate_pairs
+from runs import write_lines
 
 import eval as evaluation
 from data import Clip, InputError
@@ -39,6 +39,7 @@ DEFAULT = [  # language, text, units
     ("ko", "\u1112\u1161\u11ab\u1100\u1173\u11af", "한 글"),  # decomposed syllables
     ("fr", "aujourd’hui, ça va ?", "aujourd hui ça va"),
     ("tr", "I\u0307zmir Iğdır’ın", "izmir ığdır ın"),
+    ("tr", "ş < 3 > 2", "ş 3 2"),  # a comparison is no tag
     (None, "Hello, don't! Café 3.5", "hello don t café 3 5"),  # no language: plain words, not English
     ("km", "ភាសា\u200bខ្មែរ។", "ភ ា ស ា ខ ្ ម ែ រ"),
     ("hi", "हिन्दी है। क\u094d\u200dष", "हिन्दी है क\u094dष"),  # vowel signs stay
@@ -105,11 +106,6 @@ def result_line(i, errors=0, units=10, **changed):
     """A result line of clip i: the first `errors` of `units` German words are missing."""
     line = {"audio": f"{i}.wav", "duration": 36.0, "text": " ".join(WORDS[:units]), "language": "de"}
     return {**line, "hyp": " ".join(WORDS[errors:units]), "stopped": True, **changed}
-
-
-def write_lines(path, lines):
-    path.parent.mkdir(exist_ok=True, parents=True)
-    return str(runs.write_lines(path, lines))
 
 
 def write_rows(folder, rows, column):
@@ -189,10 +185,7 @@ def test_score_recounts_and_sums_up(tmp_path, capsys):
     }
     _, row, *notes = capsys.readouterr().out.splitlines()
     assert row.split() == f"mixed MER 366.67 {low:.2f} to {high:.2f} 0 5 61 9 0.09 2 1 1 1 –".split()
-    assert notes == [
-        f"normalizer: {ENGLISH}, words/3, zh/2",
-        "clusters: mixed 7 by audio+offset (few, so intervals are rough)",
-    ]
+    assert "few" in notes[-1]  # clusters
 
 
 def test_metric_name_follows_the_languages():

@@ -80,18 +80,11 @@ def test_a_models_transcripts_are_learned_as_they_are(stage, tmp_path, capsys):
     assert line["tokens"] == sum(len(line["text"]) + 1 for line in audio[:4])
 
 
-def test_what_would_end_the_run_late_is_refused_at_its_start(stage, tmp_path, capsys):
-    """A line without text, and CTC for Qwen3-ASR (no frames of a fixed rate)."""
-    lines = runs.lines_of(stage / "m.jsonl")
-    del lines[4]["text"]
-    textless = runs.write_lines(tmp_path / "m.jsonl", lines)
-    student = qwen3_asr_folder(tmp_path / "student")
-    for flags, message in (
-        (["--train", textless], f'{textless}:5: no "text"'),
-        (["--model", student, "--ctc-weight", 1], "--ctc-weight"),
-    ):
-        assert runs.status_of(sft, runs.argv_of(sft, stage, tmp_path / "run", *flags)) == 2
-        assert message in runs.error_line(capsys.readouterr().err)
+def test_ctc_for_qwen3_asr_is_refused_at_the_start(stage, tmp_path, capsys):
+    """Its encoder has no frames of a fixed rate."""
+    flags = ["--model", qwen3_asr_folder(tmp_path / "student"), "--ctc-weight", 1]
+    assert runs.status_of(sft, runs.argv_of(sft, stage, tmp_path / "run", *flags)) == 2
+    assert "--ctc-weight" in runs.error_line(capsys.readouterr().err)
     assert not (tmp_path / "run").exists()
 
 
