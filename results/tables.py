@@ -923,6 +923,8 @@ def draw_ready(lines):
             axis.errorbar(READY_STARTS, value, ends, fmt="o-", capsize=3, label=name)
         axis.axhline(1, color="black", linewidth=0.5)
         axis.set_yscale("log")
+        axis.set_yticks([0.5, 1, 2, 5], ["0.5", "1", "2", "5"])
+        axis.minorticks_off()
         axis.set_title(f"teacher {teacher}")
         axis.set_xlabel("steps of TD before")
     figure.axes[0].set_ylabel("errors after 100 more steps, base = 1")
