@@ -783,13 +783,11 @@ def ready(lines):
     return markdown([*header, *arms.values()], rows)
 
 
-def ready_contrasts(lines):
-    """The arms against each other at each start; the primary comparison is OPD against more TD."""
+def ready_contrasts(lines, pairs=(("opd", "td"),)):
+    """Arms against each other at each start; the primary comparison is OPD against more TD."""
     runs = ready_runs(lines)
     rows = []
-    pairs = [("opd", "td"), ("teacher-kl", "td"), ("opd", "teacher-kl")]
-    arms = ready_arms(lines)
-    for arm, other in [pair for pair in pairs if arms.keys() >= set(pair)]:
+    for arm, other in pairs:
         for teacher in READY_TEACHERS:
             for td_steps in READY_STARTS:
                 own = runs[teacher, td_steps, arm]
@@ -798,6 +796,10 @@ def ready_contrasts(lines):
                     name = f"**{name}** (primary)"
                 rows.append(contrast_row(name, runs[teacher, td_steps, other], own))
     return markdown(CONTRAST_HEADER, rows)
+
+
+def teacher_kl_contrasts(lines):
+    return ready_contrasts(lines, [("teacher-kl", "td"), ("opd", "teacher-kl")])
 
 
 def ready_cases(lines):
@@ -1171,6 +1173,8 @@ def answers(lines):
             asked = "A teacher of another style: OPD, not more TD"
         asked += " (primary)" if td_steps != 200 else ""
         ask("ready", asked, own, ("style", td_steps, "td"), ("style", td_steps, "opd"), "Readiness")
+    asked = "Its KL along its own transcripts, not TD, after 50 steps of TD (the largest of ten)"
+    ask("ready-kl", asked, own, ("style", 50, "td"), ("style", 50, "teacher-kl"), "Readiness")
 
     if "support" in shown:
         asked = "KL on S ∩ T, not on S ∪ T"
@@ -1234,6 +1238,7 @@ TABLES = {
     "ablations": (ablations, "ablation"),
     "ready": (ready, "ready"),
     "ready-contrasts": (ready_contrasts, "ready"),
+    "ready-kl-contrasts": (teacher_kl_contrasts, "ready-kl"),
     "ready-measures": (ready_measures, "ready"),
     "ready-thresholds": (ready_thresholds, "ready"),
     "ready-rescue": (rescue, "ready-rescue"),
@@ -1271,6 +1276,7 @@ BESIDE = {
     "strength": {"table-1", "rate"},
     "amount": {"table-1", "rate"},
     "ablation": {"table-1"},
+    "ready-kl": {"ready"},
     "ready-rescue": {"ready", "ready-kl"},
     "labels": {"labels-tune"},
     "labels-filter": {"labels"},
