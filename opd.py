@@ -242,12 +242,8 @@ def main(args):
     teacher_writing = {**caps, "forbidden": alignment.teacher_forbidden}  # greedy
     given_rollout = functools.partial(arm_rollout, teacher, teacher_writing, alignment)
     other_loss = functools.partial(arm_loss, args, student, teacher, alignment)
-    has_other_loss = (args.objective, args.support, args.divergence, args.tau) != (
-        "kl",
-        "union",
-        "forward",
-        1.0,
-    )
+    papers_loss = ("kl", "union", "forward", 1.0)
+    has_other_loss = (args.objective, args.support, args.divergence, args.tau) != papers_loss
     bar = tqdm(initial=first_step, total=args.steps, disable=rank > 0, desc="opd", mininterval=1)
     started = time.perf_counter()
     for step, micro_batches, bad in data.step_batches(dataset, first_step, args.steps, args.workers):

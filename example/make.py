@@ -696,9 +696,9 @@ def main(args):
         if args.stage != "models" and shutil.which(program) is None:
             raise SystemExit(f"make.py: {program} is missing: apt-get install espeak-ng flite")
     stages = {"audio": make_audio, "extra": make_extra, "tokenizer": make_tokenizer, "models": make_models}
-    chosen = list(stages) if args.stage == "all" else [args.stage]
-    stages["fresh"] = make_fresh
-    for name in chosen:
+    shipped = list(stages)
+    stages["fresh"] = make_fresh  # for experiments only
+    for name in shipped if args.stage == "all" else [args.stage]:
         start = time.time()
         stages[name](args)
         print(f"{name}: {time.time() - start:.0f} s")

@@ -752,14 +752,6 @@ def ready_runs(lines, questions=("ready", "ready-kl")):
     return {key: sorted(own, key=lambda line: line["seed"]) for key, own in runs.items()}
 
 
-def ready_arms(lines):
-    """{arm: its name in a table} of the arms whose runs are through."""
-    arms = dict(READY_ARMS)
-    if "ready-kl" not in shown_questions(lines):
-        del arms["teacher-kl"]
-    return arms
-
-
 def errors_before(lines):
     """The lines of OPD with the errors that they had before it."""
     return [{**line, "errors": line["errors_before"]} for line in lines]
@@ -768,7 +760,6 @@ def errors_before(lines):
 def ready(lines):
     """The error before, and after 100 steps of each arm, by the steps of TD."""
     runs = ready_runs(lines)
-    arms = ready_arms(lines)
     rows = []
     for teacher in READY_TEACHERS:
         for td_steps in READY_STARTS:
@@ -776,11 +767,11 @@ def ready(lines):
             if td_steps == 0:
                 before = before[:1]  # the base is the same for all seeds
             row = [teacher, str(td_steps), each_rate(before)]
-            for arm in arms:
+            for arm in READY_ARMS:
                 row.append(each_rate(runs[teacher, td_steps, arm]))
             rows.append(row)
     header = ["mean error, %, each seed: teacher", "steps of TD", "before"]
-    return markdown([*header, *arms.values()], rows)
+    return markdown([*header, *READY_ARMS.values()], rows)
 
 
 def ready_contrasts(lines, pairs=(("opd", "td"),)):
@@ -914,7 +905,7 @@ def draw_ready(lines):
     base = errors_before(runs["shipped", 0, "opd"])[0]
     figure = Figure(figsize=(8, 3.4), layout="constrained")
     for axis, teacher in zip(figure.subplots(1, 2, sharey=True), READY_TEACHERS):
-        for arm, name in ready_arms(lines).items():
+        for arm, name in READY_ARMS.items():
             changes = []
             for td_steps in READY_STARTS:
                 own = runs[teacher, td_steps, arm]
@@ -1183,15 +1174,18 @@ def answers(lines):
     ask("ablation", asked, runs_of(lines, "ablation"), "default", "parts-adapter", "Ablations")
 
     table = overlap_table(lines)
+    if table is None:
+        return rows
+    measures = validate.analyse(table)["measures"]
     for name, key, asked in (
         ("vuss", "r_p", "Does VUSS at k = 32 before OPD predict the error after it? (primary)"),
         ("top1", "r_p_holm", "… top-1 agreement (one of ten more, Holm)"),
     ):
-        if table is not None:
-            figures = validate.analyse(table)["measures"][name]
-            answer = "yes" if figures[key] < 0.05 and figures["r"] * figures["expected_sign"] > 0 else "open"
-            figure = f"r {figures['r']:+.2f}, p {eval.p_text(figures[key])}".replace("-", "−")
-            rows.append([asked, figure, answer, "Table 3"])
+        figures = measures[name]
+        has_expected_sign = figures["r"] * figures["expected_sign"] > 0
+        answer = "yes" if figures[key] < 0.05 and has_expected_sign else "open"
+        figure = f"r {figures['r']:+.2f}, p {eval.p_text(figures[key])}".replace("-", "−")
+        rows.append([asked, figure, answer, "Table 3"])
     return rows
 
 
@@ -1236,7 +1230,7 @@ TABLES = {
     "amount": (functools.partial(conditions, question="amount"), "amount"),
     "robustness": (robustness, "robustness"),
     "ablations": (ablations, "ablation"),
-    "ready": (ready, "ready"),
+    "ready": (ready, "ready-kl"),
     "ready-contrasts": (ready_contrasts, "ready"),
     "ready-kl-contrasts": (teacher_kl_contrasts, "ready-kl"),
     "ready-measures": (ready_measures, "ready"),
@@ -1261,7 +1255,7 @@ PICTURES = {
     "amount": functools.partial(draw_conditions, question="amount"),
     "robustness": draw_robustness,
     "ablation": draw_ablations,
-    "ready": draw_ready,
+    "ready-kl": draw_ready,
     "labels": draw_labels,
     "base-2": draw_other_base,
     "scale": draw_scale,
