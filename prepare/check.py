@@ -12,6 +12,7 @@ models show. Models that do not fit together, or that misread prompt, audio or i
 a day of training.
 """
 
+import argparse
 import collections
 import os
 import re
@@ -24,6 +25,7 @@ from tqdm import tqdm
 import data
 import eval
 import model
+import overlap
 
 K = 32  # top-k ids of each model, with --models
 LIKE_MARKUP = re.compile(r"\[[^\[\]]{1,40}\]|\{[^{}]{1,40}\}|\([^()\s]{1,40}\)|\*[^*\s]{1,40}\*")
@@ -127,7 +129,6 @@ def check_models(args):
     clips = [clips[i] for i in places]
     waveforms = [data.load_audio(clip) for clip in clips]
     languages = [clip.language for clip in clips]
-    contexts = [clip.context for clip in clips]
     language = data.language_code(args.language) if args.language else None
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -149,28 +150,16 @@ def check_models(args):
         print(f"  endoftext {figures['endoftext']:.3f} where it stops (sound: below 0.1)")
 
     # The teacher on the student's transcripts: what the first step of OPD will see.
-    batch = data.collate(waveforms, student.front_end, languages, language, contexts).to(device)
-    rollout = student.sample(batch, MAX_NEW_TOKENS, forbidden=alignment.student_forbidden)
-    texts = student.front_end.texts(rollout)
-    teacher_batch = data.collate(waveforms, teacher.front_end, languages, language, contexts).to(device)
-    teacher_batch = teacher.with_script_languages(teacher_batch, texts)
-    student_hidden = student(batch, rollout)  # (N, H)
-    teacher_hidden = teacher(teacher_batch, model.mapped_rollout(rollout, alignment.to_teacher))  # (N, H')
-    student_topk = model.topk_ids(student, student_hidden, alignment.student_forbidden, K)  # (N, K)
-    teacher_topk = model.topk_ids(teacher, teacher_hidden, alignment.teacher_forbidden, K)
-    teacher_topk = alignment.in_student(teacher_topk)
-    support_ids, support_mask = model.union_support(student_topk, teacher_topk)  # (N, 2K)
-    teacher_ids = alignment.in_teacher(support_ids)
-    student_logits = model.support_scores(student.head.weight, student_hidden, support_ids)
-    teacher_logits = model.support_scores(teacher.head.weight, teacher_hidden, teacher_ids)
-    kl, _ = model.support_kl(student_logits, teacher_logits, support_mask)  # (N,)
-    vuss = support_mask.sum(dim=1).double().mean()
+    caps = {"max_new_tokens": MAX_NEW_TOKENS, "tokens_per_second": model.TOKENS_PER_SECOND}
+    options = argparse.Namespace(states="student", context="both", k=K, **caps)
+    transcripts, values = overlap.measure(student, teacher, alignment, clips, language, options, device)
+    kl = values["kl_union"].mean()
     print("the teacher on the student's transcripts:")
-    print(f"  KL {kl.mean():.3f} nats a token (sound: below 2; misaligned ids or prompts: above 5)")
-    print(f"  VUSS {vuss:.2f} (k = {K}, the paper: 51 to 54)")
+    print(f"  KL {kl:.3f} nats a token (sound: below 2; misaligned ids or prompts: above 5)")
+    print(f"  VUSS {values['vuss'].mean():.2f} (k = {K}, the paper: 51 to 54)")
 
-    teacher_rollout = teacher.sample(teacher_batch, MAX_NEW_TOKENS, forbidden=alignment.teacher_forbidden)
-    teacher_texts = teacher.front_end.texts(teacher_rollout)
+    texts = student.front_end.texts(transcripts["student"])
+    teacher_texts = student.front_end.texts(transcripts["teacher"])
     for clip, ours, theirs in zip(clips, texts, teacher_texts):
         print(f"{clip.where}, {clip.duration:.2f} s")
         print(f"  student   {ours}")
