@@ -686,16 +686,16 @@ def result_stems(folder):
     return stems
 
 
-def compare_folders(folder_a, folder_b, style="default", cluster=None, strict=True):
-    """Compares the result files of two folders, paired by name, or two result files.
+def compare_folders(folder_a, folder_b, style="default", cluster=None, strict=True, stems=None):
+    """Compares the result files of two folders, paired by name (all, or those of `stems`), or two files.
 
     → {"sets": {stem: `pair_figures`}, "macro", "left_out"}. The macro is the primary figure of several sets,
-    `change_figures` of `stems`, those with two clusters or more. Raises InputError where a pair cannot be
+    `change_figures` of its `stems`, those with two clusters or more. Raises InputError where a pair cannot be
     compared (`count_set`). With strict=False it is left out instead: "left_out" is {stem: reason}.
     """
     pairs = {}
     if os.path.isdir(folder_a):
-        for stem in sorted({*result_stems(folder_a), *result_stems(folder_b)}):
+        for stem in stems or sorted({*result_stems(folder_a), *result_stems(folder_b)}):
             pairs[stem] = [os.path.join(folder, f"{stem}.jsonl") for folder in (folder_a, folder_b)]
     else:
         pairs[pathlib.Path(folder_a).stem] = [folder_a, folder_b]
@@ -710,9 +710,9 @@ def compare_folders(folder_a, folder_b, style="default", cluster=None, strict=Tr
             left_out[stem] = str(error)
 
     sets = {stem: pair_figures(own) for stem, own in counted.items()}
-    stems = [stem for stem in sets if sets[stem]["clusters"] > 1]
-    macro = change_figures([counted[stem] for stem in stems]) if stems else {}
-    return {"sets": sets, "macro": {"stems": stems, **macro}, "left_out": left_out}
+    in_macro = [stem for stem in sets if sets[stem]["clusters"] > 1]
+    macro = change_figures([counted[stem] for stem in in_macro]) if in_macro else {}
+    return {"sets": sets, "macro": {"stems": in_macro, **macro}, "left_out": left_out}
 
 
 def pair_figures(counted):

@@ -384,10 +384,11 @@ def main(args):
 def report(args, before, after):
     """Prints and draws what a run has done, and writes summary.json."""
     lines = data.read_lines(os.path.join(args.out, "metrics.jsonl"))
-    comparison = {}
+    comparison = {"sets": {}}
     if before and after:
+        # Of the sets of this start: a resume may give others than an earlier one, whose files are there too.
         folders = [os.path.join(args.out, f"eval-{step}") for step in (0, args.steps)]
-        comparison = eval.compare_folders(*folders, strict=False)
+        comparison = eval.compare_folders(*folders, strict=False, stems=sorted(after))
         eval.print_comparison(comparison, "before", "after")
     elif after:  # --eval was given at a resume, so there is nothing to compare with
         eval.print_summaries(after)
@@ -411,9 +412,7 @@ def report(args, before, after):
     if summary["skipped"]:
         print(f"skipped: {summary['skipped']} clips that could not be used, listed in {args.out}/bad.jsonl")
     print(f"model: {summary['model']}")
-    # A resume may give fewer --eval sets than an earlier start, which has left its files beside.
-    compared = [stem for stem in comparison.get("sets", {}) if stem in after]
-    overlap.draw_report(args.out, lines, {stem: (before[stem], after[stem]) for stem in compared})
+    overlap.draw_report(args.out, lines, {stem: (before[stem], after[stem]) for stem in comparison["sets"]})
     data.write_json(os.path.join(args.out, "summary.json"), summary)  # written last: it marks a finished run
 
 

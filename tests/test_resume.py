@@ -91,13 +91,15 @@ def test_a_run_may_go_on_on_more_or_fewer_ranks(script, stage, straight, tmp_pat
 
 
 def test_a_run_killed_in_its_last_evaluation_is_evaluated(stage, finished, tmp_path):
-    """Its steps are not trained again, and the summary is written."""
+    """Its steps are not trained again, and the summary is written, without a set of an earlier start."""
     flags = [*FLAGS[opd], "--eval", str(stage / "m.jsonl")]
     expected = finished(opd, *flags)
     out = interrupted(expected, tmp_path / "run", 3)
+    shutil.copy(out / "eval-0/m.jsonl", out / "eval-0/other.jsonl")
     runs.train(opd, stage, out, *flags, "--resume")
     runs.assert_same_run(out, expected)
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (out, expected)]
+    assert summaries[0]["change"] == summaries[1]["change"]
     for when in ("before", "after"):
         own, straight = [{**summary[when]["m"], "rtf": 0} for summary in summaries]
         assert own == straight
