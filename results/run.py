@@ -521,18 +521,21 @@ def label_runs(finished):
         for teacher, arm in pairs:
             is_primary = teacher == "weak" and arm in ("opd", "ce-teacher")
             if rates[teacher, arm] != LABEL_RATE and (is_primary or seed < FEW_LABEL_SEEDS):
-                runs.append(label_run("labels-rate", arm, teacher, seed, LABEL_RATE))
+                runs.append(label_run("labels-rate", arm, teacher, seed, LABEL_RATE, sets=TESTS))
     for seed in range(FEW_LABEL_SEEDS):
         for part in ("surest", "random"):
             lr = rates["weak", "ce-teacher"]
-            run = label_run("labels-filter", "ce-teacher", "weak", seed, lr, train=part)
+            run = label_run("labels-filter", "ce-teacher", "weak", seed, lr, sets=TESTS, train=part)
             run["name"] += f"-{part}"
             runs.append({**run, "condition": part})
     return runs
 
 
 def label_run(question, arm, teacher, seed, lr, *, steps=200, sets=None, train="fresh"):
-    """A run of opd.py on the fresh audio, or on a half of it (results/labels.py); all of it is scored too."""
+    """A run of opd.py on the fresh audio, or on a half of it (results/labels.py).
+
+    sets: what is scored; the test sets and the fresh audio if absent.
+    """
     folder = f"{FOLDER}/labels-{teacher}"
     sets = sets or f"{TESTS} {folder}/fresh.jsonl"
     flags = f"--train {folder}/{train}.jsonl"
@@ -672,7 +675,7 @@ def line_of(run, seconds):
         line["health"] = health(folder)
     if script == "opd.py":
         line["vuss"] = vuss_of(out / "metrics.jsonl", at_every_k=run["question"] == "table-2")
-    if script == "opd.py" and run["question"] in ("labels", "labels-filter", "labels-rate"):
+    if script == "opd.py" and run["question"] == "labels":
         line["shared"] = labels.shared_errors(data.read_lines(folder / "fresh.jsonl"))
         line["shared_before"] = labels.shared_errors(data.read_lines(out / "eval-0" / "fresh.jsonl"))
     if run["question"] == "ready" and run["arm"] == "opd":
