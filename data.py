@@ -85,13 +85,19 @@ class Clip:
     offset: int | None = None  # the clip's bytes inside `audio`; None: the whole file
     nbytes: int | None = None
     context: str | None = None  # words that the prompt gives beforehand, such as names
-    had_prefix: bool = False  # of Qwen3-ASR's own fine-tuning data, see `without_prefix`
+    had_prefix: bool = False  # of Qwen3-ASR's own fine-tuning data, see `PREFIX`
 
     @property
     def key(self):
         """What makes two lines the same clip."""
         return self.audio, self.offset, max(self.begin_time, 0), max(self.end_time, -1)
 
+
+# Qwen3-ASR's own fine-tuning data begin a text with this; "None" where there is no speech.
+PREFIX = re.compile(r"\s*language ([A-Za-z]+)\s*<asr_text>\s*")
+# Tags that corpora and models write into a text, such as <|zh|>, <|NEUTRAL|> or <COMMA>: no words. Scoring
+# passes over them, and none is learned.
+MARKUP = re.compile(r"<[^<>\s]{1,40}>")
 
 KINDS = {  # key → what its value must be
     **dict.fromkeys(("audio", "text", "language", "context"), "a string"),
@@ -119,7 +125,15 @@ def parse_line(raw, where, folder, text_field="text"):
     if not isinstance(fields, dict):
         raise InputError(f"{where}: expected a JSON object, found {type(fields).__name__}")
 
-    values = {"had_prefix": text_field is not None and without_prefix(fields, (text_field, "hyp"))}
+    # The prompt has the words of a prefix already. It names the language of a line that names none.
+    values = {"had_prefix": False}
+    for key in (text_field, "hyp"):
+        match = PREFIX.match(str(fields.get(key)))
+        if match and text_field is not None:
+            values["had_prefix"] = True
+            fields[key] = fields[key][match.end() :]
+            if match[1] != "None" and not fields.get("language"):
+                fields["language"] = match[1]
     for name, kind in KINDS.items():
         key = text_field if name == "text" else name
         value = fields.get(key)
@@ -144,29 +158,6 @@ def parse_line(raw, where, folder, text_field="text"):
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
     return clip
-
-
-# Qwen3-ASR's own fine-tuning data begin a text with this; "None" where there is no speech.
-PREFIX = re.compile(r"\s*language ([A-Za-z]+)\s*<asr_text>\s*")
-# Tags that corpora and models write into a text, such as <|zh|>, <|NEUTRAL|> or <COMMA>: no words. Scoring
-# passes over them, and none is learned.
-MARKUP = re.compile(r"<[^<>\s]{1,40}>")
-
-
-def without_prefix(fields, keys):
-    """Takes `language English<asr_text>` off texts of a line, and names its language so where it names none.
-
-    → True where there was one. The prompt has these words already.
-    """
-    has_prefix = False
-    for key in keys:
-        match = PREFIX.match(str(fields.get(key)))
-        if match:
-            has_prefix = True
-            fields[key] = fields[key][match.end() :]
-            if match[1] != "None" and not fields.get("language"):
-                fields["language"] = match[1]
-    return has_prefix
 
 
 def say_prefixes(path, n_prefixed):
@@ -484,10 +475,8 @@ def log_mel(waveform, padded_samples=None):
     if padded_samples is None:
         padded_samples = max(math.ceil(len(waveform) / BLOCK), 1) * BLOCK
     waveform = F.pad(waveform, (0, padded_samples - len(waveform)))
-    window = torch.hann_window(N_FFT)
-    spectrum = torch.stft(
-        waveform, N_FFT, HOP, window=window, center=True, pad_mode="reflect", return_complex=True
-    )
+    window = torch.hann_window(N_FFT)  # around each frame's centre; both ends of the clip are reflected
+    spectrum = torch.stft(waveform, N_FFT, HOP, window=window, return_complex=True)
     power = spectrum[:, :-1].abs().square()  # (201, F): the last frame is dropped, as Whisper does
     mel = (mel_filters() @ power).clamp(min=1e-10).log10()
     mel = mel.maximum(mel.max() - 8.0)
@@ -555,15 +544,6 @@ def collate(waveforms, front_end, languages, default_language=None, contexts=Non
         default_language=default_language,
         contexts=list(contexts),
     )
-
-
-def contexts_of(clips, whose):
-    """The contexts for the prompts of student and teacher, by --context: both, teacher or none."""
-    contexts = [clip.context for clip in clips]
-    nobody = [None] * len(clips)
-    student_contexts = contexts if whose == "both" else nobody
-    teacher_contexts = nobody if whose == "none" else contexts
-    return student_contexts, teacher_contexts
 
 
 def pad_left(prompts, pad_id):

@@ -132,7 +132,8 @@ def decode_and_score(args, style, rank, world, device):
     language = data.language_code(args.language) if args.language else None
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     speech_lm = model.SpeechLM.from_pretrained(args.model, dtype).to(device).eval()
-    model.check_languages(languages_of(sets), language, speech_lm)
+    for clips in sets.values():
+        model.check_languages(clips, language, speech_lm)
     if args.out:
         data.begin_run(args.out, config, first_step)  # when all ranks have read the part files
         if done and rank == 0:
@@ -186,17 +187,6 @@ def read_sets(paths, max_seconds):
         else:
             sets[stem] = list(filter(is_short, [data.clip_from_file(path)]))
     return sets
-
-
-def languages_of(sets):
-    """{code, or None where a line names none: first clip with it} of all sets, for `check_languages`."""
-    languages = {}
-    for clips in sets.values():
-        if isinstance(clips, data.Clips):
-            clips = clips.languages.values()  # the first of each: no manifest is read again
-        for clip in clips:
-            languages.setdefault(clip.language, clip)
-    return languages
 
 
 def evaluate(

@@ -195,15 +195,10 @@ def init_weights(modules, spread):
 # single tokens. Whatever sits on a module (a hook, LoRA, another class) is then in all three.
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, size, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
+class RMSNorm(nn.RMSNorm):
     def forward(self, x):
         # torch's fused kernel wants one dtype. Under autocast q and k are bf16, but the weights are float32.
-        return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps)
+        return super().forward(x.to(self.weight.dtype))
 
 
 class QwenAttention(nn.Module):
@@ -406,6 +401,8 @@ class FrontEnd:
     prompt_tokens = PROMPT_TOKENS
     frame_multiple = 8  # a batch's mel is padded to a multiple of this many frames
     languages = {}  # code → name as the prompt has it; empty: the prompt names no language
+    features = staticmethod(data.log_mel)  # (samples,) → log-mel (128, F) of the clip alone
+    n_audio_tokens = staticmethod(data.n_audio_tokens)
 
     def __init__(self, tokenizer, prompt=PROMPT, context_prompt=CONTEXT_PROMPT):
         vocabulary = tokenizer.get_vocab()
@@ -422,13 +419,6 @@ class FrontEnd:
         added = [token.content for token in tokenizer.added_tokens_decoder.values()]
         added.sort(key=len, reverse=True)
         self.added_tokens = re.compile("|".join(re.escape(token) for token in added))
-
-    def features(self, waveform):
-        """(samples,) → log-mel (128, F) of the clip alone."""
-        return data.log_mel(waveform)
-
-    def n_audio_tokens(self, n_samples):
-        return data.n_audio_tokens(n_samples)
 
     def prompt(self, n_audio, language=None, context=None):
         """Prompt ids (S,) with n_audio placeholders. Our student's prompt names no language."""
@@ -472,11 +462,9 @@ class FrontEnd:
 
     def transcripts(self, texts, stopped=None):
         """The `Rollout` of given texts, for teacher forcing; stopped: B bools, False = no stop token."""
-        id_lists = [self.encode_text(text) for text in texts]
-        lens = torch.tensor([len(id_list) for id_list in id_lists])
-        ids = torch.full((len(texts), int(lens.max()) + 1), self.pad_id)
-        for b, id_list in enumerate(id_lists):
-            ids[b, : len(id_list) + 1] = torch.tensor([*id_list, self.stop_id])
+        rows = [torch.tensor([*self.encode_text(text), self.stop_id]) for text in texts]
+        lens = torch.tensor([len(row) - 1 for row in rows])
+        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad_id)
         stopped = torch.ones(len(texts), dtype=torch.bool) if stopped is None else torch.tensor(stopped)
         return Rollout(ids, lens, stopped)
 
@@ -516,10 +504,8 @@ class Qwen3ASRFrontEnd(FrontEnd):
 def forbidden_ids(tokenizer, vocab_size, stop_id):
     """(V,) bool, True = never in a transcript: special and added `<…>` tokens but the stop, unused rows."""
     forbidden = torch.ones(vocab_size, dtype=torch.bool)
-    for i in tokenizer.get_vocab().values():
-        forbidden[i] = False
-    for i in tokenizer.all_special_ids:
-        forbidden[i] = True
+    forbidden[list(tokenizer.get_vocab().values())] = False
+    forbidden[tokenizer.all_special_ids] = True
     for i, token in tokenizer.added_tokens_decoder.items():
         if re.fullmatch("<.*>", token.content):
             forbidden[i] = True
@@ -549,9 +535,7 @@ class SpeechLM(nn.Module):
         if audio.num_mel_bins != data.N_MELS or audio.num_key_value_heads != audio.num_attention_heads:
             raise data.InputError(f"the encoder wants {data.N_MELS} mel bins and as many key as query heads")
         if audio.intermediate_size != 4 * audio.hidden_size:
-            raise data.InputError(
-                "the encoder's intermediate_size is not 4 × hidden_size, four merged frames"
-            )
+            raise data.InputError("the encoder's intermediate_size is not four frames, 4 × hidden_size")
         encoder = Encoder(audio)
         adapter = Adapter(config)
         lm = QwenLM(text)
@@ -643,22 +627,14 @@ class SpeechLM(nn.Module):
         weights = {}
         for path in weight_files(folder):
             weights.update(load_file(path))
-        # A head of its own is kept, whatever the flag says, and a head like the embeddings is tied.
         embeddings = weights.get("model.language_model.embed_tokens.weight")
-        head = weights.get("lm_head.weight", embeddings)
-        if head is not None and not torch.equal(head, embeddings):
-            config.tie_word_embeddings = False
-        model = cls(config, tokenizer)
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(dtype)
-        model.load_weights(weights)
+        if config.tie_word_embeddings and embeddings is not None:
+            # A head of its own is kept, whatever the flag says.
+            head = weights.setdefault("lm_head.weight", embeddings)
+            config.tie_word_embeddings = torch.equal(head, embeddings)
+        model = cls(config, tokenizer).to(dtype)
+        model.load_state_dict(weights)  # all of them and no other; torch's error names what does not fit
         return model
-
-    def load_weights(self, weights):
-        """Takes over {name: tensor}, all of them and no other; torch's error names what does not fit."""
-        if self.config.tie_word_embeddings:
-            weights = {"lm_head.weight": weights["model.language_model.embed_tokens.weight"], **weights}
-        self.load_state_dict(weights)
 
     def save_pretrained(self, folder):
         """Writes a folder that stock transformers loads: weights, configs, tokenizer, processor."""
@@ -1051,12 +1027,9 @@ class Qwen3ASR(SpeechLM):
             return batch
         prompts = []
         for b, text in enumerate(texts):
-            is_open = batch.languages[b] is None
-            script = data.script_language(text, batch.default_language) if is_open else None
-            if script:
-                prompts.append(self.front_end.prompt(int(batch.audio_lens[b]), script, batch.contexts[b]))
-            else:
-                prompts.append(batch.prompt_ids[b][batch.prompt_mask[b]].tolist())
+            script = data.script_language(text, batch.default_language)
+            language = batch.languages[b] or script or batch.default_language
+            prompts.append(self.front_end.prompt(int(batch.audio_lens[b]), language, batch.contexts[b]))
         prompt_ids, prompt_mask = data.pad_left(prompts, self.front_end.pad_id)
         batch = dataclasses.replace(batch, prompt_ids=prompt_ids, prompt_mask=prompt_mask)
         return batch.to(self.device)
@@ -1123,9 +1096,7 @@ def model_kind(name, folder):
     config = read_config(name, folder)
     kind = config.get("model_type")
     if "script" in config:
-        raise data.InputError(
-            f"{name} is a run without a finished model; give one of its checkpoints, step-N"
-        )
+        raise data.InputError(f"{name} is a run without a finished model; give one of its step-N")
     if "whisper_config" in config:
         raise data.InputError(f"{name} is a released ARK-ASR; run python -m prepare.ark {name} --out DIR")
     if "thinker_config" in config:
@@ -1136,11 +1107,10 @@ def model_kind(name, folder):
     return kind
 
 
-def check_languages(languages, default_language, *models):
-    """Raises InputError where a model's prompt cannot name the language of a clip.
+def check_languages(clips, default_language, *models):
+    """Raises InputError for the first of the clips whose language a model's prompt cannot name.
 
-    languages: {code, or None where a line names none: the first clip with it}; default_language: --language.
-    Called at the start, so that no error about a language can come later.
+    default_language: --language. Called at the start, so that no error about a language can come later.
     """
     for model in models:
         known = model.front_end.languages
@@ -1149,11 +1119,11 @@ def check_languages(languages, default_language, *models):
         names = f"the prompt of {model.architecture} knows {', '.join(sorted(known))}"
         if default_language is not None and default_language not in known:
             raise data.InputError(f"--language {default_language}: {names}")
-        for language, clip in languages.items():
-            if language is None and default_language is None:
+        for clip in clips:
+            if clip.language is None and default_language is None:
                 raise data.InputError(f'{clip.where}: no "language": give --language; {names}')
-            if language is not None and language not in known:
-                raise data.InputError(f'{clip.where}: "language" {language}: {names}')
+            if clip.language is not None and clip.language not in known:
+                raise data.InputError(f'{clip.where}: "language" {clip.language}: {names}')
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1398,14 +1368,14 @@ def align_vocabularies(student, teacher):
     student_forbidden = student.forbidden.tolist()
     teacher_forbidden = teacher.forbidden.tolist()
     teacher_vocabulary = teacher.front_end.tokenizer.get_vocab()
-    to_teacher = torch.full((len(student_forbidden),), -1)
-    to_student = torch.full((len(teacher_forbidden),), -1)
+    to_teacher = torch.full((len(student_forbidden),), -1, device=student.device)
+    to_student = torch.full((len(teacher_forbidden),), -1, device=student.device)
     pairs = [(student.front_end.stop_id, teacher.front_end.stop_id)]
     for token, student_id in student.front_end.tokenizer.get_vocab().items():
         teacher_id = teacher_vocabulary.get(token)
         if teacher_id is not None and not student_forbidden[student_id] and not teacher_forbidden[teacher_id]:
             pairs.append((student_id, teacher_id))
-    student_ids, teacher_ids = torch.tensor(pairs).T
+    student_ids, teacher_ids = torch.tensor(pairs, device=student.device).T
     to_teacher[student_ids] = teacher_ids
     to_student[teacher_ids] = student_ids
 
@@ -1414,11 +1384,7 @@ def align_vocabularies(student, teacher):
     if n_shared < 0.99 * n_text:
         shared = f"only {n_shared} of the student's {n_text} text tokens are in the teacher's vocabulary"
         raise data.InputError(f"--student, --teacher: {shared}; they need one tokenizer, token by token")
-    to_teacher = to_teacher.to(student.device)
-    to_student = to_student.to(student.device)
-    return Alignment(
-        to_teacher, to_student, student_forbidden=to_teacher < 0, teacher_forbidden=to_student < 0
-    )
+    return Alignment(to_teacher, to_student, to_teacher < 0, to_student < 0)
 
 
 def mapped_rollout(rollout, to_other):
@@ -1427,19 +1393,19 @@ def mapped_rollout(rollout, to_other):
     to_other: (V,) `Alignment.to_teacher` or `to_student`.
     """
     ids = to_other[rollout.ids]
-    assert (ids[rollout.row_mask()] >= 0).all(), (
-        "a transcript token has no counterpart in the other vocabulary: forbid it to the model that writes, "
-        "or leave the clip out"
-    )
+    remedy = "forbid it to the model that writes, or leave the clip out"
+    assert (ids[rollout.row_mask()] >= 0).all(), f"a transcript token has no counterpart: {remedy}"
     return Rollout(ids.clamp(min=0), rollout.lens, rollout.stopped)  # padding becomes id 0 and is never read
 
 
-def missing_token(text, front_end, to_teacher):
-    """The first token of a text that has no counterpart in the teacher (to_teacher (V,) < 0), or None."""
-    for i in front_end.encode_text(text):
+def check_reference(clip, front_end, to_teacher):
+    """Raises AudioError where the teacher lacks a token of a clip's text: to_teacher[i] < 0 for an id i."""
+    for i in front_end.encode_text(clip.text):
         if to_teacher[i] < 0:
-            return front_end.decode([i])
-    return None
+            token = front_end.decode([i])
+            raise data.AudioError(
+                f"{clip.where}: the teacher lacks the token {token!r} of the text; remove the line"
+            )
 
 
 @torch.no_grad()
@@ -1521,11 +1487,8 @@ def merged_weights(speech_lm):
             weights[name.replace(".base_layer.", ".")] = tensor.cpu()
     for name, module in speech_lm.named_modules():
         if hasattr(module, "base_layer"):
-            frozen = module.base_layer.weight.clone()
-            module.merge()
-            weights[f"{name}.weight"] = module.base_layer.weight.cpu().clone()
-            module.unmerge()
-            module.base_layer.weight.copy_(frozen)  # bit for bit: unmerging rounds
+            merged = module.base_layer.weight + module.get_delta_weight("default")
+            weights[f"{name}.weight"] = merged.cpu()
     return weights
 
 
@@ -1552,12 +1515,10 @@ def trained_parameters(model, parts=tuple(PARTS)):
     The paper trains all parts. A parameter that is frozen already stays so: an adapter such as LoRA freezes
     the weights under it. A module that a fork adds belongs to no part, and trains.
     """
-    frozen = []
     for part in PARTS.keys() - set(parts):
-        frozen += PARTS[part]
-    for name, parameter in model.named_parameters():
-        if name.startswith(tuple(frozen)):
-            parameter.requires_grad_(False)
+        for name, parameter in model.named_parameters():
+            if name.startswith(PARTS[part]):
+                parameter.requires_grad_(False)
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -1617,11 +1578,9 @@ def check_replicas(trained):
 def save_checkpoint(out, step, model, trained, optimizer, keep):
     """Writes out/step-N: `model`, a stock folder in float32, and state.safetensors, what else resuming needs.
 
-    With LoRA also `lora`, peft's folder.
-
-    The state holds the step, the updates made, AdamW's moments by parameter name, and every trained tensor
-    that the stock folder does not hold, such as LoRA's. All ranks call it; rank 0 writes. Complete or not at
-    all: written beside and renamed. The last `keep` checkpoints stay.
+    With LoRA also `lora`, peft's folder. The state holds the step, the updates made, AdamW's moments by name,
+    and every trained tensor that the stock folder does not hold, such as LoRA's. All ranks call it; rank 0
+    writes. Complete or not at all: written beside and renamed. The last `keep` checkpoints stay.
     """
     check_replicas(trained)
     if data.rank_and_world()[0] == 0:
@@ -1652,10 +1611,8 @@ def model_to_train(name, checkpoint, lora_rank, seed):
     A LoRA run always goes on with the weights that it began with, because a checkpoint's folder has LoRA
     added to them. `load_state` then restores A and B, and what trained beside them.
     """
-    folder = name
-    if checkpoint and not lora_rank:
-        folder = os.path.join(checkpoint, "model")
-    model = SpeechLM.from_pretrained(folder)
+    is_whole = checkpoint and not lora_rank
+    model = SpeechLM.from_pretrained(checkpoint if is_whole else name)
     if lora_rank:
         add_lora(model, lora_rank, seed)
     return model
@@ -1680,10 +1637,7 @@ def load_state(folder, speech_lm, trained, optimizer):
 
 
 def save_model(out, model):
-    """Writes out/model, the finished student, beside and renamed. All ranks call it; rank 0 writes.
-
-    With LoRA also out/lora.
-    """
+    """Writes out/model, the finished student, and with LoRA out/lora. All ranks call it; rank 0 writes."""
     if data.rank_and_world()[0] == 0:
         save_lora(model, os.path.join(out, "lora"))
         final = os.path.join(out, "model")

@@ -159,22 +159,21 @@ def main(args):
     language = data.language_code(args.language) if args.language else None
     clips = data.Clips(args.train, args.max_seconds, "text" if args.states == "reference" else None)
     eval_sets = eval.read_sets(args.eval, args.max_seconds)
-    model.check_languages(clips.languages, language, student, teacher)
-    model.check_languages(eval.languages_of(eval_sets), language, student)
+    model.check_languages(clips.languages.values(), language, student, teacher)
     for set_clips in eval_sets.values():
+        model.check_languages(set_clips, language, student)
         eval.clusters_of(set_clips)  # a line without its speaker shows now, and leaves no folder behind
-    to_teacher = alignment.to_teacher.cpu()
-
-    def check_reference(clip):
-        """Raises AudioError where the teacher lacks a token of the reference: such a clip cannot be used."""
-        token = model.missing_token(clip.text, student.front_end, to_teacher)
-        if token is not None:
-            raise data.AudioError(f"{clip.where}: the teacher's vocabulary lacks {token!r} of the text")
+    check = None
+    if args.states == "reference":
+        to_teacher = alignment.to_teacher.tolist()
+        check = functools.partial(model.check_reference, front_end=student.front_end, to_teacher=to_teacher)
 
     def make_micro_batch(step, indices, batch_clips, waveforms):
         """One micro-batch, made by a data worker: clips, both models' Batch, uniforms (B, T), references."""
         languages = [clip.language for clip in batch_clips]
-        student_contexts, teacher_contexts = data.contexts_of(batch_clips, args.context)
+        contexts = [clip.context for clip in batch_clips]
+        student_contexts = contexts if args.context == "both" else None
+        teacher_contexts = contexts if args.context != "none" else None
         batch = data.collate(waveforms, student.front_end, languages, language, student_contexts)
         teacher_batch = data.collate(waveforms, teacher.front_end, languages, language, teacher_contexts)
         # Sampling is a function of (seed, step, clip): the same whatever the ranks and micro-batches.
@@ -185,7 +184,6 @@ def main(args):
             references = student.front_end.transcripts([clip.text for clip in batch_clips])
         return batch_clips, batch, teacher_batch, torch.from_numpy(uniforms), references
 
-    check = check_reference if args.states == "reference" else None
     dataset = data.StepDataset(clips, args, make_micro_batch, check)
     if rank == 0:
         hours = clips.seconds.sum(dtype=float) / 3600
@@ -226,6 +224,8 @@ def main(args):
         strict = args.on_bad_audio == "error"
         summaries = eval.evaluate(student, eval_sets, device, decoding, folder, strict=strict)
         student.free_decoders()  # an evaluation writes longer transcripts, and training needs that memory
+        if rank == 0:
+            eval.print_summaries(summaries)
         return summaries
 
     data.begin_run(args.out, config, first_step)
@@ -244,9 +244,10 @@ def main(args):
     other_loss = functools.partial(arm_loss, args, student, teacher, alignment)
     papers_loss = ("kl", "union", "forward", 1.0)
     has_other_loss = (args.objective, args.support, args.divergence, args.tau) != papers_loss
-    bar = tqdm(initial=first_step, total=args.steps, disable=rank > 0, desc="opd", mininterval=1)
+    steps = data.step_batches(dataset, first_step, args.steps, args.workers)
+    bar = tqdm(steps, initial=first_step, total=args.steps, disable=rank > 0, desc="opd", mininterval=1)
     started = time.perf_counter()
-    for step, micro_batches, bad in data.step_batches(dataset, first_step, args.steps, args.workers):
+    for step, micro_batches, bad in bar:
         data_s = time.perf_counter() - started
         done = step + 1
         states = states_of(args, step)
@@ -316,8 +317,11 @@ def main(args):
             sums["kl", "kl_rows"] += kl.sum().item()
             for name, values in overlap.set_overlap(student_topk, teacher_topk, support_mask).items():
                 sums[name, "rows"] += values.sum().item()
-            for name, values in clip_measures(batch, rollout, texts).items():
-                sums[name, "clips"] += sum(values)
+            sums["mean_tokens", "clips"] += int(rollout.lens.sum())
+            sums["empty", "clips"] += int((rollout.lens == 0).sum())
+            sums["capped", "clips"] += int((~rollout.stopped).sum())
+            sums["looping", "clips"] += sum(eval.looping(text) for text in texts)
+            sums["silent", "clips"] += int(batch.silent.sum())
             step_clips += batch_clips
             step_texts += texts
             if is_sampled and not samples:
@@ -357,21 +361,16 @@ def main(args):
 
         # ---- eval, save ----------------------------------------------------------------------------------
         if args.eval_every and done % args.eval_every == 0 and done < args.steps:
-            summaries = run_eval(done)
-            for stem, summary in summaries.items():
+            for stem, summary in run_eval(done).items():
                 metrics[f"{stem}/{summary['metric']}"] = summary["value"]
-            if rank == 0:
-                eval.print_summaries(summaries)
         if rank == 0:
             data.log_metrics(args.out, metrics, writer)
             data.add_lines(os.path.join(args.out, "samples.jsonl"), samples)
-            bar.update()
             shown = ("loss", "kl", "vuss", "clips_per_s")
             bar.set_postfix({key: f"{metrics[key]:.3g}" for key in shown if key in metrics}, refresh=False)
         if done % args.save_every == 0 or done == args.steps:
             model.save_checkpoint(args.out, done, student, trained, optimizer, args.keep)
         started = time.perf_counter()
-    bar.close()
 
     # ---- after -------------------------------------------------------------------------------------------
     model.save_model(args.out, student)
@@ -385,13 +384,11 @@ def report(args, before, after):
     """Prints and draws what a run has done, and writes summary.json."""
     lines = data.read_lines(os.path.join(args.out, "metrics.jsonl"))
     comparison = {"sets": {}}
-    if before and after:
+    if before and after:  # not where --eval was given at a resume
         # Of the sets of this start: a resume may give others than an earlier one, whose files are there too.
         folders = [os.path.join(args.out, f"eval-{step}") for step in (0, args.steps)]
         comparison = eval.compare_folders(*folders, strict=False, stems=sorted(after))
         eval.print_comparison(comparison, "before", "after")
-    elif after:  # --eval was given at a resume, so there is nothing to compare with
-        eval.print_summaries(after)
     vuss = [line["vuss"] for line in lines if "vuss" in line] or [math.nan]  # no step had a row
     summary = {
         "steps": args.steps,
@@ -414,6 +411,26 @@ def report(args, before, after):
     print(f"model: {summary['model']}")
     overlap.draw_report(args.out, lines, {stem: (before[stem], after[stem]) for stem in comparison["sets"]})
     data.write_json(os.path.join(args.out, "summary.json"), summary)  # written last: it marks a finished run
+
+
+def sample_lines(step, front_end, clips, rollout, teacher_texts, kl, n=2):
+    """A few transcripts to read: the reference, what was learned from, the teacher's; KL a token in nats."""
+    kl_per_clip = kl.split((rollout.lens + rollout.stopped).tolist())
+    lines = []
+    for b, clip in enumerate(clips[:n]):
+        ids = rollout.ids[b, : len(kl_per_clip[b])].tolist()
+        line = {
+            "step": step,
+            "clip": clip.where,
+            "ref": clip.fields.get("text"),
+            "transcript": front_end.decode(ids),
+            "teacher": teacher_texts[b],
+            "stopped": bool(rollout.stopped[b]),
+            "tokens": [front_end.tokenizer.decode([i]) for i in ids],
+            "kl": [round(value, 4) for value in kl_per_clip[b].tolist()],
+        }
+        lines.append(line)
+    return lines
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -451,42 +468,6 @@ def arm_loss(args, student, teacher, alignment, rollout, hidden, support, studen
         return model.full_kl(student, student_hidden, teacher, teacher_hidden, alignment, *divergence)
     mask = model.narrow_support(args.support, *support)
     return model.support_kl(student_logits, teacher_logits, mask, *divergence)
-
-
-# ----------------------------------------------------------------------------------------------------------
-# For the log
-# ----------------------------------------------------------------------------------------------------------
-
-
-def clip_measures(batch, rollout, texts):
-    """What the log says of each transcript: {name: B numbers}."""
-    return {
-        "mean_tokens": rollout.lens.tolist(),
-        "empty": (rollout.lens == 0).tolist(),
-        "capped": (~rollout.stopped).tolist(),
-        "looping": [eval.looping(text) for text in texts],
-        "silent": batch.silent.tolist(),
-    }
-
-
-def sample_lines(step, front_end, clips, rollout, teacher_texts, kl, n=2):
-    """A few transcripts to read: the reference, what was learned from, the teacher's; KL a token in nats."""
-    kl_per_clip = kl.split((rollout.lens + rollout.stopped).tolist())
-    lines = []
-    for b, clip in enumerate(clips[:n]):
-        ids = rollout.ids[b, : len(kl_per_clip[b])].tolist()
-        line = {
-            "step": step,
-            "clip": clip.where,
-            "ref": clip.fields.get("text"),
-            "transcript": front_end.decode(ids),
-            "teacher": teacher_texts[b],
-            "stopped": bool(rollout.stopped[b]),
-            "tokens": [front_end.tokenizer.decode([i]) for i in ids],
-            "kl": [round(value, 4) for value in kl_per_clip[b].tolist()],
-        }
-        lines.append(line)
-    return lines
 
 
 if __name__ == "__main__":

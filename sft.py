@@ -109,9 +109,7 @@ def main(args):
     ctc_head = None
     if args.ctc_weight:
         if isinstance(student, model.Qwen3ASR):
-            raise data.InputError(
-                "--ctc-weight: not for Qwen3-ASR, whose encoder has no frames of a fixed rate"
-            )
+            raise data.InputError("--ctc-weight: not for Qwen3-ASR: its encoder has no fixed frame rate")
         torch.manual_seed(args.seed)  # the same initial weights on every rank
         ctc_head = nn.Linear(student.config.audio_config.hidden_size, 257).to(device)
         trained["ctc_head.weight"] = ctc_head.weight
@@ -137,10 +135,10 @@ def main(args):
 
     clips = data.Clips(args.train, args.max_seconds, args.text_field, is_wanted)
     eval_sets = eval.read_sets(args.eval, args.max_seconds)
-    model.check_languages(clips.languages, language, student)
-    model.check_languages(eval.languages_of(eval_sets), language, student)
+    model.check_languages(clips.languages.values(), language, student)
     for set_clips in eval_sets.values():
         # What would end the run after hours shows now: a line without its speaker, a damaged clip.
+        model.check_languages(set_clips, language, student)
         eval.clusters_of(set_clips)
         if args.on_bad_audio == "error":
             for i in range(rank, len(set_clips), world):
@@ -193,9 +191,10 @@ def main(args):
         return summaries
 
     # ---- training loop -----------------------------------------------------------------------------------
-    bar = tqdm(initial=first_step, total=args.steps, disable=rank > 0, desc="sft", mininterval=2)
+    steps = data.step_batches(dataset, first_step, args.steps, args.workers)
+    bar = tqdm(steps, initial=first_step, total=args.steps, disable=rank > 0, desc="sft", mininterval=2)
     started = time.perf_counter()
-    for step, micro_batches, bad in data.step_batches(dataset, first_step, args.steps, args.workers):
+    for step, micro_batches, bad in bar:
         data_s = time.perf_counter() - started
         done = step + 1
         # What the loss is divided by is known before the first backward pass.
@@ -279,13 +278,11 @@ def main(args):
                 metrics[f"{stem}/{summary['metric']}"] = summary["value"]
         if rank == 0:
             data.log_metrics(args.out, metrics, writer)
-            bar.update()
             shown = ("loss", "clips_per_s")
             bar.set_postfix({key: f"{metrics[key]:.3g}" for key in shown if key in metrics}, refresh=False)
         if done % args.save_every == 0 or done == args.steps:
             model.save_checkpoint(args.out, done, student, trained, optimizer, args.keep)
         started = time.perf_counter()
-    bar.close()
 
     # ---- after -------------------------------------------------------------------------------------------
     model.save_model(args.out, student)
@@ -322,20 +319,13 @@ def ctc_loss(ctc_head, frames, frame_lens, texts):
     frames (B, T', D), frame_lens (B,), texts: B strings, None = no loss. Byte b is class b + 1 and 0 the
     blank: 257 classes fit every language and need no vocabulary.
     """
-    targets = [list((text or "").encode()) for text in texts]
+    targets = [(text or "").encode() for text in texts]
     target_lens = torch.tensor([len(target) for target in targets])
-    classes = []
-    for target in targets:
-        classes += [byte + 1 for byte in target]
+    classes = torch.tensor(list(b"".join(targets)), dtype=torch.long, device=frames.device) + 1
     log_probs = ctc_head(frames.float()).double().log_softmax(dim=2).transpose(0, 1)  # (T', B, 257)
     losses = F.ctc_loss(
-        log_probs,
-        torch.tensor(classes, dtype=torch.long, device=frames.device),
-        frame_lens.cpu(),
-        target_lens,
-        reduction="none",
-        zero_infinity=True,
-    )  # (B,)
+        log_probs, classes, frame_lens.cpu(), target_lens, reduction="none", zero_infinity=True
+    )
     n_too_short = 0
     for target, n_frames in zip(targets, frame_lens.tolist()):
         # Two equal bytes want a blank between them.

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import data
 import model
-from prepare.student import glm_asr_config, refuse_existing, save
+from prepare.student import glm_asr_config, save
 
 RENAMED = {  # regular expressions, applied in this order
     r"^model\.": "model.language_model.",
@@ -51,7 +51,7 @@ def parse_args(argv=None):
 
 
 def main(args):
-    refuse_existing(args.out)
+    data.check_out(args.out)
     save(convert(args.model), args.out)
 
 
@@ -68,9 +68,9 @@ def convert(name):
     tokenizer.init_kwargs.pop("auto_map", None)  # what we save refers to no remote code
     weights = converted_weights(folder, released["whisper_config"]["encoder_attention_heads"])
     embeddings = weights["model.language_model.embed_tokens.weight"]
-    tied = torch.equal(weights.get("lm_head.weight", embeddings), embeddings)
+    tied = torch.equal(weights.setdefault("lm_head.weight", embeddings), embeddings)
     speech_lm = model.SpeechLM(converted_config(released, tokenizer, tied), tokenizer)
-    speech_lm.load_weights(weights)
+    speech_lm.load_state_dict(weights)
     return speech_lm.to(embeddings.dtype)
 
 

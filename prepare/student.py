@@ -9,7 +9,6 @@ config.json. Control tokens of the prompt that the tokenizer lacks are added to 
 """
 
 import copy
-import os
 
 import torch
 import transformers
@@ -35,7 +34,7 @@ def parse_args(argv=None):
 
 
 def main(args):
-    refuse_existing(args.out)
+    data.check_out(args.out)
     torch.manual_seed(args.seed)
     if args.encoder:
         speech_lm = from_parts(args.encoder, args.lm)
@@ -149,13 +148,6 @@ def glm_asr_config(audio, text, tokenizer, tied):
     return transformers.GlmAsrConfig(
         audio_config=audio, text_config=text, audio_token_id=audio_id, tie_word_embeddings=tied
     )
-
-
-def refuse_existing(out):
-    if os.path.isdir(out) and not os.listdir(out):
-        return
-    if os.path.exists(out):
-        raise data.InputError(f"--out {out} exists; remove it, or choose another name")
 
 
 def save(speech_lm, out):

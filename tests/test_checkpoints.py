@@ -150,10 +150,14 @@ def test_language_of_the_manifest_then_of_a_deciding_script_then_the_default(qwe
 
 
 def test_a_language_that_no_prompt_names_is_an_error_of_its_line(qwen):
-    clip = types.SimpleNamespace(where="m.jsonl:5")
-    m.check_languages({None: clip, "is": clip}, None, tiny_model())  # whose prompt names none
+    clips = []
+    for number, language in enumerate([None, "is"], start=4):
+        clips.append(types.SimpleNamespace(where=f"m.jsonl:{number}", language=language))
+    m.check_languages(clips, None, tiny_model())  # whose prompt names none
     with pytest.raises(data.InputError, match='m.jsonl:5: "language" is: the prompt .* ar, cs, .*, zh'):
-        m.check_languages({"is": clip}, "en", tiny_model(), qwen[2])
+        m.check_languages(clips, "en", tiny_model(), qwen[2])
+    with pytest.raises(data.InputError, match='m.jsonl:4: no "language": give --language'):
+        m.check_languages(clips, None, qwen[2])
 
 
 # ---- self-check --------------------------------------------------------------------------------------------

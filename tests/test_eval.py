@@ -89,7 +89,6 @@ def test_read_sets(tmp_path, wav):
     assert list(sets) == ["one", "a"]
     assert [clip.duration for clip in sets["one"]] == [0.3, 30.0]
     assert (sets["a"][0].audio, sets["a"][0].duration) == (str(wav), 0.3)
-    assert evaluation.languages_of(sets) == {"en": sets["one"][0], None: sets["one"][1]}
     with pytest.raises(InputError, match=r"one\.jsonl:2: 30\.0 s, over --max-seconds 29; split"):
         evaluation.read_sets([path], 29)
     with pytest.raises(InputError, match="have the same name"):
