@@ -132,9 +132,8 @@ def parse_args(argv=None):
 def main(args):
     # ---- distributed -------------------------------------------------------------------------------------
     rank, world, device = data.setup_distributed()
-    inputs = {"train": args.train}
-    for name in ("student", "teacher"):
-        inputs[name] = model.local_folder(getattr(args, name))
+    inputs = {"train": args.train, "student": model.local_folder(args.student)}
+    inputs["teacher"] = model.local_folder(args.teacher)
     first_step, checkpoint, config = data.open_run(args, SCRIPT, inputs)
     if first_step is None:  # the run in --out is finished
         return
@@ -230,11 +229,8 @@ def main(args):
 
     data.begin_run(args.out, config, first_step)
     writer = data.tensorboard_writer(args, first_step)
-    before_path = os.path.join(args.out, "eval-0", "summary.json")
     if first_step == 0:
-        before = run_eval(0)
-    else:
-        before = data.read_json(before_path) if os.path.exists(before_path) else {}
+        run_eval(0)
 
     # ---- training loop -----------------------------------------------------------------------------------
     caps = {"max_new_tokens": args.max_new_tokens, "tokens_per_second": args.tokens_per_second}
@@ -250,7 +246,9 @@ def main(args):
     for step, micro_batches, bad in bar:
         data_s = time.perf_counter() - started
         done = step + 1
-        states = states_of(args, step)
+        # The student's own states for a share of the steps (GKD's mixture), else those of --states.
+        draw = np.random.default_rng((args.seed, 4, step, 0)).random()
+        states = "student" if draw < args.student_share else args.states
         is_sampled = rank == 0 and args.sample_every and (step % args.sample_every == 0 or done == args.steps)
         samples = []
         sums = collections.Counter()  # (metric, what its sum is divided by) → sum
@@ -376,13 +374,15 @@ def main(args):
     model.save_model(args.out, student)
     after = run_eval(args.steps)
     if rank == 0:
-        report(args, before, after)
+        report(args, after)
     data.barrier()
 
 
-def report(args, before, after):
-    """Prints and draws what a run has done, and writes summary.json."""
+def report(args, after):
+    """Prints and draws what a run has done, and writes summary.json. after: of the last evaluation."""
     lines = data.read_lines(os.path.join(args.out, "metrics.jsonl"))
+    before_path = os.path.join(args.out, "eval-0", "summary.json")
+    before = data.read_json(before_path) if os.path.exists(before_path) else {}
     comparison = {"sets": {}}
     if before and after:  # not where --eval was given at a resume
         # Of the sets of this start: a resume may give others than an earlier one, whose files are there too.
@@ -436,12 +436,6 @@ def sample_lines(step, front_end, clips, rollout, teacher_texts, kl, n=2):
 # ----------------------------------------------------------------------------------------------------------
 # The controlled arms: another transcript, another loss
 # ----------------------------------------------------------------------------------------------------------
-
-
-def states_of(args, step):
-    """The states of a step: the student's own for a share of the steps (GKD's mixture), else --states."""
-    draw = np.random.default_rng((args.seed, 4, step, 0)).random()
-    return "student" if draw < args.student_share else args.states
 
 
 def arm_rollout(teacher, teacher_writing, alignment, states, references, teacher_batch, teacher_encoded):
