@@ -623,6 +623,10 @@ class SpeechLM(nn.Module):
     @classmethod
     def load(cls, folder, dtype):
         config = transformers.GlmAsrConfig.from_pretrained(folder)
+        text = data.read_json(os.path.join(folder, "config.json"))["text_config"]
+        if "rope_theta" in text and "rope_parameters" not in text:  # transformers 5 would take 10,000
+            rope = f'"rope_parameters": {{"rope_theta": {text["rope_theta"]}, "rope_type": "default"}}'
+            raise data.InputError(f"config.json: rope_theta is not read in text_config; write {rope}")
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         weights = {}
         for path in weight_files(folder):
@@ -1208,14 +1212,15 @@ def head_logits(speech_lm, rows):
 
 
 class Bf16Product(torch.autograd.Function):
-    """rows · weightᵀ of bf16 matrices, summed and returned in float32; autocast would round it to bf16."""
+    """rows · weightᵀ of bf16 matrices, summed and returned in float32."""
 
     @staticmethod
     def forward(ctx, rows, weight):
         ctx.save_for_backward(rows, weight)
         if rows.is_cuda:
             return torch.mm(rows, weight.T, out_dtype=torch.float32)
-        return rows.float() @ weight.float().T
+        with torch.autocast("cpu", enabled=False):  # which would round it to bf16
+            return rows.float() @ weight.float().T
 
     @staticmethod
     def backward(ctx, grad):

@@ -88,7 +88,7 @@ def check(path, max_seconds):
     data.say_prefixes(path, n_prefixed)
     if markup:
         shown = ", ".join(f"{tag} {n}" for tag, n in markup.most_common(20))
-        print(f"{path}: looks like markup, and is scored and learned as words: {shown}")
+        print(f"{path}: looks like markup, and is learned as words: {shown}")
     return n_defects
 
 

@@ -11,7 +11,8 @@ again, with --since too: what was being run begins anew. Each run is one process
 runs/results/NAME, on a GPU where there is one: so give `--only scale-tune scale` to a machine with a GPU, and
 the others to one without. Models and data that an unfinished run needs are made first, and made anew where
 they are missing. They take espeak-ng and flite (example/make.py), and the recordings of ASR_OPD_DATA for the
-digit strings. --since makes no model anew: remove runs/results first where these should change too.
+digit strings. --since makes no model anew: remove runs/results first where these should change too. A model
+that newer code makes may come out another: then redo all lines of a question, not some.
 
 A line holds the question, the arm, the settings, the command, the commit that was checked out when the run
 began (12 digits), the seconds, and what results/tables.py computes the tables from: the errors of each
@@ -602,8 +603,10 @@ def needs(run):
     return names
 
 
-def is_complete(name):
-    return (WORK / name / "finished").exists()
+def is_complete(job):
+    """Is its folder there, made by this very command?"""
+    marker = WORK / job["name"] / "finished"
+    return marker.exists() and marker.read_text(encoding="utf-8") == command_of(job)
 
 
 def next_job(runs, makers, busy):
@@ -611,7 +614,8 @@ def next_job(runs, makers, busy):
     for run in runs:
         if run["name"] in busy:
             continue
-        missing = [makers[name] for name in needs(run) if not is_complete(name)]
+        needed = [makers[name] for name in needs(run)]
+        missing = [job for job in needed if not is_complete(job)]
         job = next_job(missing, makers, busy) if missing else run
         if job is not None:
             return job
@@ -759,7 +763,7 @@ def add_line(line):
 
 def finish(job, seconds, has_line):
     """Marks the folder of a job as complete, and adds the line of a run that has none yet."""
-    (WORK / job["name"] / "finished").touch()
+    (WORK / job["name"] / "finished").write_text(command_of(job), encoding="utf-8")
     if "question" in job and not has_line:
         add_line(line_of(job, seconds))
     print(f"{job['name']}: {seconds:.0f} s", flush=True)

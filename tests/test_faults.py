@@ -65,7 +65,7 @@ def test_prefixes_are_counted_and_the_check_lists_markup(tmp_path, capsys):
     said = capsys.readouterr().out
     assert n_defects == 1 and "m.jsonl:2: text holds <COMMA>, which no training takes" in said
     assert said.count('1 texts began with "language …<asr_text>", which was taken off') == 2
-    assert "looks like markup, and is scored and learned as words: [laughter] 2, (hm) 1" in said
+    assert "looks like markup, and is learned as words: [laughter] 2, (hm) 1" in said
 
 
 SAME = [  # language, two ways to write the same units

@@ -78,12 +78,13 @@ def test_top_k_by_blocks_is_that_of_torch(k):
 
 
 def test_bf16_products_are_summed_in_float32():
-    """Forward of the rounded inputs in float32; backward in bf16."""
+    """Forward of the rounded inputs in float32, under autocast too; backward in bf16."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(5, 64, generator=generator, requires_grad=True)
     head = head_of(torch.randn(300, 64, generator=generator))
     head.bf16 = True
-    logits = model.head_logits(head, rows)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model.head_logits(head, rows)
     weight = head.head.weight
     assert logits.dtype == torch.float32
     assert torch.equal(logits, rows.bfloat16().float() @ weight.bfloat16().float().T)

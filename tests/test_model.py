@@ -1,5 +1,7 @@
 """SpeechLM: prompts and ids, padding, teacher forcing, sampling, and model folders of both kinds."""
 
+import json
+
 import pytest
 import safetensors.torch
 import torch
@@ -335,9 +337,18 @@ def with_nan(folder):
     write_weights(folder, weights)
 
 
+def with_old_rope(folder):
+    """As transformers 4 wrote it."""
+    config = json.loads((folder / "config.json").read_text())
+    del config["text_config"]["rope_parameters"]
+    config["text_config"]["rope_theta"] = 1e6
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 REFUSED = {  # what is done to a folder of ours, and what the one line says
     "m is no model folder: it has no config.json": lambda folder: (folder / "config.json").unlink(),
     "model.audio_tower.conv1.bias holds NaN": with_nan,
+    'write "rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"}': with_old_rope,
     "model_type is 'qwen3'; python -m prepare.student makes": {"model_type": "qwen3"},
     "m is a released ARK-ASR; run python -m prepare.ark": {"model_type": "arkasr", "whisper_config": {}},
     "name ends in -hf, such as Qwen/Qwen3-ASR-1.7B-hf": {"model_type": "qwen3_asr", "thinker_config": {}},
