@@ -53,7 +53,7 @@ BLOCK = 8 * HOP  # samples of one audio token: 80 ms = 8 mel frames = 4 encoder 
 DURATION_TOLERANCE_S = 0.1  # between manifest and decoded audio: codecs pad by some tens of milliseconds
 
 
-class InputError(ValueError):
+class InputError(argparse.ArgumentTypeError, ValueError):
     """A mistake of the user: shown as one line (what, where, remedy) with exit status 2, no traceback."""
 
 
@@ -248,9 +248,7 @@ def read_manifest(path, text_field="text"):
 # libsndfile reads what it reads whole: wav, flac, aiff, au, caf, w64, sph, and Ogg of one stream. FFmpeg, by
 # PyAV, reads the rest. (FFmpeg would decode all Opus at 48 kHz, libsndfile does at the file's own rate.) A
 # playlist is not in the list of formats, because it opens other files.
-FFMPEG_FORMATS = (
-    "aac,ac3,aiff,amr,ape,asf,au,avi,caf,flac,flv,matroska,mov,mp3,mpeg,mpegts,ogg,tta,w64,wav,wv"
-)
+FFMPEG_READS = "aac,ac3,aiff,amr,ape,asf,au,avi,caf,flac,flv,matroska,mov,mp3,mpeg,mpegts,ogg,tta,w64,wav,wv"
 
 
 def load_audio(clip):
@@ -275,8 +273,7 @@ def load_audio(clip):
             raise InputError(f"{decoded_s:.2f} s decoded, the manifest says {clip.duration:.2f} s")
         if rate > 5_000 * math.gcd(rate, SAMPLE_RATE):  # the filter would be huge
             raise InputError(f"its sample rate, {rate} Hz, has no usable ratio to 16 kHz; resample it")
-    waveform = torch.from_numpy(waveform)
-    return waveform if rate == SAMPLE_RATE else resampler(rate)(waveform)
+    return resampler(rate)(torch.from_numpy(waveform))
 
 
 @contextlib.contextmanager
@@ -315,10 +312,7 @@ def decode(clip, file):
     if end_s < 0:
         end_s = begin_s + clip.duration + 60  # the rest of a file that is longer than stated takes no memory
 
-    audio = sound_file(file, is_segment=clip.end_time >= 0)
-    if audio is not None and audio.format in ("OGG", "FLAC"):
-        if audio.frames / audio.samplerate < clip.end_time:
-            audio = None  # the segment may be in a second stream
+    audio = sound_file(file, clip.end_time)
     if audio is None:
         channels, rate = ffmpeg_samples(file, begin_s, end_s)
     else:
@@ -333,23 +327,23 @@ def decode(clip, file):
         if len(channels) < end - begin:
             raise InputError(f"is damaged: {len(channels)} of {end - begin} samples decoded; get it anew")
 
-    if len(channels) == 0 and begin_s == 0:
-        raise InputError("holds no samples; re-encode it or remove the line")
     missing_s = clip.end_time - begin_s - len(channels) / rate
     if len(channels) == 0 or missing_s > DURATION_TOLERANCE_S:
-        raise InputError(f"{clip.begin_time:g}–{clip.end_time:g} s is outside: the recording ends before")
+        raise InputError(
+            f"only {len(channels) / rate:.2f} s of audio behind {begin_s:g} s; mend or remove the line"
+        )
     return channels, rate
 
 
-def sound_file(file, is_segment=False):
+def sound_file(file, end_time=-1):
     """The `SoundFile` of an open file, or None where libsndfile does not read all of it and FFmpeg has to.
 
     Raises InputError for a WAV that is cut off, which decoders pass by in silence. The recording of a segment
-    is not searched for further streams.
+    is not searched for further streams; what ends before `end_time` (s) may have one.
     """
     # Of several Ogg or FLAC streams in one file, libsndfile reads only the first. No other file is searched.
     content = file.read(4)
-    if content.startswith((b"OggS", b"fLaC", b"ID3")) and not is_segment:
+    if content.startswith((b"OggS", b"fLaC", b"ID3")) and end_time < 0:
         content += file.read()
     file.seek(0)
     if len(re.findall(rb"OggS\0[\2\6]|fLaC[\0\x80]\0\0\x22", content)) > 1:
@@ -360,6 +354,8 @@ def sound_file(file, is_segment=False):
         return None
     # Of MP3 libsndfile knows the length by its first frame only. Streaming writers leave it 0 or all ones.
     if audio.format == "MP3" or not 0 < audio.frames < 2**36 - 1:
+        return None
+    if audio.format in ("OGG", "FLAC") and audio.frames / audio.samplerate < end_time:
         return None
     # Some writers count the header too, and what is written to a pipe states 2 or 4 GB.
     for stated, present in re.findall(r"data *: (\d+) \(should be (\d+)\)", audio.extra_info):
@@ -386,7 +382,7 @@ def ffmpeg_samples(file, begin_s, end_s):
 def ffmpeg_frames(file, begin_s=0.0):
     """Yields (number of its first sample, frame of planar float32) from `begin_s`, or before, to the end."""
     file.seek(0)
-    options = {"format_whitelist": FFMPEG_FORMATS}
+    options = {"format_whitelist": FFMPEG_READS}
     with av.open(file, options=options, metadata_errors="replace") as container:  # tags of any encoding
         if not container.streams.audio or container.streams.audio[0].codec_context is None:
             raise InputError("holds no audio of a known codec")
@@ -432,19 +428,15 @@ def resampler(rate_hz):
 
 
 def audio_duration(content, name="audio"):
-    """Seconds of a sound file, given as its bytes. Raises AudioError that begins with `name`.
-
-    Of WAV and FLAC it is the header's; anything else is decoded.
-    """
+    """Seconds of a sound file, given as its bytes. An AudioError begins with `name`."""
     with audio_errors(name):
         file = io.BytesIO(content)
         audio = sound_file(file)
         if audio is None:
             return sum(frame.samples / frame.rate for _, frame in ffmpeg_frames(file))
-        n_samples = audio.frames
-        if audio.format not in ("WAV", "WAVEX", "FLAC"):
-            n_samples = len(audio.read(audio.frames, dtype="int16"))
-        return n_samples / audio.samplerate
+        if audio.format in ("WAV", "WAVEX", "FLAC"):  # others are decoded to be measured
+            return audio.frames / audio.samplerate
+        return len(audio.read(audio.frames, dtype="int16")) / audio.samplerate
 
 
 def clip_from_file(path):
@@ -603,10 +595,7 @@ class BatchOrder:
 
 
 def cut_micro_batches(indices, seconds, micro_seconds):
-    """Cuts clips, longest first, so that clips × longest ≤ micro_seconds (one clip may exceed it).
-
-    indices: clip numbers; seconds: durations by clip number. → lists of clip numbers.
-    """
+    """Lists of clip numbers, longest first, with clips × longest ≤ micro_seconds (one clip may exceed it)."""
     batches = []
     for i in sorted(indices, key=lambda i: (-seconds[i], i)):
         if not batches or (len(batches[-1]) + 1) * seconds[batches[-1][0]] > micro_seconds:
@@ -676,7 +665,6 @@ def step_batches(dataset, first_step, last_step, workers):
         sampler=range(first_step, last_step),
         num_workers=workers,
         multiprocessing_context="fork" if workers else None,
-        worker_init_fn=lambda worker: torch.set_num_threads(1),
     )
     try:
         for step, item in zip(range(first_step, last_step), loader):
@@ -702,15 +690,14 @@ def setup_distributed():
     # the length is 64 more than a multiple of 128 (github.com/pytorch/pytorch/issues/196678). It also
     # prepares anew for every length of a batch, which made a step four times as long.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    has_gpu = torch.cuda.is_available()
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", local_rank) if has_gpu else torch.device("cpu")
-    if has_gpu:
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
         # Ranks wait for each other while rank 0 writes a checkpoint, or for the slowest at an evaluation.
         timeout = datetime.timedelta(hours=2)
-        dist.init_process_group("nccl" if has_gpu else "gloo", timeout=timeout)
+        dist.init_process_group("gloo" if device.type == "cpu" else "nccl", timeout=timeout)
     return *rank_and_world(), device
 
 
@@ -856,11 +843,9 @@ def git_commit():
 
 def complete_steps(out):
     """{step: folder} of the complete checkpoints of a run; what was being written has another name."""
-    steps = {}
-    for path in pathlib.Path(out).glob("step-*"):
-        if re.fullmatch(r"step-\d+", path.name):
-            steps[int(path.name[5:])] = str(path)
-    return dict(sorted(steps.items()))
+    names = [path.name.removeprefix("step-") for path in pathlib.Path(out).glob("step-*")]
+    steps = sorted(int(name) for name in names if name.isdecimal())
+    return {step: os.path.join(out, f"step-{step}") for step in steps}
 
 
 def is_readable(checkpoint):
@@ -896,17 +881,14 @@ def check_out(out):
 
 def report_bad(out, step, bad):
     """Adds the clips that any rank could not use in `step` to bad.jsonl. All ranks call it together."""
-    lines = []
-    for share in gather(bad):
-        lines += [{"step": step, **entry} for entry in share]
+    bad_of_all = sum(gather(bad), [])
     if rank_and_world()[0] == 0:
-        add_lines(os.path.join(out, "bad.jsonl"), lines)
+        add_lines(os.path.join(out, "bad.jsonl"), [{"step": step, **entry} for entry in bad_of_all])
 
 
 def stop_not_finite(out, step, what, clips, texts):
     """Saves this rank's clips and transcripts of the step and stops with status 3; no weight is touched."""
-    rank, _ = rank_and_world()
-    path = os.path.join(out, f"nonfinite-{step}-{rank}.jsonl")
+    path = os.path.join(out, f"nonfinite-{step}-{rank_and_world()[0]}.jsonl")
     lines = []
     for clip, text in zip(clips, texts):
         lines.append({"step": step, "clip": clip.where, "audio": clip.audio, "text": text})
@@ -945,10 +927,7 @@ def add_lines(path, lines, mode="a"):
 
 
 def tensorboard_writer(args, first_step):
-    """Rank 0's writer to OUT/tensorboard, or None.
-
-    Points of later steps than `first_step` are dropped: a resumed run writes them again.
-    """
+    """Rank 0's writer to OUT/tensorboard, or None. It drops what an earlier start wrote after first_step."""
     if not args.tensorboard or rank_and_world()[0] > 0:
         return None
     from torch.utils.tensorboard import SummaryWriter  # an optional package, slow to import

@@ -36,11 +36,11 @@ from whisper_normalizer.english import EnglishTextNormalizer
 import data
 import model
 
-# What `evaluate` and `transcribe` can be told about decoding; a caller gives some of the keys.
+# The flags of decoding, which `evaluate` and `transcribe` can be told too; a caller gives some of them.
 DECODING = {
     "batch_seconds": 600.0,  # of audio decoded at once
-    "default_language": None,  # in the prompt of a clip whose line names none
-    "with_context": True,  # prompts give a line's context
+    "language": None,  # in the prompt of a clip whose line names none
+    "no_context": False,  # prompts do not give a line's context
     "max_new_tokens": 800,  # cap on a transcript
     "tokens_per_second": model.TOKENS_PER_SECOND,  # cap by the audio: this × seconds + 16 tokens; 0 = off
 }
@@ -63,7 +63,7 @@ def parse_args(argv=None):
     # decoding
     seconds = data.at_least(0.01)
     count = data.at_least(1, int)
-    add("--language", help="language in the prompt of clips whose line names none (scores are by the line)")
+    add("--language", type=data.language_code, help="in the prompt of clips whose line names none")
     add("--no-context", action="store_true", help="prompts do not give a line's context")
     add("--bf16", action="store_true", help="weights and computing in bf16, not in float32")
     add("--batch-seconds", type=seconds, default=DECODING["batch_seconds"], help="audio decoded at once")
@@ -129,23 +129,16 @@ def decode_and_score(args, style, rank, world, device):
     sets = read_sets(args.data, args.max_seconds)
     for clips in sets.values():
         clusters_of(clips, args.cluster)  # a line without its key shows before the model is loaded
-    language = data.language_code(args.language) if args.language else None
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     speech_lm = model.SpeechLM.from_pretrained(args.model, dtype).to(device).eval()
     for clips in sets.values():
-        model.check_languages(clips, language, speech_lm)
+        model.check_languages(clips, args.language, speech_lm)
     if args.out:
         data.begin_run(args.out, config, first_step)  # when all ranks have read the part files
         if done and rank == 0:
             print(f"{len(done)} clips are decoded already", flush=True)
         data.barrier()  # the folder is there
-    decoding = {
-        "batch_seconds": args.batch_seconds,
-        "default_language": language,
-        "with_context": not args.no_context,
-        "max_new_tokens": args.max_new_tokens,
-        "tokens_per_second": args.tokens_per_second,
-    }
+    decoding = {name: getattr(args, name) for name in DECODING}
     # A warm-up: what happens once, such as loading kernels, does not count in the real-time factor. (What
     # happens for each shape of a batch, such as capturing a graph, does.)
     first_clip = next(iter(sets.values()))[0]
@@ -172,20 +165,16 @@ def by_stem(paths):
 
 def read_sets(paths, max_seconds):
     """{stem: clips} of manifests or audio files. Raises InputError for a clip that is too long."""
-
-    def is_short(clip):
-        if clip.duration > max_seconds:
-            too_long = f"{clip.duration:.1f} s, over --max-seconds {max_seconds:g}"
-            remedy = "split the clip (docs/data.md, Long recordings), or raise it"
-            raise data.InputError(f"{clip.where}: {too_long}; {remedy}")
-        return True
-
     sets = {}
     for stem, path in by_stem(paths).items():
         if path.endswith((".jsonl", ".json")):
-            sets[stem] = data.Clips([path], math.inf, "text", is_short, learns_text=False)
+            sets[stem] = data.Clips([path], math.inf, "text", learns_text=False)
         else:
-            sets[stem] = list(filter(is_short, [data.clip_from_file(path)]))
+            sets[stem] = [data.clip_from_file(path)]
+        for clip in sets[stem]:
+            if clip.duration > max_seconds:
+                too_long = f"{clip.duration:.1f} s, over --max-seconds {max_seconds:g}"
+                raise data.InputError(f"{clip.where}: {too_long}; split it (docs/data.md), or raise that")
     return sets
 
 
@@ -199,7 +188,6 @@ def evaluate(
     `strict`, a clip that cannot be decoded is an InputError. done, log: see `transcribe`.
     """
     rank, _ = data.rank_and_world()
-    clusters = {stem: clusters_of(clips, cluster) for stem, clips in sets.items()}
     summaries = {}
     for stem, clips in sets.items():
         answers, rtf = transcribe(speech_lm, clips, device, decoding, stem, done, log)
@@ -209,8 +197,10 @@ def evaluate(
         results = score(result_lines(clips, answers, out), style)
         if rank == 0 and out:
             os.makedirs(out, exist_ok=True)
-            results = write_lines(results, os.path.join(out, f"{stem}.jsonl"))
-        summaries[stem] = summarize(results, clusters[stem], style, rtf)
+            path = os.path.join(out, f"{stem}.jsonl")
+            data.add_lines(path, results, mode="w")
+            results = map(json.loads, open(path, encoding="utf-8"))  # one by one: never all in memory
+        summaries[stem] = summarize(results, clusters_of(clips, cluster), style, rtf)
         if rank == 0:
             if not out and summaries[stem]["scored"] == 0:
                 print_transcripts(clips, answers)
@@ -268,7 +258,7 @@ def transcribe(speech_lm, clips, device, decoding, label, done=(), log=None):
     return answers, seconds / audio_s if audio_s else None
 
 
-def decode_batch(speech_lm, clips, device, default_language, with_context, max_new_tokens, tokens_per_second):
+def decode_batch(speech_lm, clips, device, language, no_context, max_new_tokens, tokens_per_second):
     """The answers of the clips of one batch, see `transcribe`; the options are those of DECODING."""
     usable, waveforms, defects = data.load_usable(clips)
     # Those of the clips that failed; the others are inserted below.
@@ -276,8 +266,8 @@ def decode_batch(speech_lm, clips, device, default_language, with_context, max_n
     if not usable:
         return answers
     languages = [clips[b].language for b in usable]
-    contexts = [clips[b].context for b in usable] if with_context else None
-    batch = data.collate(waveforms, speech_lm.front_end, languages, default_language, contexts).to(device)
+    contexts = None if no_context else [clips[b].context for b in usable]
+    batch = data.collate(waveforms, speech_lm.front_end, languages, language, contexts).to(device)
     rollout = speech_lm.sample(batch, max_new_tokens=max_new_tokens, tokens_per_second=tokens_per_second)
     hyps = speech_lm.front_end.texts(rollout)
     for b, hyp, stopped in zip(usable, hyps, rollout.stopped.tolist()):
@@ -289,11 +279,8 @@ def read_parts(out):
     """{(stem, clip number): answer} of a folder's part files. A last line that a kill cut off is removed."""
     done = {}
     for path in pathlib.Path(out).glob("*.part"):
-        raw = path.read_bytes()
-        size = raw.rfind(b"\n") + 1
-        os.truncate(path, size)
-        for raw_line in raw[:size].splitlines():
-            line = json.loads(raw_line)
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+        for line in data.read_lines(path):
             for i, answer in zip(line["clips"], line["answers"]):
                 if "hyp" in answer:  # what could not be decoded is tried again
                     done[line["set"], i] = answer
@@ -307,14 +294,6 @@ def result_lines(clips, answers, out):
         if out:
             fields["audio"] = os.path.relpath(os.path.realpath(clip.audio), os.path.realpath(out))
         yield {**fields, **answer}
-
-
-def write_lines(results, path):
-    """Passes result lines on, and writes each on its way to a file, so that they are never all in memory."""
-    with open(path, "w", encoding="utf-8") as file:
-        for result in results:
-            file.write(json.dumps(result, ensure_ascii=False) + "\n")
-            yield result
 
 
 def print_transcripts(clips, answers):
@@ -621,10 +600,7 @@ class CountedSet:
 
 
 def read_results(path, cluster=None):
-    """Lines of a result file, with `where`, `cluster`, and `clip`: what two lines of one clip have in common.
-
-    cluster: see `clusters_of`. Raises InputError for a line with neither hypothesis nor error.
-    """
+    """Lines of a result file with `where`, `cluster`, and `clip`: what two lines of one clip share."""
     clips = data.read_manifest(path)
     results = []
     for clip, name in zip(clips, clusters_of(clips, cluster)):
@@ -652,7 +628,6 @@ def count_set(paths, style="default", cluster=None):
             if "errors" in result:
                 results[result["clip"]] = result
         files.append(results)
-    languages = set()
     sums = {}
     clips = collections.ChainMap(*files)
     for clip, result in clips.items():
@@ -660,11 +635,11 @@ def count_set(paths, style="default", cluster=None):
             if clip not in results:
                 defect = f"is not in {path}, decoded and with the same text, language and cluster"
                 raise data.InputError(f"{result['where']}: {result['audio']} {defect}")
-        languages.add(language_of(result))
         counts = np.array([*(results[clip]["errors"] for results in files), result["units"]])
         sums[result["cluster"]] = sums.get(result["cluster"], 0) + counts
     if not any(counts[-1] for counts in sums.values()):
         raise data.InputError(f"{paths[0]}: no reference has a unit to compare")
+    languages = {language_of(result) for result in clips.values()}
     return CountedSet(metric_name(languages), len(clips), sums)
 
 

@@ -72,7 +72,7 @@ def parse_args(argv=None):
     # data
     add("--train", nargs="+", required=True, metavar="M", help="manifests; --states reference reads text")
     add("--eval", nargs="*", default=[], metavar="M", help="manifests to score before and after")
-    add("--language", help="of clips whose line names none, where a prompt wants one (Qwen3-ASR)")
+    add("--language", type=data.language_code, help="of clips whose line names none (Qwen3-ASR wants one)")
     add("--context", choices=["both", "teacher", "none"], default="both", help="whose prompt gives it")
     add("--max-seconds", type=seconds, default=30.0, help="longer clips do not train, and are counted")
     add("--on-bad-audio", choices=["error", "skip"], default="error", help="skip: list it in bad.jsonl")
@@ -155,12 +155,11 @@ def main(args):
         model.load_state(checkpoint, student, trained, optimizer)
 
     # ---- data --------------------------------------------------------------------------------------------
-    language = data.language_code(args.language) if args.language else None
     clips = data.Clips(args.train, args.max_seconds, "text" if args.states == "reference" else None)
     eval_sets = eval.read_sets(args.eval, args.max_seconds)
-    model.check_languages(clips.languages.values(), language, student, teacher)
+    model.check_languages(clips.languages.values(), args.language, student, teacher)
     for set_clips in eval_sets.values():
-        model.check_languages(set_clips, language, student)
+        model.check_languages(set_clips, args.language, student)
         eval.clusters_of(set_clips)  # a line without its speaker shows now, and leaves no folder behind
     check = None
     if args.states == "reference":
@@ -173,8 +172,8 @@ def main(args):
         contexts = [clip.context for clip in batch_clips]
         student_contexts = contexts if args.context == "both" else None
         teacher_contexts = contexts if args.context != "none" else None
-        batch = data.collate(waveforms, student.front_end, languages, language, student_contexts)
-        teacher_batch = data.collate(waveforms, teacher.front_end, languages, language, teacher_contexts)
+        batch = data.collate(waveforms, student.front_end, languages, args.language, student_contexts)
+        teacher_batch = data.collate(waveforms, teacher.front_end, languages, args.language, teacher_contexts)
         # Sampling is a function of (seed, step, clip): the same whatever the ranks and micro-batches.
         generators = [np.random.default_rng((args.seed, 2, step, i)) for i in indices]
         uniforms = np.stack([generator.random(args.max_new_tokens) for generator in generators])
@@ -205,16 +204,13 @@ def main(args):
         raise data.InputError(f"self-check: none of four clips can be used; the first: {bad[0]['reason']}")
     languages = [check_clips[b].language for b in usable]
     for name, speech_lm in (("student", student), ("teacher", teacher)):
-        figures = model.self_check(speech_lm, waveforms, languages, language)
+        figures = model.self_check(speech_lm, waveforms, languages, args.language)
         if rank == 0:
             shown = ", ".join(f"{key} {value:.3g}" for key, value in figures.items())
             print(f"self-check on {len(usable)} clips, {name}: {shown}", flush=True)
 
-    decoding = {
-        "batch_seconds": args.micro_seconds,
-        "default_language": language,
-        "with_context": args.context == "both",
-    }
+    decoding = {"batch_seconds": args.micro_seconds, "language": args.language}
+    decoding["no_context"] = args.context != "both"
 
     def run_eval(step):
         if not eval_sets:

@@ -41,7 +41,7 @@ def parse_args(argv=None):
     add("--k", type=at_least(1, int), default=32, help="ids per model in the support")
     # data
     add("--data", nargs="+", required=True, metavar="m.jsonl", help="manifests or audio files")
-    add("--language", help="language in the prompt of clips whose line names none")
+    add("--language", type=data.language_code, help="in the prompt of clips whose line names none")
     add("--context", choices=["both", "teacher", "none"], default="both", help="whose prompt gives it")
     add("--batch-seconds", type=at_least(0.01), default=600.0, help="seconds of audio scored at once")
     add("--max-seconds", type=at_least(0.01), default=30.0, help="longest clip accepted; longer is an error")
@@ -70,8 +70,7 @@ def main(args):
     student = model.SpeechLM.from_pretrained(args.student).to(device).eval()
     teacher = model.SpeechLM.from_pretrained(args.teacher).to(device).eval()
     alignment = model.align_vocabularies(student, teacher)
-    language = data.language_code(args.language) if args.language else None
-    model.check_languages(clips, language, student, teacher)
+    model.check_languages(clips, args.language, student, teacher)
     if args.states == "reference":
         to_teacher = alignment.to_teacher.tolist()
         for clip in clips[rank::world]:
@@ -88,7 +87,7 @@ def main(args):
     batches = data.cut_micro_batches(range(rank, len(clips), world), durations, args.batch_seconds)
     for indices in tqdm(batches, disable=rank > 0, desc="overlap"):
         batch_clips = [clips[i] for i in indices]
-        transcripts, values = measure(student, teacher, alignment, batch_clips, language, args, device)
+        transcripts, values = measure(student, teacher, alignment, batch_clips, args.language, args, device)
         # To the CPU at once: below are many small sums, and each would wait for the device.
         rollout = transcripts["scored"].to("cpu")
         values = {name: value.cpu() for name, value in values.items()}

@@ -53,7 +53,7 @@ def parse_args(argv=None):
     add("--text-field", default="text", help='key of the transcript; "hyp" in a result file of eval.py')
     add("--drop-looping", action="store_true", help="leave out and count transcripts that repeat themselves")
     add("--eval", nargs="*", default=[], metavar="M", help="manifests to score at the end")
-    add("--language", help="of clips whose line names none, where the prompt wants one (Qwen3-ASR)")
+    add("--language", type=data.language_code, help="of clips whose line names none (Qwen3-ASR wants one)")
     add("--no-context", action="store_true", help="prompts do not give a line's context")
     add("--max-seconds", type=seconds, default=30.0, help="longer clips do not train, and are counted")
     add("--on-bad-audio", choices=["error", "skip"], default="error", help="skip: list it in bad.jsonl")
@@ -119,46 +119,39 @@ def main(args):
         model.load_state(checkpoint, student, trained, optimizer)
 
     # ---- data --------------------------------------------------------------------------------------------
-    language = data.language_code(args.language) if args.language else None
-    n_cut = 0
-
     def is_cut(clip):
         """Did the cap cut this transcript? A model's transcript says so; a reference is complete."""
         return args.text_field != "text" and clip.fields.get("stopped") is False
 
     def is_wanted(clip):
-        nonlocal n_cut
-        if args.drop_looping and eval.looping(clip.text):
-            return False
-        n_cut += is_cut(clip)
-        return True
+        return not (args.drop_looping and eval.looping(clip.text))
 
     clips = data.Clips(args.train, args.max_seconds, args.text_field, is_wanted)
     eval_sets = eval.read_sets(args.eval, args.max_seconds)
-    model.check_languages(clips.languages.values(), language, student)
+    model.check_languages(clips.languages.values(), args.language, student)
     for set_clips in eval_sets.values():
         # What would end the run after hours shows now: a line without its speaker, a damaged clip.
-        model.check_languages(set_clips, language, student)
+        model.check_languages(set_clips, args.language, student)
         eval.clusters_of(set_clips)
         if args.on_bad_audio == "error":
             for i in range(rank, len(set_clips), world):
                 data.load_audio(set_clips[i])
-    front_end = student.front_end
 
     def make_micro_batch(step, indices, batch_clips, waveforms):
         """One micro-batch, built by a data worker: clips, Batch, the transcripts as a Rollout."""
-        languages = [clip.language or data.script_language(clip.text, language) for clip in batch_clips]
+        languages = [clip.language or data.script_language(clip.text, args.language) for clip in batch_clips]
         contexts = None if args.no_context else [clip.context for clip in batch_clips]
-        batch = data.collate(waveforms, front_end, languages, language, contexts)
+        batch = data.collate(waveforms, student.front_end, languages, args.language, contexts)
         for b, i in enumerate(indices):
             n_frames = batch.mel_lens[b]
             batch.mel[b, :, :n_frames] = spec_augment(batch.mel[b, :, :n_frames], args, step, i)
         texts = [clip.text for clip in batch_clips]
-        targets = front_end.transcripts(texts, [not is_cut(clip) for clip in batch_clips])
+        targets = student.front_end.transcripts(texts, [not is_cut(clip) for clip in batch_clips])
         return batch_clips, batch, targets
 
     dataset = data.StepDataset(clips, args, make_micro_batch)
     if rank == 0:
+        n_cut = sum(map(is_cut, clips))
         hours = clips.seconds.sum(dtype=float) / 3600
         epochs = args.steps * args.batch_size / len(clips)
         last_warmup = min(args.warmup_steps, args.steps - 1)
@@ -173,11 +166,7 @@ def main(args):
     # ---- before ------------------------------------------------------------------------------------------
     data.begin_run(args.out, config, first_step)
     writer = data.tensorboard_writer(args, first_step)
-    decoding = {
-        "batch_seconds": args.micro_seconds,
-        "default_language": language,
-        "with_context": not args.no_context,
-    }
+    decoding = {"batch_seconds": args.micro_seconds, "language": args.language, "no_context": args.no_context}
 
     def run_eval(step):
         if not eval_sets:
@@ -223,16 +212,15 @@ def main(args):
             # Cross-entropy of the transcript tokens and the stop tokens.
             target_ids = targets.ids[targets.row_mask()]  # (N,)
             cross_entropy = model.token_ce(student, hidden, target_ids).sum()
+            loss = cross_entropy / max(counts["tokens"], 1)
 
             # CTC of the transcript's bytes on the encoder's frames.
-            ctc = torch.zeros((), device=device)
-            n_too_short = 0
             if ctc_head is not None:
                 texts = [None if is_cut(clip) else clip.text for clip in batch_clips]
                 ctc, n_too_short = ctc_loss(ctc_head, frames, batch.mel_lens // 2, texts)
+                loss = loss + args.ctc_weight * ctc / max(counts["clips"], 1)
 
-            # The counts of the global batch are known, so the ranks' gradients only have to be summed.
-            loss = cross_entropy / max(counts["tokens"], 1) + args.ctc_weight * ctc / max(counts["clips"], 1)
+            # The counts are those of the global batch, so the ranks' gradients only have to be summed.
             loss.backward()
             # ==============================================================================================
 
@@ -250,11 +238,8 @@ def main(args):
         losses = (sums["loss", "tokens"], sums["ctc", "clips"])
         if not math.isfinite(sum(losses)) or not math.isfinite(grad_norm):
             figures = f"Σ of cross-entropy and of CTC {losses}, gradient norm {grad_norm}"
-            step_clips = []
-            for batch_clips, _, _ in micro_batches:
-                step_clips += batch_clips
-            texts = [clip.text for clip in step_clips]
-            data.stop_not_finite(args.out, done, figures, step_clips, texts)
+            step_clips = sum([batch_clips for batch_clips, _, _ in micro_batches], [])
+            data.stop_not_finite(args.out, done, figures, step_clips, [clip.text for clip in step_clips])
 
         # ---- step ----------------------------------------------------------------------------------------
         lr = model.cosine_lr(step, args.steps, args.warmup_steps, args.lr)
@@ -304,13 +289,11 @@ def spec_augment(mel, args, step, clip):
     draws = np.random.default_rng((args.seed, 3, step, clip))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(draws.integers(2**63)))
-        mel = mel[None]  # (1, 128, F), as torchaudio wants it
-        for _ in range(args.time_masks):
-            width = min(args.time_width, mel.shape[2] // 4)
-            mel = torchaudio.functional.mask_along_axis(mel, width, 0.0, axis=2)
+        for _ in range(args.time_masks):  # each at most a quarter of the clip
+            mel = torchaudio.functional.mask_along_axis(mel, args.time_width, 0.0, axis=1, p=0.25)
         for _ in range(args.freq_masks):
-            mel = torchaudio.functional.mask_along_axis(mel, args.freq_width, 0.0, axis=1)
-    return mel[0]
+            mel = torchaudio.functional.mask_along_axis(mel, args.freq_width, 0.0, axis=0)
+    return mel
 
 
 def ctc_loss(ctc_head, frames, frame_lens, texts):

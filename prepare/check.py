@@ -42,7 +42,7 @@ def parse_args(argv=None):
     add("manifests", nargs="+", metavar="m.jsonl", help="manifests to read")
     add("--max-seconds", type=seconds, default=30.0, help="a longer clip is a defect")
     add("--models", nargs=2, metavar=("STUDENT", "TEACHER"), help="look at two models on a few of the clips")
-    add("--language", help="of clips whose line names none, with --models")
+    add("--language", type=data.language_code, help="of clips whose line names none, with --models")
     add("--clips", type=count, help="clips that --models looks at; 8 if absent")
     args = parser.parse_args(argv)
     if (args.language or args.clips) and not args.models:
@@ -128,12 +128,11 @@ def check_models(args):
     clips = [clips[i] for i in places]
     waveforms = [data.load_audio(clip) for clip in clips]
     languages = [clip.language for clip in clips]
-    language = data.language_code(args.language) if args.language else None
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     student = model.SpeechLM.from_pretrained(args.models[0]).to(device).eval()
     teacher = model.SpeechLM.from_pretrained(args.models[1]).to(device).eval()
-    model.check_languages(clips, language, student, teacher)
+    model.check_languages(clips, args.language, student, teacher)
     alignment = model.align_vocabularies(student, teacher)
     n_text = int((~student.forbidden).sum())
     n_shared = int((~alignment.student_forbidden).sum())
@@ -141,7 +140,7 @@ def check_models(args):
 
     # Each model against itself: its own transcript, scored by teacher forcing.
     for name, speech_lm in (("student", student), ("teacher", teacher)):
-        figures = model.self_check(speech_lm, waveforms, languages, language)
+        figures = model.self_check(speech_lm, waveforms, languages, args.language)
         print(f"{name} on its own transcripts of {len(clips)} clips:")
         print(f"  nll {figures['nll']:.3f} nats a token (sound: below 0.5; shifted rows: about 10)")
         print(f"  agreement {figures['agreement']:.3f} (sound: above 0.99)")
@@ -151,7 +150,7 @@ def check_models(args):
     # The teacher on the student's transcripts: what the first step of OPD will see.
     caps = {"max_new_tokens": MAX_NEW_TOKENS, "tokens_per_second": model.TOKENS_PER_SECOND}
     options = argparse.Namespace(states="student", context="both", k=K, **caps)
-    transcripts, values = overlap.measure(student, teacher, alignment, clips, language, options, device)
+    transcripts, values = overlap.measure(student, teacher, alignment, clips, args.language, options, device)
     kl = values["kl_union"].mean()
     print("the teacher on the student's transcripts:")
     print(f"  KL {kl:.3f} nats a token (sound: below 2; misaligned ids or prompts: above 5)")
