@@ -20,7 +20,6 @@ import contextlib
 import dataclasses
 import errno
 import functools
-import glob
 import math
 import os
 import re
@@ -481,12 +480,10 @@ class Qwen3ASRFrontEnd(FrontEnd):
     languages = data.LANGUAGES
 
     def __init__(self, processor):
-        user = {"role": "user", "content": [{"type": "audio", "audio": ""}]}
         system = {"role": "system", "content": [{"type": "text", "text": CONTEXT}]}
-        prompts = []
-        for turns in ([user], [system, user]):
-            prompts.append(processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-        super().__init__(processor.tokenizer, *prompts)
+        user = {"role": "user", "content": [{"type": "audio", "audio": ""}]}
+        prompt = processor.apply_chat_template([system, user], tokenize=False, add_generation_prompt=True)
+        super().__init__(processor.tokenizer, prompt.replace(CONTEXT, ""), context_prompt=prompt)
 
     def features(self, waveform):
         return data.log_mel(waveform, max(len(waveform), 8_000))  # half a second at least
@@ -723,8 +720,20 @@ class SpeechLM(nn.Module):
         return hidden[:, S - 1 :][row_mask[:, :T]]
 
     def with_script_languages(self, batch, texts):
-        """The batch, where the prompt names a language, with that of each text's script. Ours names none."""
-        return batch
+        """The batch whose prompts name, for clips without a language, that of their text's script.
+
+        texts: B strings, such as the student's rollouts. Other prompts stay as they are; ours names none.
+        """
+        if None not in batch.languages or not self.front_end.languages:
+            return batch
+        prompts = []
+        for b, text in enumerate(texts):
+            script = data.script_language(text, batch.default_language)
+            language = batch.languages[b] or script or batch.default_language
+            prompts.append(self.front_end.prompt(int(batch.audio_lens[b]), language, batch.contexts[b]))
+        prompt_ids, prompt_mask = data.pad_left(prompts, self.front_end.pad_id)
+        batch = dataclasses.replace(batch, prompt_ids=prompt_ids, prompt_mask=prompt_mask)
+        return batch.to(self.device)
 
     # ---- sampling ----
 
@@ -810,30 +819,23 @@ def bf16_weights(speech_lm):
     Autocast would cast each weight anew for every token, with the same result. The copies are kept, and
     refreshed in place, so that a graph reads the weights of the last update. Without `bf16` nothing happens.
     """
-    if not speech_lm.bf16:
-        yield
-        return
+    copies = speech_lm.bf16_copies
     places = []  # (module, name, weight)
     for module in (*speech_lm.lm.modules(), speech_lm.head):
-        if type(module) is nn.Linear:
+        if speech_lm.bf16 and type(module) is nn.Linear:
             for name, weight in module.named_parameters(recurse=False):
                 places.append((module, name, weight))
     try:
         for module, name, weight in places:
-            if (module, name) not in speech_lm.bf16_copies:
-                copy = nn.Parameter(torch.empty_like(weight, dtype=torch.bfloat16), requires_grad=False)
-                speech_lm.bf16_copies[module, name] = copy
-            copy = speech_lm.bf16_copies[module, name]
-            copy.copy_(weight)
-            setattr(module, name, copy)
+            if (module, name) not in copies:
+                empty = torch.empty_like(weight, dtype=torch.bfloat16)
+                copies[module, name] = nn.Parameter(empty, requires_grad=False)
+            copies[module, name].copy_(weight)
+            setattr(module, name, copies[module, name])
         yield
     finally:
         for module, name, weight in places:
             setattr(module, name, weight)
-
-
-# On a GPU, asking whether all clips have stopped waits for the device. So we ask after every fourth token.
-TOKENS_AT_ONCE = 4
 
 
 def write_tokens(speech_lm, batch, encoded, caps, forbidden, temperature, uniforms):
@@ -858,7 +860,8 @@ def write_tokens(speech_lm, batch, encoded, caps, forbidden, temperature, unifor
     ids = decoder.ids[:B, S : S + T]
     for n_written in range(1, T + 1):
         decoder.write_token(speech_lm)
-        if ids.is_cuda and n_written % TOKENS_AT_ONCE:
+        # On a GPU, asking whether all clips have stopped waits for the device: only after every fourth token.
+        if ids.is_cuda and n_written % 4:
             continue
         has_stopped = (ids == speech_lm.front_end.stop_id).any(dim=1)
         if (has_stopped | (caps <= n_written)).all():
@@ -888,7 +891,6 @@ class Decoder:
         self.temperature = temperature
         self.cache = storage[: math.prod(shape)].view(shape)
         self.column = torch.zeros(1, dtype=torch.long, device=device)  # of the next token
-        self.positions = torch.zeros(n_clips, dtype=torch.long, device=device)  # of the next token
         self.ids = torch.zeros(n_clips, n_columns, dtype=torch.long, device=device)
         self.attended = torch.zeros(n_clips, 1, 1, n_columns, dtype=torch.bool, device=device)
         self.hidden = lm.embed_tokens.weight.new_zeros(n_clips, lm.config.hidden_size)
@@ -904,13 +906,10 @@ class Decoder:
         B, S = prompt_mask.shape
         self.n_rollouts += 1
         self.cache.zero_()  # what is masked counts 0 times, and 0 · NaN would be NaN
-        self.hidden.zero_()
         self.column.fill_(S)
         self.ids.fill_(-1)
         self.attended.fill_(False)
         self.attended[:B, 0, 0, :S] = prompt_mask
-        self.positions.zero_()
-        self.positions[:B] = prompt_mask.sum(dim=1)
         self.forbidden.copy_(forbidden)
         if uniforms is not None:
             n = min(uniforms.shape[1], self.ids.shape[1] - S)
@@ -938,13 +937,13 @@ class Decoder:
         token = pick_tokens(logits, self.temperature, self.uniforms.index_select(1, self.column))
         self.ids.index_copy_(1, self.column, token[:, None])
         self.attended.index_fill_(3, self.column, True)
-        rotary = (self.cos.index_select(0, self.positions), self.sin.index_select(0, self.positions))
+        positions = self.attended[:, 0, 0].sum(dim=1) - 1
+        rotary = (self.cos.index_select(0, positions), self.sin.index_select(0, positions))
         embeds = lm.embed_tokens(token)[:, None]  # (B, 1, H)
         # As a float mask, made once for all layers: attention would turn a bool mask into one in each.
         mask = torch.zeros_like(self.attended, dtype=self.cache.dtype).masked_fill(~self.attended, -math.inf)
         self.hidden.copy_(lm(embeds, rotary, mask, self.cache, self.column)[:, 0])
         self.column.add_(1)
-        self.positions.add_(1)
 
 
 def pick_tokens(logits, temperature, uniforms):
@@ -1021,22 +1020,6 @@ class Qwen3ASR(SpeechLM):
         mel_mask = (positions < batch.mel_lens[:, None]).long()  # (B, F)
         with self.autocast():
             return self.audio_features(batch.mel.to(self.head.weight.dtype), mel_mask).pooler_output
-
-    def with_script_languages(self, batch, texts):
-        """The batch whose prompts name, for clips without a language, that of their text's script.
-
-        texts: B strings, such as the student's rollouts. Other prompts stay as they are.
-        """
-        if None not in batch.languages:
-            return batch
-        prompts = []
-        for b, text in enumerate(texts):
-            script = data.script_language(text, batch.default_language)
-            language = batch.languages[b] or script or batch.default_language
-            prompts.append(self.front_end.prompt(int(batch.audio_lens[b]), language, batch.contexts[b]))
-        prompt_ids, prompt_mask = data.pad_left(prompts, self.front_end.pad_id)
-        batch = dataclasses.replace(batch, prompt_ids=prompt_ids, prompt_mask=prompt_mask)
-        return batch.to(self.device)
 
 
 def local_folder(name):
@@ -1404,13 +1387,11 @@ def mapped_rollout(rollout, to_other):
 
 
 def check_reference(clip, front_end, to_teacher):
-    """Raises AudioError where the teacher lacks a token of a clip's text: to_teacher[i] < 0 for an id i."""
-    for i in front_end.encode_text(clip.text):
+    """Raises AudioError where the teacher lacks a token i of the text, if one is read: to_teacher[i] < 0."""
+    for i in front_end.encode_text(clip.text or ""):
         if to_teacher[i] < 0:
-            token = front_end.decode([i])
-            raise data.AudioError(
-                f"{clip.where}: the teacher lacks the token {token!r} of the text; remove the line"
-            )
+            token = repr(front_end.decode([i]))
+            raise data.AudioError(f"{clip.where}: text: the teacher lacks the token {token}; remove the line")
 
 
 @torch.no_grad()
@@ -1589,8 +1570,6 @@ def save_checkpoint(out, step, model, trained, optimizer, keep):
     """
     check_replicas(trained)
     if data.rank_and_world()[0] == 0:
-        for leftover in glob.glob(os.path.join(glob.escape(out), "step-*.partial")):
-            shutil.rmtree(leftover)
         state = {"step": torch.tensor(step), "updates": torch.tensor(0)}
         in_folder = {name for name in model.state_dict() if ".lora_" not in name}
         for name, parameter in trained.items():
@@ -1600,7 +1579,7 @@ def save_checkpoint(out, step, model, trained, optimizer, keep):
                 state[f"exp_avg.{name}"] = moments["exp_avg"].cpu()
                 state[f"exp_avg_sq.{name}"] = moments["exp_avg_sq"].cpu()
             if name not in in_folder:
-                state[f"weight.{name}"] = parameter.detach().cpu()
+                state[name] = parameter.detach().cpu()
         with complete_or_absent(os.path.join(out, f"step-{step}")) as folder:
             model.save_pretrained(os.path.join(folder, "model"))
             save_lora(model, os.path.join(folder, "lora"))
@@ -1610,34 +1589,18 @@ def save_checkpoint(out, step, model, trained, optimizer, keep):
     data.barrier()
 
 
-def model_to_train(name, checkpoint, lora_rank, seed):
-    """The model of a run: `name` at its beginning, later that of its checkpoint; with LoRA where rank > 0.
-
-    A LoRA run always goes on with the weights that it began with, because a checkpoint's folder has LoRA
-    added to them. `load_state` then restores A and B, and what trained beside them.
-    """
-    is_whole = checkpoint and not lora_rank
-    model = SpeechLM.from_pretrained(checkpoint if is_whole else name)
-    if lora_rank:
-        add_lora(model, lora_rank, seed)
-    return model
-
-
-def load_state(folder, speech_lm, trained, optimizer):
-    """Restores what `save_checkpoint` wrote beside the model folder."""
-    weights = load_file(os.path.join(folder, "state.safetensors"))
-    if speech_lm.peft_models:  # what trained beside LoRA is in the stock folder
-        weights = {**load_file(os.path.join(folder, "model", "model.safetensors")), **weights}
-    updates = float(weights["updates"])
+def load_state(folder, trained, optimizer):
+    """Restores what trains; what does not is as in the model folder that the run began with."""
+    state = load_file(os.path.join(folder, "model", "model.safetensors"))
+    state.update(load_file(os.path.join(folder, "state.safetensors")))
+    updates = float(state["updates"])
     for name, parameter in trained.items():
-        weight = weights.get(f"weight.{name}", weights.get(name))
-        if weight is not None:
-            parameter.data.copy_(weight)
+        parameter.data.copy_(state[name])
         if updates > 0:
             optimizer.state[parameter] = {
                 "step": torch.tensor(updates, device=parameter.device),
-                "exp_avg": weights[f"exp_avg.{name}"].to(parameter.device),
-                "exp_avg_sq": weights[f"exp_avg_sq.{name}"].to(parameter.device),
+                "exp_avg": state[f"exp_avg.{name}"].to(parameter.device),
+                "exp_avg_sq": state[f"exp_avg_sq.{name}"].to(parameter.device),
             }
 
 
@@ -1661,15 +1624,15 @@ def complete_or_absent(final):
     try:
         yield partial
         for folder, _, names in os.walk(partial):
-            for path in (*(os.path.join(folder, name) for name in names), folder):
-                flush(path)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, SafetensorError):  # such as a full disk; it names no path
-            raise OSError(errno.EIO, str(error), final) from error
-        raise
-    os.rename(partial, final)
-    flush(os.path.dirname(os.path.abspath(final)))
+            for name in names:
+                flush(os.path.join(folder, name))
+            flush(folder)
+        os.rename(partial, final)
+        flush(os.path.dirname(os.path.abspath(final)))
+    except SafetensorError as error:  # such as a full disk; it names no path
+        raise OSError(errno.EIO, str(error), final) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # of what failed
 
 
 def flush(path):

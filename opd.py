@@ -141,7 +141,9 @@ def main(args):
     # ---- models ------------------------------------------------------------------------------------------
     teacher = model.SpeechLM.from_pretrained(args.teacher, torch.bfloat16 if args.bf16 else torch.float32)
     teacher = teacher.to(device).eval().requires_grad_(False)
-    student = model.model_to_train(args.student, checkpoint, args.lora_rank, args.seed)
+    student = model.SpeechLM.from_pretrained(args.student)
+    if args.lora_rank:
+        model.add_lora(student, args.lora_rank, args.seed)
     student = student.to(device).train()
     student.bf16 = args.bf16
     if args.recompute:
@@ -152,7 +154,7 @@ def main(args):
     trained = model.trained_parameters(student, args.train_parts)
     optimizer = model.make_optimizer(trained, args.lr, args.weight_decay)
     if checkpoint:
-        model.load_state(checkpoint, student, trained, optimizer)
+        model.load_state(checkpoint, trained, optimizer)
 
     # ---- data --------------------------------------------------------------------------------------------
     clips = data.Clips(args.train, args.max_seconds, "text" if args.states == "reference" else None)
@@ -161,10 +163,8 @@ def main(args):
     for set_clips in eval_sets.values():
         model.check_languages(set_clips, args.language, student)
         eval.clusters_of(set_clips)  # a line without its speaker shows now, and leaves no folder behind
-    check = None
-    if args.states == "reference":
-        to_teacher = alignment.to_teacher.tolist()
-        check = functools.partial(model.check_reference, front_end=student.front_end, to_teacher=to_teacher)
+    to_teacher = alignment.to_teacher.tolist()
+    check = functools.partial(model.check_reference, front_end=student.front_end, to_teacher=to_teacher)
 
     def make_micro_batch(step, indices, batch_clips, waveforms):
         """One micro-batch, made by a data worker: clips, both models' Batch, uniforms (B, T), references."""
@@ -191,8 +191,6 @@ def main(args):
         print(f"train: {len(clips)} clips, {hours:.2f} h, left out: {clips.n_long} longer than", end=" ")
         print(f"{args.max_seconds:g} s, {clips.n_failed} not decoded")
         print(f"{args.steps} steps = {epochs:.1f} epochs, lr up to {peak_lr:.3g}")
-        for name, speech_lm in (("student", student), ("teacher", teacher)):
-            print(f"{name}: {sum(p.numel() for p in speech_lm.parameters()) / 1e6:.2f} M parameters")
         print(f"{world} process(es) on {device.type}", flush=True)
 
     # ---- before ------------------------------------------------------------------------------------------
@@ -206,8 +204,9 @@ def main(args):
     for name, speech_lm in (("student", student), ("teacher", teacher)):
         figures = model.self_check(speech_lm, waveforms, languages, args.language)
         if rank == 0:
+            size = sum(parameter.numel() for parameter in speech_lm.parameters()) / 1e6
             shown = ", ".join(f"{key} {value:.3g}" for key, value in figures.items())
-            print(f"self-check on {len(usable)} clips, {name}: {shown}", flush=True)
+            print(f"{name}: {size:.2f} M parameters, self-check on {len(usable)} clips: {shown}", flush=True)
 
     decoding = {"batch_seconds": args.micro_seconds, "language": args.language}
     decoding["no_context"] = args.context != "both"

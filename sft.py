@@ -100,7 +100,9 @@ def main(args):
         return
 
     # ---- model -------------------------------------------------------------------------------------------
-    student = model.model_to_train(args.model, checkpoint, args.lora_rank, args.seed)
+    student = model.SpeechLM.from_pretrained(args.model)
+    if args.lora_rank:
+        model.add_lora(student, args.lora_rank, args.seed)
     student = student.to(device).train()
     student.bf16 = args.bf16
     if args.recompute:
@@ -116,7 +118,7 @@ def main(args):
         trained["ctc_head.bias"] = ctc_head.bias
     optimizer = model.make_optimizer(trained, args.lr, args.weight_decay)
     if checkpoint:
-        model.load_state(checkpoint, student, trained, optimizer)
+        model.load_state(checkpoint, trained, optimizer)
 
     # ---- data --------------------------------------------------------------------------------------------
     def is_cut(clip):

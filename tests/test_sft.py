@@ -21,8 +21,8 @@ def test_a_step_of_sft_is_its_definition(stage, tmp_path):
     student = model.SpeechLM.from_pretrained(stage / "student").train()
     state = runs.state_of(tmp_path / "run", 1)
     head = torch.nn.Linear(student.config.audio_config.hidden_size, 257)
-    head.weight.data = state["weight.ctc_head.weight"]
-    head.bias.data = state["weight.ctc_head.bias"]
+    head.weight.data = state["ctc_head.weight"]
+    head.bias.data = state["ctc_head.bias"]
     entropies = []
     ctc = []
     for clip in runs.longest_clips(stage, 5):
@@ -71,7 +71,7 @@ def test_a_models_transcripts_are_learned_as_they_are(stage, tmp_path, capsys):
     state = runs.state_of(out, 1)
     batch = data.collate([data.load_audio(data.read_manifest(path)[0])], student.front_end, ["en"])
     frames = student.encode_frames(batch)
-    logits = F.linear(frames, state["weight.ctc_head.weight"], state["weight.ctc_head.bias"])
+    logits = F.linear(frames, state["ctc_head.weight"], state["ctc_head.bias"])
     expected, _ = sft.ctc_loss(torch.nn.Identity(), logits, batch.mel_lens // 2, ["abc"])
     assert line["ctc"] == pytest.approx(expected.item() / 2, rel=1e-5)
     # A reference is complete, whatever `stopped` says: that is of the hypothesis.
