@@ -676,17 +676,14 @@ class SpeechLM(nn.Module):
 
     # ---- audio → embeddings → hidden rows ----
 
-    def encode(self, batch):
-        """Audio embeddings (ΣA, H) of all clips, one clip after the other."""
-        return self.adapt(self.encode_frames(batch), batch)
-
     def encode_frames(self, batch):
         """The encoder's frames (B, T', D), batch.mel_lens // 2 of them real."""
         with self.autocast():
             return self.encoder(batch.mel.to(self.head.weight.dtype), batch.mel_lens // 2)
 
-    def adapt(self, frames, batch):
-        """Frames (B, T', D) → audio embeddings (ΣA, H): four frames, 80 ms, become one token."""
+    def encode(self, batch, frames=None):
+        """Audio embeddings (ΣA, H) of all clips, one after the other: four frames, 80 ms, become a token."""
+        frames = self.encode_frames(batch) if frames is None else frames
         B, n_frames, D = frames.shape
         merged = frames.reshape(B, n_frames // 4, 4 * D)
         positions = torch.arange(n_frames // 4, device=frames.device)
@@ -1478,12 +1475,6 @@ def merged_weights(speech_lm):
     return weights
 
 
-def save_lora(speech_lm, folder):
-    """Writes A and B as peft does, for stock transformers and vLLM; nothing where there is no LoRA."""
-    for wrapped in speech_lm.peft_models:
-        wrapped.save_pretrained(folder)
-
-
 # ----------------------------------------------------------------------------------------------------------
 # Optimizer, schedule, checkpoints. `trained` is {name: parameter} of all that trains.
 # ----------------------------------------------------------------------------------------------------------
@@ -1564,9 +1555,9 @@ def check_replicas(trained):
 def save_checkpoint(out, step, model, trained, optimizer, keep):
     """Writes out/step-N: `model`, a stock folder in float32, and state.safetensors, what else resuming needs.
 
-    With LoRA also `lora`, peft's folder. The state holds the step, the updates made, AdamW's moments by name,
-    and every trained tensor that the stock folder does not hold, such as LoRA's. All ranks call it; rank 0
-    writes. Complete or not at all: written beside and renamed. The last `keep` checkpoints stay.
+    With LoRA also `lora`, A and B as peft writes them. The state holds the step, the updates made, AdamW's
+    moments, and every trained tensor that the stock folder does not hold, such as A. All ranks call it; rank
+    0 writes. Complete or not at all: written beside and renamed. The last `keep` checkpoints stay.
     """
     check_replicas(trained)
     if data.rank_and_world()[0] == 0:
@@ -1582,7 +1573,8 @@ def save_checkpoint(out, step, model, trained, optimizer, keep):
                 state[name] = parameter.detach().cpu()
         with complete_or_absent(os.path.join(out, f"step-{step}")) as folder:
             model.save_pretrained(os.path.join(folder, "model"))
-            save_lora(model, os.path.join(folder, "lora"))
+            for wrapped in model.peft_models:
+                wrapped.save_pretrained(os.path.join(folder, "lora"))
             save_file(state, os.path.join(folder, "state.safetensors"))
         for folder in list(data.complete_steps(out).values())[:-keep]:
             shutil.rmtree(folder)
@@ -1607,7 +1599,8 @@ def load_state(folder, trained, optimizer):
 def save_model(out, model):
     """Writes out/model, the finished student, and with LoRA out/lora. All ranks call it; rank 0 writes."""
     if data.rank_and_world()[0] == 0:
-        save_lora(model, os.path.join(out, "lora"))
+        for wrapped in model.peft_models:
+            wrapped.save_pretrained(os.path.join(out, "lora"))
         final = os.path.join(out, "model")
         shutil.rmtree(final, ignore_errors=True)
         with complete_or_absent(final) as folder:

@@ -208,7 +208,7 @@ def main(args):
                 encoded = student.encode(batch)  # (ΣA, H)
             else:
                 frames = student.encode_frames(batch)  # (B, T', D), for CTC too
-                encoded = student.adapt(frames, batch)
+                encoded = student.encode(batch, frames)
             hidden = student(batch, targets, encoded)  # (N, H)
 
             # Cross-entropy of the transcript tokens and the stop tokens.
