@@ -54,7 +54,10 @@ DURATION_TOLERANCE_S = 0.1  # between manifest and decoded audio: codecs pad by 
 
 
 class InputError(argparse.ArgumentTypeError, ValueError):
-    """A mistake of the user: shown as one line (what, where, remedy) with exit status 2, no traceback."""
+    """A mistake of the user: shown as one line (what, where, remedy) with exit status 2, no traceback.
+
+    argparse shows it too, where it is the type of a flag that raises it.
+    """
 
 
 class AudioError(InputError):
@@ -125,7 +128,7 @@ def parse_line(raw, where, folder, text_field="text"):
     if not isinstance(fields, dict):
         raise InputError(f"{where}: expected a JSON object, found {type(fields).__name__}")
 
-    # The prompt has the words of a prefix already. It names the language of a line that names none.
+    # The prompt has the words of a prefix already. A line that names no language takes the prefix's.
     values = {"had_prefix": False}
     for key in (text_field, "hyp"):
         match = PREFIX.match(str(fields.get(key)))
@@ -327,19 +330,20 @@ def decode(clip, file):
         if len(channels) < end - begin:
             raise InputError(f"is damaged: {len(channels)} of {end - begin} samples decoded; get it anew")
 
+    if len(channels) == 0 and begin_s == 0:
+        raise InputError("holds no samples; re-encode it or remove the line")
     missing_s = clip.end_time - begin_s - len(channels) / rate
     if len(channels) == 0 or missing_s > DURATION_TOLERANCE_S:
-        raise InputError(
-            f"only {len(channels) / rate:.2f} s of audio behind {begin_s:g} s; mend or remove the line"
-        )
+        raise InputError(f"{clip.begin_time:g}–{clip.end_time:g} s is outside: the recording ends before")
     return channels, rate
 
 
 def sound_file(file, end_time=-1):
     """The `SoundFile` of an open file, or None where libsndfile does not read all of it and FFmpeg has to.
 
-    Raises InputError for a WAV that is cut off, which decoders pass by in silence. The recording of a segment
-    is not searched for further streams; what ends before `end_time` (s) may have one.
+    end_time: of a segment, in s; −1: the whole file. The recording of a segment is not searched for further
+    streams; it has some where the first one ends before. Raises InputError for a WAV that is cut off, which
+    decoders pass by in silence.
     """
     # Of several Ogg or FLAC streams in one file, libsndfile reads only the first. No other file is searched.
     content = file.read(4)
@@ -844,7 +848,7 @@ def git_commit():
 def complete_steps(out):
     """{step: folder} of the complete checkpoints of a run; what was being written has another name."""
     names = [path.name.removeprefix("step-") for path in pathlib.Path(out).glob("step-*")]
-    steps = sorted(int(name) for name in names if name.isdecimal())
+    steps = sorted(int(name) for name in names if re.fullmatch(r"0|[1-9]\d*", name))
     return {step: os.path.join(out, f"step-{step}") for step in steps}
 
 
@@ -876,7 +880,7 @@ def begin_run(out, config, first_step):
 def check_out(out):
     """Raises InputError where a folder for results is not empty, or a file is in its place."""
     if os.path.isfile(out) or os.path.isdir(out) and os.listdir(out):
-        raise InputError(f"--out {out} is not empty: choose a new folder")
+        raise InputError(f"--out {out} is not an empty folder: choose a new one")
 
 
 def report_bad(out, step, bad):

@@ -36,7 +36,7 @@ from whisper_normalizer.english import EnglishTextNormalizer
 import data
 import model
 
-# The flags of decoding, which `evaluate` and `transcribe` can be told too; a caller gives some of them.
+# The flags of decoding and their defaults. `evaluate` and `transcribe` take some of them as a dict.
 DECODING = {
     "batch_seconds": 600.0,  # of audio decoded at once
     "language": None,  # in the prompt of a clip whose line names none
@@ -63,7 +63,7 @@ def parse_args(argv=None):
     # decoding
     seconds = data.at_least(0.01)
     count = data.at_least(1, int)
-    add("--language", type=data.language_code, help="in the prompt of clips whose line names none")
+    add("--language", type=data.language_code, help="in prompts whose line names none; it scores nothing")
     add("--no-context", action="store_true", help="prompts do not give a line's context")
     add("--bf16", action="store_true", help="weights and computing in bf16, not in float32")
     add("--batch-seconds", type=seconds, default=DECODING["batch_seconds"], help="audio decoded at once")

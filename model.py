@@ -20,6 +20,7 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import glob
 import math
 import os
 import re
@@ -620,7 +621,7 @@ class SpeechLM(nn.Module):
     @classmethod
     def load(cls, folder, dtype):
         config = transformers.GlmAsrConfig.from_pretrained(folder)
-        text = data.read_json(os.path.join(folder, "config.json"))["text_config"]
+        text = data.read_json(os.path.join(folder, "config.json")).get("text_config", {})
         if "rope_theta" in text and "rope_parameters" not in text:  # transformers 5 would take 10,000
             rope = f'"rope_parameters": {{"rope_theta": {text["rope_theta"]}, "rope_type": "default"}}'
             raise data.InputError(f"config.json: rope_theta is not read in text_config; write {rope}")
@@ -717,7 +718,7 @@ class SpeechLM(nn.Module):
         return hidden[:, S - 1 :][row_mask[:, :T]]
 
     def with_script_languages(self, batch, texts):
-        """The batch whose prompts name, for clips without a language, that of their text's script.
+        """The batch with prompts in which a clip without a language has that of its text's script.
 
         texts: B strings, such as the student's rollouts. Other prompts stay as they are; ours names none.
         """
@@ -1384,7 +1385,10 @@ def mapped_rollout(rollout, to_other):
 
 
 def check_reference(clip, front_end, to_teacher):
-    """Raises AudioError where the teacher lacks a token i of the text, if one is read: to_teacher[i] < 0."""
+    """Raises AudioError where the teacher lacks a token of the clip's text; a text that is not read passes.
+
+    to_teacher: a list by the student's ids, < 0 where the teacher lacks the token.
+    """
     for i in front_end.encode_text(clip.text or ""):
         if to_teacher[i] < 0:
             token = repr(front_end.decode([i]))
@@ -1470,6 +1474,7 @@ def merged_weights(speech_lm):
             weights[name.replace(".base_layer.", ".")] = tensor.cpu()
     for name, module in speech_lm.named_modules():
         if hasattr(module, "base_layer"):
+            assert not module.lora_variant and not any(module.lora_bias.values()), "only plain LoRA is merged"
             merged = module.base_layer.weight + module.get_delta_weight("default")
             weights[f"{name}.weight"] = merged.cpu()
     return weights
@@ -1561,6 +1566,8 @@ def save_checkpoint(out, step, model, trained, optimizer, keep):
     """
     check_replicas(trained)
     if data.rank_and_world()[0] == 0:
+        for leftover in glob.glob(os.path.join(glob.escape(out), "step-*.partial")):
+            shutil.rmtree(leftover)
         state = {"step": torch.tensor(step), "updates": torch.tensor(0)}
         in_folder = {name for name in model.state_dict() if ".lora_" not in name}
         for name, parameter in trained.items():
@@ -1582,7 +1589,10 @@ def save_checkpoint(out, step, model, trained, optimizer, keep):
 
 
 def load_state(folder, trained, optimizer):
-    """Restores what trains; what does not is as in the model folder that the run began with."""
+    """Restores what trains. All else is as in the model folder that the run began with.
+
+    So a buffer, or a frozen module with weights of its own, that a fork adds has to be restored by it.
+    """
     state = load_file(os.path.join(folder, "model", "model.safetensors"))
     state.update(load_file(os.path.join(folder, "state.safetensors")))
     updates = float(state["updates"])
@@ -1620,12 +1630,13 @@ def complete_or_absent(final):
             for name in names:
                 flush(os.path.join(folder, name))
             flush(folder)
-        os.rename(partial, final)
-        flush(os.path.dirname(os.path.abspath(final)))
-    except SafetensorError as error:  # such as a full disk; it names no path
-        raise OSError(errno.EIO, str(error), final) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)  # of what failed
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, SafetensorError):  # such as a full disk; it names no path
+            raise OSError(errno.EIO, str(error), final) from error
+        raise
+    os.rename(partial, final)
+    flush(os.path.dirname(os.path.abspath(final)))
 
 
 def flush(path):

@@ -191,6 +191,8 @@ def main(args):
         print(f"train: {len(clips)} clips, {hours:.2f} h, left out: {clips.n_long} longer than", end=" ")
         print(f"{args.max_seconds:g} s, {clips.n_failed} not decoded")
         print(f"{args.steps} steps = {epochs:.1f} epochs, lr up to {peak_lr:.3g}")
+        for name, speech_lm in (("student", student), ("teacher", teacher)):
+            print(f"{name}: {sum(p.numel() for p in speech_lm.parameters()) / 1e6:.2f} M parameters")
         print(f"{world} process(es) on {device.type}", flush=True)
 
     # ---- before ------------------------------------------------------------------------------------------
@@ -204,9 +206,8 @@ def main(args):
     for name, speech_lm in (("student", student), ("teacher", teacher)):
         figures = model.self_check(speech_lm, waveforms, languages, args.language)
         if rank == 0:
-            size = sum(parameter.numel() for parameter in speech_lm.parameters()) / 1e6
             shown = ", ".join(f"{key} {value:.3g}" for key, value in figures.items())
-            print(f"{name}: {size:.2f} M parameters, self-check on {len(usable)} clips: {shown}", flush=True)
+            print(f"self-check on {len(usable)} clips, {name}: {shown}", flush=True)
 
     decoding = {"batch_seconds": args.micro_seconds, "language": args.language}
     decoding["no_context"] = args.context != "both"
@@ -404,7 +405,8 @@ def report(args, after):
     if summary["skipped"]:
         print(f"skipped: {summary['skipped']} clips that could not be used, listed in {args.out}/bad.jsonl")
     print(f"model: {summary['model']}")
-    overlap.draw_report(args.out, lines, {stem: (before[stem], after[stem]) for stem in comparison["sets"]})
+    compared = [stem for stem in comparison["sets"] if stem in before]
+    overlap.draw_report(args.out, lines, {stem: (before[stem], after[stem]) for stem in compared})
     data.write_json(os.path.join(args.out, "summary.json"), summary)  # written last: it marks a finished run
 
 

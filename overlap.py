@@ -73,11 +73,10 @@ def main(args):
     model.check_languages(clips, args.language, student, teacher)
     if args.states == "reference":
         to_teacher = alignment.to_teacher.tolist()
-        for clip in clips[rank::world]:
+        for clip in clips:
             if clip.text is None:
-                raise data.AudioError(
-                    f'{clip.where}: no "text", which --states reference scores; give it one'
-                )
+                raise data.InputError(f'{clip.where}: no "text" for --states reference; give it one')
+        for clip in clips[rank::world]:
             model.check_reference(clip, student.front_end, to_teacher)
 
     # ---- one pass over this rank's clips ---------------------------------------------------------------

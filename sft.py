@@ -153,7 +153,7 @@ def main(args):
 
     dataset = data.StepDataset(clips, args, make_micro_batch)
     if rank == 0:
-        n_cut = sum(map(is_cut, clips))
+        n_cut = 0 if args.text_field == "text" else sum(map(is_cut, clips))
         hours = clips.seconds.sum(dtype=float) / 3600
         epochs = args.steps * args.batch_size / len(clips)
         last_warmup = min(args.warmup_steps, args.steps - 1)
@@ -310,8 +310,8 @@ def ctc_loss(ctc_head, frames, frame_lens, texts):
     log_probs = ctc_head(frames.float()).double().log_softmax(dim=2).transpose(0, 1)  # (T', B, 257)
     losses = F.ctc_loss(
         log_probs, classes, frame_lens.cpu(), target_lens, reduction="none", zero_infinity=True
-    )
-    n_too_short = int((losses == 0).sum())  # what zero_infinity has made of an infinite loss
+    )  # (B,)
+    n_too_short = int(((losses.cpu() == 0) & (target_lens > 0)).sum())  # 0 by zero_infinity
     weights = [0.0 if text is None else 1 / max(len(target), 1) for text, target in zip(texts, targets)]
     return (losses * torch.tensor(weights, device=losses.device)).sum(), n_too_short
 

@@ -10,9 +10,10 @@ A run is finished when results/runs.jsonl has its line. So this can be stopped a
 again, with --since too: what was being run begins anew. Each run is one process of one thread, in
 runs/results/NAME, on a GPU where there is one: so give `--only scale-tune scale` to a machine with a GPU, and
 the others to one without. Models and data that an unfinished run needs are made first, and made anew where
-they are missing. They take espeak-ng and flite (example/make.py), and the recordings of ASR_OPD_DATA for the
-digit strings. --since makes no model anew: remove runs/results first where these should change too. A model
-that newer code makes may come out another: then redo all lines of a question, not some.
+they are missing or another command has made them. They take espeak-ng and flite (example/make.py), and the
+recordings of ASR_OPD_DATA for the digit strings. --since makes no model anew: remove runs/results first where
+these should change too. A model that newer code makes may come out another: then redo all lines of a
+question, not some.
 
 A line holds the question, the arm, the settings, the command, the commit that was checked out when the run
 began (12 digits), the seconds, and what results/tables.py computes the tables from: the errors of each

@@ -232,7 +232,7 @@ def test_student_refuses_what_does_not_fit(tmp_path):
     write_weights(holed, {name: x for name, x in weights_of(lm).items() if name != "model.norm.weight"})
     cases = {
         "holed: weights are missing, such as model.norm.weight": ["--encoder", nano, "--lm", holed],
-        "holed is not empty": ["--encoder", nano, "--lm", lm, "--out", holed],
+        "holed is not an empty folder": ["--encoder", nano, "--lm", lm, "--out", holed],
     }
     for reason, argv in cases.items():
         with pytest.raises(data.InputError, match=reason):
