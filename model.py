@@ -415,10 +415,10 @@ class FrontEnd:
         self.audio_id = vocabulary[self.audio_token]
         self.template_ids = self.token_ids(prompt)  # one placeholder
         self.context_prompt = context_prompt
-        # Added tokens, longest first, to find them written out in a text.
-        added = [token.content for token in tokenizer.added_tokens_decoder.values()]
+        # Added tokens, longest first, to find them written out in a text. `split` keeps a group.
+        added = [re.escape(token.content) for token in tokenizer.added_tokens_decoder.values()]
         added.sort(key=len, reverse=True)
-        self.added_tokens = re.compile("|".join(re.escape(token) for token in added))
+        self.added_tokens = re.compile(f"({'|'.join(added)})")
 
     def prompt(self, n_audio, language=None, context=None):
         """Prompt ids (S,) with n_audio placeholders. Our student's prompt names no language."""
@@ -432,9 +432,8 @@ class FrontEnd:
         before, after = self.context_prompt.split(CONTEXT)
         # Stock processors tokenise the text between two control tokens in one piece, so the words before the
         # context must not be tokenised apart from it.
-        control_tokens = list(self.added_tokens.finditer(before))
-        begin = control_tokens[-1].end()
-        ids = self.token_ids(before[:begin]) + self.encode_text(before[begin:] + context)
+        words = self.added_tokens.split(before)[-1]
+        ids = self.token_ids(before.removesuffix(words)) + self.encode_text(words + context)
         return ids + self.token_ids(after)
 
     def token_ids(self, text):
@@ -443,14 +442,10 @@ class FrontEnd:
     def encode_text(self, text):
         """Token ids of a text. A control token written out in it stays text: it is cut behind its "<"."""
         ids = []
-        begin = 0
-        for match in self.added_tokens.finditer(text):
-            ids += self.token_ids(text[begin : match.start()])
-            ids += self.token_ids(text[match.start() : match.start() + 1])
-            begin = match.start() + 1
-            ids += self.token_ids(text[begin : match.end()])
-            begin = match.end()
-        return ids + self.token_ids(text[begin:])
+        for piece in self.added_tokens.split(text):
+            cut = 1 if self.added_tokens.fullmatch(piece) else 0
+            ids += self.token_ids(piece[:cut]) + self.token_ids(piece[cut:])
+        return ids
 
     def decode(self, ids):
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
