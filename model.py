@@ -178,13 +178,13 @@ def compiled(function):
     return function
 
 
-def init_weights(modules, spread):
-    """Draws new weights: normal with standard deviation `spread`, biases 0. Norms are born as 1 and 0."""
-    for module in modules:
-        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Embedding)):
-            nn.init.normal_(module.weight, std=spread)
-            if getattr(module, "bias", None) is not None:
-                nn.init.zeros_(module.bias)
+def init_weights(module, spread):
+    """Draws new weights: matrices normal with standard deviation `spread`, biases 0. Norms are born as 1."""
+    for name, parameter in module.named_parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=spread)
+        elif name.endswith("bias"):
+            nn.init.zeros_(parameter)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -532,9 +532,9 @@ class SpeechLM(nn.Module):
         encoder = Encoder(audio)
         adapter = Adapter(config)
         lm = QwenLM(text)
-        init_weights(encoder.modules(), audio.initializer_range)
-        init_weights(adapter.modules(), text.initializer_range)
-        init_weights(lm.modules(), text.initializer_range)
+        init_weights(encoder, audio.initializer_range)
+        init_weights(adapter, text.initializer_range)
+        init_weights(lm, text.initializer_range)
         # A ModuleDict, because stock's names begin with "model."; its parts are read by the properties below.
         parts = {"audio_tower": encoder, "multi_modal_projector": adapter, "language_model": lm}
         self.model = nn.ModuleDict(parts)
@@ -542,7 +542,7 @@ class SpeechLM(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.lm.embed_tokens.weight
         else:
-            init_weights([self.lm_head], text.initializer_range)
+            init_weights(self.lm_head, text.initializer_range)
         self.set_up(config, FrontEnd(tokenizer))
 
     def set_up(self, config, front_end):
