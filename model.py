@@ -311,9 +311,8 @@ class QwenLM(nn.Module):
 
     def cache_shape(self, n_clips, n_columns):
         """(layers, 2, B, key heads, L, d): keys and values of L columns."""
-        config = self.config
-        d = head_size(config)
-        return (config.num_hidden_layers, 2, n_clips, config.num_key_value_heads, n_columns, d)
+        attention = self.layers[0].self_attn
+        return (len(self.layers), 2, n_clips, attention.n_key_heads, n_columns, attention.d)
 
 
 def head_size(config):
