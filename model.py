@@ -111,8 +111,7 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList([EncoderLayer(config) for _ in range(config.num_hidden_layers)])
         self.norm = nn.LayerNorm(D)  # the paper's adapter begins with it; stock counts it to the encoder
         self.rotary_theta = config.rope_parameters["rope_theta"]
-        head_size = D // config.num_attention_heads
-        self.rotary_size = int(head_size * config.rope_parameters["partial_rotary_factor"])
+        self.rotary_size = int(head_size(config) * config.rope_parameters["partial_rotary_factor"])
         self.recompute = False  # compute activations again in the backward pass instead of keeping them
 
     def forward(self, mel, frame_lens):
