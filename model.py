@@ -637,7 +637,6 @@ class SpeechLM(nn.Module):
         weights = merged_weights(self)
         if self.config.tie_word_embeddings:
             weights.pop("lm_head.weight")
-        weights = {name: tensor.contiguous() for name, tensor in weights.items()}
         save_file(weights, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
         self.config.architectures = [self.architecture]
         self.config.dtype = self.head.weight.dtype
@@ -1464,12 +1463,12 @@ def merged_weights(speech_lm):
     weights = {}
     for name, tensor in speech_lm.state_dict().items():
         if ".lora_" not in name:
-            weights[name.replace(".base_layer.", ".")] = tensor.cpu()
+            weights[name.replace(".base_layer.", ".")] = tensor.cpu().contiguous()
     for name, module in speech_lm.named_modules():
         if hasattr(module, "base_layer"):
             assert not module.lora_variant and not any(module.lora_bias.values()), "only plain LoRA is merged"
             merged = module.base_layer.weight + module.get_delta_weight("default")
-            weights[f"{name}.weight"] = merged.cpu()
+            weights[f"{name}.weight"] = merged.cpu().contiguous()
     return weights
 
 
