@@ -1535,11 +1535,9 @@ def sum_gradients(trained, bucket_floats=2**24):
     if not dist.is_initialized():
         return
     for grads in buckets:
-        flat = torch.cat([grad.flatten() for grad in grads])
+        flat = nn.utils.parameters_to_vector(grads)
         dist.all_reduce(flat)
-        parts = flat.split([grad.numel() for grad in grads])
-        for grad, part in zip(grads, parts):
-            grad.copy_(part.view_as(grad))
+        nn.utils.vector_to_parameters(flat, grads)
 
 
 def check_replicas(trained):
