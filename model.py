@@ -1550,22 +1550,19 @@ def check_replicas(trained):
 def save_checkpoint(out, step, model, trained, optimizer, keep):
     """Writes out/step-N: `model`, a stock folder in float32, and state.safetensors, what else resuming needs.
 
-    With LoRA also `lora`, A and B as peft writes them. The state holds the step, the updates made, AdamW's
-    moments, and every trained tensor that the stock folder does not hold, such as A. All ranks call it; rank
-    0 writes. Complete or not at all: written beside and renamed. The last `keep` checkpoints stay.
+    With LoRA also `lora`, A and B as peft writes them. The state holds AdamW's state, and every trained
+    tensor that the stock folder does not hold, such as A. All ranks call it; rank 0 writes. Complete or not
+    at all: written beside and renamed. The last `keep` checkpoints stay.
     """
     check_replicas(trained)
     if data.rank_and_world()[0] == 0:
         for leftover in glob.glob(os.path.join(glob.escape(out), "step-*.partial")):
             shutil.rmtree(leftover)
-        state = {"step": torch.tensor(step), "updates": torch.tensor(0)}
+        state = {}
         in_folder = {name for name in model.state_dict() if ".lora_" not in name}
         for name, parameter in trained.items():
-            moments = optimizer.state.get(parameter, {})
-            if moments:
-                state["updates"] = moments["step"].long().cpu()
-                state[f"exp_avg.{name}"] = moments["exp_avg"].cpu()
-                state[f"exp_avg_sq.{name}"] = moments["exp_avg_sq"].cpu()
+            for key, value in optimizer.state.get(parameter, {}).items():
+                state[f"{key}.{name}"] = value.cpu()
             if name not in in_folder:
                 state[name] = parameter.detach().cpu()
         with complete_or_absent(os.path.join(out, f"step-{step}")) as folder:
@@ -1585,15 +1582,11 @@ def load_state(folder, trained, optimizer):
     """
     state = load_file(os.path.join(folder, "model", "model.safetensors"))
     state.update(load_file(os.path.join(folder, "state.safetensors")))
-    updates = float(state["updates"])
     for name, parameter in trained.items():
         parameter.data.copy_(state[name])
-        if updates > 0:
-            optimizer.state[parameter] = {
-                "step": torch.tensor(updates, device=parameter.device),
-                "exp_avg": state[f"exp_avg.{name}"].to(parameter.device),
-                "exp_avg_sq": state[f"exp_avg_sq.{name}"].to(parameter.device),
-            }
+        for key in ("step", "exp_avg", "exp_avg_sq"):  # absent before the first update
+            if f"{key}.{name}" in state:
+                optimizer.state[parameter][key] = state[f"{key}.{name}"].to(parameter.device)
 
 
 def save_model(out, model):

@@ -33,7 +33,7 @@ def test_a_step_without_a_counted_row_changes_nothing(stage, tmp_path):
         assert line["mean_tokens"] > 0
     assert [line["step"] for line in lines] == [1, 2]
     assert runs.weight_bytes(out / "model") == runs.weight_bytes(stage / "student")
-    assert runs.state_of(out, 2)["updates"] == 0
+    assert runs.state_of(out, 2) == {}
 
 
 @pytest.mark.parametrize("text", [{"text": 17}, {}], ids=["nonsense", "no text"])
@@ -258,8 +258,9 @@ def test_bad_clips_are_left_out_counted_and_listed(script, stage, tmp_path):
     assert runs.timeless(lines)[0].keys() == {"step", "skipped", n_rows, "grad_norm", "lr"}
     assert [lines[0][key] for key in ("step", "skipped", n_rows, "grad_norm")] == [1, 2, 0, 0]
     assert runs.weight_bytes(one / "step-1/model") == runs.weight_bytes(stage / "student")
-    assert runs.state_of(one, 1)["updates"] == 0
-    assert runs.state_of(one, 3)["updates"] == 2
+    assert runs.state_of(one, 1) == {}
+    updates = [value for key, value in runs.state_of(one, 3).items() if key.startswith("step.")]
+    assert updates and set(map(int, updates)) == {2}
     assert sorted(line["skipped"] for line in lines[1:]) == [0, 1]
     assert all(line["loss"] > 0 and line[n_rows] > 0 for line in lines[1:])
 
