@@ -322,16 +322,16 @@ def check_text_config(config):
     """Raises InputError where the LM of a config is none of ours, with the key and its value."""
     if config.model_type not in ("qwen2", "qwen3"):  # which need not have the other keys
         raise data.InputError(f"text_config: model_type is {config.model_type!r}; the LM is Qwen2 or Qwen3")
-    settings = {  # key → value, and the values that the LM here is built for
-        "layer_types": (set(config.layer_types), [{"full_attention"}]),
-        "rope_type": (config.rope_parameters.get("rope_type", "default"), ["default"]),
-        "hidden_act": (config.hidden_act, ["silu"]),
-        "attention_dropout": (config.attention_dropout, [0]),
-        "attention_bias": (getattr(config, "attention_bias", False), [False]),
+    settings = {  # key → value, and the value that the LM here is built for
+        "layer_types": (set(config.layer_types), {"full_attention"}),
+        "rope_type": (config.rope_parameters.get("rope_type", "default"), "default"),
+        "hidden_act": (config.hidden_act, "silu"),
+        "attention_dropout": (config.attention_dropout, 0),
+        "attention_bias": (getattr(config, "attention_bias", False), False),
     }
     for key, (value, built) in settings.items():
-        if value not in built:
-            raise data.InputError(f"text_config: {key} is {value!r}; the LM here is built for {built}")
+        if value != built:
+            raise data.InputError(f"text_config: {key} is {value!r}; the LM here is built for {built!r}")
 
 
 def causal_mask(mask):
