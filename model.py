@@ -943,7 +943,7 @@ def pick_tokens(logits, temperature, uniforms):
     cumulative = (logits.double() / temperature).softmax(dim=1).cumsum(dim=1)
     # The last allowed id ends the table at exactly 1: a draw of 0.999… picks no forbidden id behind it.
     cumulative = cumulative / cumulative[:, -1:]
-    token = torch.searchsorted(cumulative, uniforms.double(), right=True)[:, 0]
+    token = torch.searchsorted(cumulative, uniforms, right=True)[:, 0]
     # Logits that are NaN have no table, and the search runs past its end. The loss will stop the run.
     return torch.where(token < logits.shape[1], token, logits.argmax(dim=1))
 
