@@ -234,12 +234,12 @@ class QwenAttention(nn.Module):
         if n == 1:
             # Query heads of one key head take the place of query positions, so that no key is repeated.
             q = q.reshape(B, self.n_key_heads, n_shared, self.d)
-        elif n_shared > 1:
+        else:
             k = k[:, :, None].expand(-1, -1, n_shared, -1, -1).flatten(1, 2)  # (B, heads, L, d)
             v = v[:, :, None].expand(-1, -1, n_shared, -1, -1).flatten(1, 2)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.d**-0.5)
         y = y.reshape(B, self.n_heads, n, self.d).transpose(1, 2)
-        return self.o_proj(y.reshape(B, n, self.n_heads * self.d))
+        return self.o_proj(y.flatten(2))
 
 
 class QwenMLP(nn.Module):
