@@ -1298,7 +1298,7 @@ def full_kl(student, student_hidden, teacher, teacher_hidden, alignment, *diverg
         mask = ~alignment.student_forbidden.expand_as(student_logits)
         return support_kl(student_logits, teacher_logits, mask, *divergence)
 
-    chunks = list(recomputed_chunks(kl_of_rows, len(columns), student_hidden, teacher_hidden))
+    chunks = recomputed_chunks(kl_of_rows, len(columns), student_hidden, teacher_hidden)
     return torch.cat([kl for kl, _ in chunks]), torch.cat([counted for _, counted in chunks])
 
 
@@ -1308,14 +1308,14 @@ def token_ce(speech_lm, hidden, ids):
     def ce_of_rows(rows, row_ids):
         return F.cross_entropy(head_logits(speech_lm, rows), row_ids, reduction="none")
 
-    return torch.cat(list(recomputed_chunks(ce_of_rows, len(speech_lm.forbidden), hidden, ids)))
+    return torch.cat(recomputed_chunks(ce_of_rows, len(speech_lm.forbidden), hidden, ids))
 
 
 def recomputed_chunks(function, vocab_size, *tensors):
-    """Yields function(rows, …) chunk by chunk; its (chunk, V) logits are computed again in backward."""
+    """[function(rows, …)] chunk by chunk; its (chunk, V) logits are computed again in backward."""
     chunk = max(CHUNK_LOGITS // vocab_size, 1)
-    for rows in zip(*[tensor.split(chunk) for tensor in tensors]):
-        yield checkpoint(function, *rows, use_reentrant=False)
+    pieces = zip(*[tensor.split(chunk) for tensor in tensors])
+    return [checkpoint(function, *rows, use_reentrant=False) for rows in pieces]
 
 
 # ----------------------------------------------------------------------------------------------------------
