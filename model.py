@@ -1503,11 +1503,8 @@ def make_optimizer(trained, lr, weight_decay):
     for name, parameter in trained.items():
         is_exempt = parameter.ndim < 2 or "embed_tokens" in name or "lm_head" in name
         (not_decayed if is_exempt else decayed).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": not_decayed, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+    groups = [{"params": decayed}, {"params": not_decayed, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
 
 
 def cosine_lr(step, steps, warmup_steps, lr):
