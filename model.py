@@ -527,15 +527,14 @@ class SpeechLM(nn.Module):
             raise data.InputError(f"the encoder wants {data.N_MELS} mel bins and as many key as query heads")
         if audio.intermediate_size != 4 * audio.hidden_size:
             raise data.InputError("the encoder's intermediate_size is not four frames, 4 × hidden_size")
-        encoder = Encoder(audio)
-        adapter = Adapter(config)
-        lm = QwenLM(text)
-        init_weights(encoder, audio.initializer_range)
-        init_weights(adapter, text.initializer_range)
-        init_weights(lm, text.initializer_range)
         # A ModuleDict, because stock's names begin with "model."; its parts are read by the properties below.
-        parts = {"audio_tower": encoder, "multi_modal_projector": adapter, "language_model": lm}
-        self.model = nn.ModuleDict(parts)
+        self.model = nn.ModuleDict()
+        self.model["audio_tower"] = Encoder(audio)
+        self.model["multi_modal_projector"] = Adapter(config)
+        self.model["language_model"] = QwenLM(text)
+        init_weights(self.encoder, audio.initializer_range)
+        init_weights(self.adapter, text.initializer_range)
+        init_weights(self.lm, text.initializer_range)
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.lm.embed_tokens.weight
