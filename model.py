@@ -1151,9 +1151,9 @@ def support_kl(student_logits, teacher_logits, support_mask, temperature=1.0, di
     dtype = torch.promote_types(both, torch.float32)
     counted = support_mask.sum(dim=1) >= 2
     inside = support_mask & counted[:, None]  # nothing of a row that is not counted, be it NaN
-    floor = torch.tensor(-1e9, dtype=dtype, device=support_mask.device)  # finite: 0 · (−∞) would be NaN
-    scaled_student = torch.where(inside, student_logits.to(dtype) / temperature, floor)
-    scaled_teacher = torch.where(inside, teacher_logits.detach().to(dtype) / temperature, floor)
+    # Outside the support −1e9, which is finite: 0 · (−∞) would be NaN.
+    scaled_student = torch.where(inside, student_logits.to(dtype) / temperature, -1e9)
+    scaled_teacher = torch.where(inside, teacher_logits.detach().to(dtype) / temperature, -1e9)
     log_q = scaled_student.log_softmax(dim=1)
     log_p = scaled_teacher.log_softmax(dim=1)
     if divergence == "forward":
