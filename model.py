@@ -686,7 +686,7 @@ class SpeechLM(nn.Module):
     def embed_prompt(self, batch, encoded):
         """Prompt embeddings (B, S, H), the placeholders' rows replaced by the audio embeddings (ΣA, H)."""
         embeds = self.lm.embed_tokens(batch.prompt_ids)
-        is_audio = (batch.prompt_ids == self.front_end.audio_id) & batch.prompt_mask  # (B, S)
+        is_audio = batch.prompt_ids == self.front_end.audio_id  # (B, S); the padding is another id
         assert len(encoded) == int(is_audio.sum()), "encoder and front end disagree on the audio tokens"
         return embeds.masked_scatter(is_audio[:, :, None], encoded.to(embeds.dtype))
 
