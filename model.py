@@ -92,8 +92,7 @@ class EncoderLayer(nn.Module):
 
     def forward(self, x, rotary, key_mask):
         x = x + self.self_attn(self.input_layernorm(x), rotary, key_mask)
-        x = x + self.mlp(self.post_attention_layernorm(x))
-        return x
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Encoder(nn.Module):
@@ -269,8 +268,7 @@ class QwenLayer(nn.Module):
 
     def forward(self, x, rotary, mask, cache=None, columns=None):
         x = x + self.self_attn(self.input_layernorm(x), rotary, mask, cache, columns)
-        x = x + self.mlp(self.post_attention_layernorm(x))
-        return x
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class QwenLM(nn.Module):
@@ -1528,12 +1526,11 @@ def sum_gradients(trained, bucket_floats=2**24):
             size = 0
         buckets[-1].append(parameter.grad)
         size += parameter.numel()
-    if not dist.is_initialized():
-        return
-    for grads in buckets:
-        flat = nn.utils.parameters_to_vector(grads)
-        dist.all_reduce(flat)
-        nn.utils.vector_to_parameters(flat, grads)
+    if dist.is_initialized():
+        for grads in buckets:
+            flat = nn.utils.parameters_to_vector(grads)
+            dist.all_reduce(flat)
+            nn.utils.vector_to_parameters(flat, grads)
 
 
 def check_replicas(trained):
