@@ -836,13 +836,12 @@ def write_tokens(speech_lm, batch, encoded, caps, forbidden, temperature, unifor
     decoder = speech_lm.decoder(B, S + T, temperature)
 
     # The prompt. Its last column predicts the first token.
-    prompt_mask = batch.prompt_mask
-    decoder.begin(prompt_mask, forbidden, uniforms)
+    decoder.begin(batch.prompt_mask, forbidden, uniforms)
     embeds = speech_lm.embed_prompt(batch, encoded)  # (B, S, H)
-    rotary = lm.rotary(positions_of(prompt_mask), embeds.dtype)
+    rotary = lm.rotary(positions_of(batch.prompt_mask), embeds.dtype)
     columns = torch.arange(S, device=caps.device)
     cache = decoder.cache[:, :, :B]
-    decoder.hidden[:B] = lm(embeds, rotary, causal_mask(prompt_mask), cache, columns)[:, -1]
+    decoder.hidden[:B] = lm(embeds, rotary, causal_mask(batch.prompt_mask), cache, columns)[:, -1]
 
     ids = decoder.ids[:B, S : S + T]
     for n_written in range(1, T + 1):
@@ -962,10 +961,9 @@ class Qwen3ASR(SpeechLM):
     def __init__(self, stock, processor):
         nn.Module.__init__(self)
         # Our LM takes the place of stock's, and its parameters: they are moved, not copied.
-        stock_lm = stock.model.language_model
         with torch.device("meta"):
             lm = QwenLM(stock.config.text_config)
-        lm.load_state_dict(stock_lm.state_dict(keep_vars=True), assign=True)
+        lm.load_state_dict(stock.model.language_model.state_dict(keep_vars=True), assign=True)
         stock.model.language_model = lm
         self.model = stock.model
         self.lm_head = stock.lm_head
