@@ -110,7 +110,8 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList([EncoderLayer(config) for _ in range(config.num_hidden_layers)])
         self.norm = nn.LayerNorm(D)  # the paper's adapter begins with it; stock counts it to the encoder
         self.rotary_theta = config.rope_parameters["rope_theta"]
-        self.rotary_size = int(head_size(config) * config.rope_parameters["partial_rotary_factor"])
+        head_size = D // config.num_attention_heads
+        self.rotary_size = int(head_size * config.rope_parameters["partial_rotary_factor"])
         self.recompute = False  # compute activations again in the backward pass instead of keeping them
 
     def forward(self, mel, frame_lens):
@@ -684,7 +685,7 @@ class SpeechLM(nn.Module):
     def embed_prompt(self, batch, encoded):
         """Prompt embeddings (B, S, H), the placeholders' rows replaced by the audio embeddings (ΣA, H)."""
         embeds = self.lm.embed_tokens(batch.prompt_ids)
-        is_audio = batch.prompt_ids == self.front_end.audio_id  # (B, S); the padding is another id
+        is_audio = (batch.prompt_ids == self.front_end.audio_id) & batch.prompt_mask  # (B, S)
         assert len(encoded) == int(is_audio.sum()), "encoder and front end disagree on the audio tokens"
         return embeds.masked_scatter(is_audio[:, :, None], encoded.to(embeds.dtype))
 
@@ -1526,9 +1527,11 @@ def sum_gradients(trained, bucket_floats=2**24):
         size += parameter.numel()
     if dist.is_initialized():
         for grads in buckets:
-            flat = nn.utils.parameters_to_vector(grads)
+            flat = torch.cat([grad.flatten() for grad in grads])
             dist.all_reduce(flat)
-            nn.utils.vector_to_parameters(flat, grads)
+            parts = flat.split([grad.numel() for grad in grads])
+            for grad, part in zip(grads, parts):
+                grad.copy_(part.view_as(grad))
 
 
 def check_replicas(trained):
@@ -1541,7 +1544,7 @@ def check_replicas(trained):
 def save_checkpoint(out, step, model, trained, optimizer, keep):
     """Writes out/step-N: `model`, a stock folder in float32, and state.safetensors, what else resuming needs.
 
-    With LoRA also `lora`, A and B as peft writes them. The state holds AdamW's state, and every trained
+    With LoRA also `lora`, A and B as peft writes them. The other file holds AdamW's state and every trained
     tensor that the stock folder does not hold, such as A. All ranks call it; rank 0 writes. Complete or not
     at all: written beside and renamed. The last `keep` checkpoints stay.
     """
