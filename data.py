@@ -254,11 +254,7 @@ FFMPEG_READS = "aac,ac3,aiff,amr,ape,asf,au,avi,caf,flac,flv,matroska,mov,mp3,mp
 
 
 def load_audio(clip):
-    """The waveform of a clip: (samples,) float32 at 16 kHz, channels averaged.
-
-    Raises AudioError, with line and remedy, for what cannot be used. The decoded length is compared with the
-    manifest's `duration`.
-    """
+    """The waveform of a clip: (samples,) float32 at 16 kHz, channels averaged. Raises AudioError."""
     with audio_errors(f"{clip.where}: {clip.audio}"):
         with open_audio(clip) as file:
             channels, rate = decode(clip, file)
@@ -871,8 +867,8 @@ def begin_run(out, config, first_step):
 
 
 def check_out(out):
-    """Raises InputError where a folder for results is not empty, or a file is in its place."""
-    if os.path.isfile(out) or os.path.isdir(out) and os.listdir(out):
+    """Raises InputError where a folder for results is not empty, OSError where a file is in its place."""
+    if os.path.exists(out) and os.listdir(out):
         raise InputError(f"--out {out} is not an empty folder: choose a new one")
 
 
