@@ -170,11 +170,9 @@ def say_prefixes(path, n_prefixed):
 def manifest_lines(path):
     """Yields (byte offset, line number, bytes) of each line that is not blank, be it with CRLF or a BOM."""
     with open(path, "rb") as file:
-        offset = 0
         for number, raw in enumerate(file, 1):
             if raw.strip(b"\xef\xbb\xbf \t\r\n"):
-                yield offset, number, raw
-            offset += len(raw)
+                yield file.tell() - len(raw), number, raw
 
 
 class Clips:
