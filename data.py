@@ -601,7 +601,7 @@ def cut_micro_batches(indices, seconds, micro_seconds):
     return batches
 
 
-class StepDataset(torch.utils.data.Dataset):
+class StepDataset:
     """Item `step`: (this rank's micro-batches of that step, its bad clips), made in a data worker.
 
     make(step, indices, clips, waveforms) builds one micro-batch. A clip that cannot be used is left out of
@@ -612,18 +612,17 @@ class StepDataset(torch.utils.data.Dataset):
     def __init__(self, clips, args, make, check=None):
         self.clips = clips
         self.order = BatchOrder(clips.seconds, args.batch_size, args.seed)
-        self.micro_seconds = args.micro_seconds
-        self.on_bad_audio = args.on_bad_audio
-        self.rank, self.world = rank_and_world()
+        self.args = args
         self.make = make
         self.check = check
 
     def __getitem__(self, step):
-        share = self.order(step)[self.rank :: self.world].tolist()
+        rank, world = rank_and_world()
+        share = self.order(step)[rank::world].tolist()
         items = []
         bad = []
         try:
-            for indices in cut_micro_batches(share, self.clips.seconds, self.micro_seconds):
+            for indices in cut_micro_batches(share, self.clips.seconds, self.args.micro_seconds):
                 clips = [self.clips[i] for i in indices]
                 usable, waveforms, defects = load_usable(clips, self.check)
                 bad += defects
@@ -633,7 +632,7 @@ class StepDataset(torch.utils.data.Dataset):
                     items.append(self.make(step, indices, clips, waveforms))
         except InputError as error:
             return AudioError(error)  # a value: raised in the worker, it would arrive wrapped in a traceback
-        if bad and self.on_bad_audio == "error":
+        if bad and self.args.on_bad_audio == "error":
             return AudioError(f"{bad[0]['reason']} (or leave such clips out: --on-bad-audio skip)")
         return items, bad
 

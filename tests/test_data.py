@@ -396,7 +396,7 @@ def test_steps_depend_neither_on_ranks_nor_workers_nor_the_start(tmp_path, monke
 def test_a_bad_clip_that_a_data_worker_meets_is_one_line(tmp_path):
     """The worker hands it over as a value: raised there it would be a traceback."""
     dataset = dataset_of(tmp_path, numbers_and_samples, SECONDS[:8], bad=(7,))
-    dataset.on_bad_audio = "error"
+    dataset.args.on_bad_audio = "error"
     raises_at("m.jsonl:8", AudioError, "No such file", list, data.step_batches(dataset, 0, 1, 1))
 
 
