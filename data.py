@@ -188,7 +188,6 @@ class Clips:
     """
 
     def __init__(self, paths, max_seconds, text_field=None, is_wanted=None, learns_text=True):
-        self.paths = paths
         self.files = [open(path, "rb") for path in paths]
         self.text_field = text_field
         self.languages = {}
@@ -229,7 +228,7 @@ class Clips:
     def __getitem__(self, i):
         file, number, offset, nbytes = self.places[i, :4].astype(int)
         raw = os.pread(self.files[file].fileno(), nbytes, offset)  # data workers share the open file
-        return self.parse(raw, self.paths[file], number)
+        return self.parse(raw, self.files[file].name, number)
 
     def parse(self, raw, path, number):
         folder = os.path.dirname(os.path.abspath(path))
