@@ -725,9 +725,8 @@ def barrier():
 
 def memory():
     """Peak memory of this process in GB: resident, and on its GPU."""
-    gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"rss_gb": resident / 1e9, "gpu_gb": gpu / 1e9}
+    return {"rss_gb": resident / 1e9, "gpu_gb": torch.cuda.max_memory_allocated() / 1e9}
 
 
 # ----------------------------------------------------------------------------------------------------------
