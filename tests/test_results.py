@@ -201,7 +201,7 @@ def test_documents_show_what_the_runs_say():
 
 def test_lines_are_of_the_listed_runs_and_stay_small():
     files = [path for path in (ROOT / "results").glob("*.*") if path.suffix != ".py"]
-    assert sum(path.stat().st_size for path in files) < 700_000
+    assert sum(path.stat().st_size for path in files) < 800_000
     lines = driver.finished_lines()
     commands = {run["name"]: driver.command_of(run) for run in driver.experiments(lines)}
     for line in lines:
