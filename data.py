@@ -28,6 +28,7 @@ import re
 import resource
 import shlex
 import shutil
+import subprocess
 import sys
 import unicodedata
 
@@ -764,12 +765,11 @@ def look_at_run(args, script, inputs):
     out = args.out
     if getattr(args, "tensorboard", False) and importlib.util.find_spec("tensorboard") is None:
         raise InputError("--tensorboard needs the package tensorboard: pip install tensorboard")
-    folder = shlex.quote(os.path.dirname(os.path.abspath(__file__)))
     config = {
         "script": script,
         "args": vars(args),
         "inputs": {name: fingerprint(path) for name, path in inputs.items()},
-        "git": os.popen(f"git -C {folder} rev-parse HEAD 2>/dev/null").read().strip() or None,
+        "git": git_commit(),
         "python": sys.version.split()[0],
         "torch": torch.__version__,
         "transformers": importlib.metadata.version("transformers"),
@@ -827,6 +827,13 @@ def fingerprint(path):
                 file.seek(offset)
                 digest.update(file.read(2**12))
     return digest.hexdigest()
+
+
+def git_commit():
+    """The commit of this checkout, or None."""
+    command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"]
+    with contextlib.suppress(FileNotFoundError):
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
 
 
 def complete_steps(out):

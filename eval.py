@@ -63,7 +63,7 @@ def parse_args(argv=None):
     # decoding
     seconds = data.at_least(0.01)
     count = data.at_least(1, int)
-    add("--language", type=data.language_code, help="in prompts whose line names none; it scores nothing")
+    add("--language", type=data.language_code, help="in prompts of lines without one; scores go by the line")
     add("--no-context", action="store_true", help="prompts do not give a line's context")
     add("--bf16", action="store_true", help="weights and computing in bf16, not in float32")
     add("--batch-seconds", type=seconds, default=DECODING["batch_seconds"], help="audio decoded at once")
@@ -165,16 +165,20 @@ def by_stem(paths):
 
 def read_sets(paths, max_seconds):
     """{stem: clips} of manifests or audio files. Raises InputError for a clip that is too long."""
+
+    def is_short(clip):
+        """Asked while a manifest is read; a long clip is never just left out of a score."""
+        if clip.duration > max_seconds:
+            too_long = f"{clip.duration:.1f} s, over --max-seconds {max_seconds:g}"
+            raise data.InputError(f"{clip.where}: {too_long}; split it (docs/data.md), or raise that")
+        return True
+
     sets = {}
     for stem, path in by_stem(paths).items():
         if path.endswith((".jsonl", ".json")):
-            sets[stem] = data.Clips([path], math.inf, "text", learns_text=False)
+            sets[stem] = data.Clips([path], math.inf, "text", is_short, learns_text=False)
         else:
-            sets[stem] = [data.clip_from_file(path)]
-        for clip in sets[stem]:
-            if clip.duration > max_seconds:
-                too_long = f"{clip.duration:.1f} s, over --max-seconds {max_seconds:g}"
-                raise data.InputError(f"{clip.where}: {too_long}; split it (docs/data.md), or raise that")
+            sets[stem] = list(filter(is_short, [data.clip_from_file(path)]))
     return sets
 
 

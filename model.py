@@ -440,8 +440,10 @@ class FrontEnd:
         """Token ids of a text. A control token written out in it stays text: it is cut behind its "<"."""
         ids = []
         for piece in self.added_tokens.split(text):
-            cut = 1 if self.added_tokens.fullmatch(piece) else 0
-            ids += self.token_ids(piece[:cut]) + self.token_ids(piece[cut:])
+            if self.added_tokens.fullmatch(piece):
+                ids += self.token_ids(piece[:1])
+                piece = piece[1:]
+            ids += self.token_ids(piece)
         return ids
 
     def decode(self, ids):
@@ -809,8 +811,9 @@ def bf16_weights(speech_lm):
     """
     copies = speech_lm.bf16_copies
     places = []  # (module, name, weight)
-    for module in (*speech_lm.lm.modules(), speech_lm.head):
-        if speech_lm.bf16 and type(module) is nn.Linear:
+    modules = (*speech_lm.lm.modules(), speech_lm.head) if speech_lm.bf16 else ()
+    for module in modules:
+        if type(module) is nn.Linear:
             for name, weight in module.named_parameters(recurse=False):
                 places.append((module, name, weight))
     try:
@@ -1373,11 +1376,11 @@ def mapped_rollout(rollout, to_other):
 
 
 def check_reference(clip, front_end, to_teacher):
-    """Raises AudioError where the teacher lacks a token of the clip's text; a text that is not read passes.
+    """Raises AudioError where the teacher lacks a token of the clip's text.
 
     to_teacher: a list by the student's ids, < 0 where the teacher lacks the token.
     """
-    for i in front_end.encode_text(clip.text or ""):
+    for i in front_end.encode_text(clip.text):
         if to_teacher[i] < 0:
             token = repr(front_end.decode([i]))
             raise data.AudioError(f"{clip.where}: text: the teacher lacks the token {token}; remove the line")

@@ -163,8 +163,10 @@ def main(args):
     for set_clips in eval_sets.values():
         model.check_languages(set_clips, args.language, student)
         eval.clusters_of(set_clips)  # a line without its speaker shows now, and leaves no folder behind
-    to_teacher = alignment.to_teacher.tolist()
-    check = functools.partial(model.check_reference, front_end=student.front_end, to_teacher=to_teacher)
+    check = None
+    if args.states == "reference":
+        to_teacher = alignment.to_teacher.tolist()
+        check = functools.partial(model.check_reference, front_end=student.front_end, to_teacher=to_teacher)
 
     def make_micro_batch(step, indices, batch_clips, waveforms):
         """One micro-batch, made by a data worker: clips, both models' Batch, uniforms (B, T), references."""

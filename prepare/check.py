@@ -8,9 +8,8 @@ a defect. Training would stop at such a clip, leave it out, or learn from silenc
 
 With --models no clip is checked. Both models transcribe a few clips, from the shortest to the longest, score
 what they wrote, and the teacher scores the student's transcripts. (Its own text is written behind the line's
-language or --language, whatever the script.) Each figure is printed with what sound
-models show. Models that do not fit together, or that misread prompt, audio or ids, show there and not after
-a day of training.
+language or --language, whatever the script.) Each figure is printed with what sound models show. Models that
+do not fit together, or that misread prompt, audio or ids, show there and not after a day of training.
 """
 
 import argparse
