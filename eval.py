@@ -164,21 +164,18 @@ def by_stem(paths):
 
 
 def read_sets(paths, max_seconds):
-    """{stem: clips} of manifests or audio files. Raises InputError for a clip that is too long."""
-
-    def is_short(clip):
-        """Asked while a manifest is read; a long clip is never just left out of a score."""
-        if clip.duration > max_seconds:
-            too_long = f"{clip.duration:.1f} s, over --max-seconds {max_seconds:g}"
-            raise data.InputError(f"{clip.where}: {too_long}; split it (docs/data.md), or raise that")
-        return True
-
+    """{stem: clips} of manifests or audio files. Raises InputError where the longest clip is too long."""
     sets = {}
     for stem, path in by_stem(paths).items():
         if path.endswith((".jsonl", ".json")):
-            sets[stem] = data.Clips([path], math.inf, "text", is_short, learns_text=False)
+            sets[stem] = data.Clips([path], math.inf, "text", learns_text=False)
+            longest = sets[stem][sets[stem].seconds.argmax()]
         else:
-            sets[stem] = list(filter(is_short, [data.clip_from_file(path)]))
+            longest = data.clip_from_file(path)
+            sets[stem] = [longest]
+        if longest.duration > max_seconds:
+            too_long = f"{longest.duration:.1f} s, over --max-seconds {max_seconds:g}"
+            raise data.InputError(f"{longest.where}: {too_long}; split it (docs/data.md), or raise that")
     return sets
 
 
@@ -235,25 +232,20 @@ def transcribe(speech_lm, clips, device, decoding, label, done=(), log=None):
             batches.append(missing)
 
     answers = {}  # clip number → answer
-    left_s = sum(durations[indices].sum() for indices in batches)
+    # Rank 0's share, by batches: each holds about as much audio, be it of a few long clips or of many short.
+    hours = sum(durations[indices].sum() for indices in batches) / 3600
     is_hidden = rank > 0 or len(batches) < 2
-    # The bar counts seconds of audio, because the longest clips come first: rank 0's share of what is left.
-    form = "{desc}{postfix}, {remaining} left |{bar}|"
-    bar = tqdm(total=math.ceil(left_s), desc=label, bar_format=form, leave=False, disable=is_hidden)
+    bar = tqdm(batches, desc=f"{label}, {hours:.2f} h", leave=False, disable=is_hidden)
     decoded_s = 0.0
     start = time.perf_counter()
-    for indices in batches:
+    for indices in bar:
         batch_answers = decode_batch(speech_lm, [clips[i] for i in indices], device, **decoding)
         answers.update(zip(indices, batch_answers))
         if log:
             data.add_lines(log, [{"set": label, "clips": indices, "answers": batch_answers}])
-        batch_s = durations[indices].sum()
-        decoded_s += batch_s
+        decoded_s += durations[indices].sum()
         rtf = (time.perf_counter() - start) / decoded_s / world
-        hours = f"{decoded_s / 3600:.2f} of {left_s / 3600:.2f} h"
-        bar.set_postfix_str(f"{len(answers)} clips, {hours}, RTF {rtf:.4f}", refresh=False)
-        bar.update(batch_s)
-    bar.close()
+        bar.set_postfix_str(f"{len(answers)} clips, RTF {rtf:.4f}", refresh=False)
 
     fresh = collections.ChainMap(*data.gather(answers))
     seconds = time.perf_counter() - start
@@ -655,12 +647,12 @@ def result_stems(folder):
     return stems
 
 
-def compare_folders(folder_a, folder_b, style="default", cluster=None, strict=True, stems=None):
+def compare_folders(folder_a, folder_b, style="default", cluster=None, stems=None):
     """Compares the result files of two folders, paired by name (all, or those of `stems`), or two files.
 
-    → {"sets": {stem: `pair_figures`}, "macro", "left_out"}. The macro is the primary figure of several sets,
+    → {"sets": {stem: `pair_figures`}, "macro"}. The macro is the primary figure of several sets,
     `change_figures` of its `stems`, those with two clusters or more. Raises InputError where a pair cannot be
-    compared (`count_set`). With strict=False it is left out instead: "left_out" is {stem: reason}.
+    compared (`count_set`).
     """
     pairs = {}
     if os.path.isdir(folder_a):
@@ -668,20 +660,11 @@ def compare_folders(folder_a, folder_b, style="default", cluster=None, strict=Tr
             pairs[stem] = [os.path.join(folder, f"{stem}.jsonl") for folder in (folder_a, folder_b)]
     else:
         pairs[pathlib.Path(folder_a).stem] = [folder_a, folder_b]
-    counted = {}
-    left_out = {}
-    for stem, paths in pairs.items():
-        try:
-            counted[stem] = count_set(paths, style, cluster)
-        except (data.InputError, OSError) as error:
-            if strict:
-                raise
-            left_out[stem] = str(error)
-
+    counted = {stem: count_set(paths, style, cluster) for stem, paths in pairs.items()}
     sets = {stem: pair_figures(own) for stem, own in counted.items()}
     in_macro = [stem for stem in sets if sets[stem]["clusters"] > 1]
     macro = change_figures([counted[stem] for stem in in_macro]) if in_macro else {}
-    return {"sets": sets, "macro": {"stems": in_macro, **macro}, "left_out": left_out}
+    return {"sets": sets, "macro": {"stems": in_macro, **macro}}
 
 
 def pair_figures(counted):
@@ -751,8 +734,6 @@ def print_comparison(comparison, name_a="A", name_b="B"):
     one_cluster = [stem for stem in sets if stem not in stems]
     if one_cluster:
         tqdm.write(f"one cluster, so no interval and not in the macro: {', '.join(one_cluster)}")
-    for stem, reason in comparison["left_out"].items():
-        tqdm.write(f"{stem}: left out: {reason}")
 
 
 def print_clusters(figures):

@@ -188,11 +188,9 @@ def main(args):
     if rank == 0:
         hours = clips.seconds.sum(dtype=float) / 3600
         epochs = args.steps * args.batch_size / len(clips)
-        last_warmup = min(args.warmup_steps, args.steps - 1)
-        peak_lr = model.cosine_lr(last_warmup, args.steps, args.warmup_steps, args.lr)
         print(f"train: {len(clips)} clips, {hours:.2f} h, left out: {clips.n_long} longer than", end=" ")
         print(f"{args.max_seconds:g} s, {clips.n_failed} not decoded")
-        print(f"{args.steps} steps = {epochs:.1f} epochs, lr up to {peak_lr:.3g}")
+        print(f"{args.steps} steps = {epochs:.1f} epochs, {args.warmup_steps} of them warm-up")
         for name, speech_lm in (("student", student), ("teacher", teacher)):
             print(f"{name}: {sum(p.numel() for p in speech_lm.parameters()) / 1e6:.2f} M parameters")
         print(f"{world} process(es) on {device.type}", flush=True)
@@ -382,11 +380,15 @@ def report(args, after):
     before_path = os.path.join(args.out, "eval-0", "summary.json")
     before = data.read_json(before_path) if os.path.exists(before_path) else {}
     comparison = {"sets": {}}
-    if before and after:  # not where --eval was given at a resume
-        # Of the sets of this start: a resume may give others than an earlier one, whose files are there too.
+    # A resume may give other sets than the start did, and a set without texts has no error.
+    stems = [stem for stem in after if before.get(stem, {}).get("units")]
+    if stems:
         folders = [os.path.join(args.out, f"eval-{step}") for step in (0, args.steps)]
-        comparison = eval.compare_folders(*folders, strict=False, stems=sorted(after))
-        eval.print_comparison(comparison, "before", "after")
+        try:
+            comparison = eval.compare_folders(*folders, stems=stems)
+            eval.print_comparison(comparison, "before", "after")
+        except data.InputError as error:
+            print(f"before and after are not compared: {error}")
     vuss = [line["vuss"] for line in lines if "vuss" in line] or [math.nan]  # no step had a row
     summary = {
         "steps": args.steps,
@@ -401,14 +403,10 @@ def report(args, after):
     }
     first, last = [eval.number_text(summary[key], ".2f") for key in ("vuss_first", "vuss_last")]
     print(f"VUSS {first} → {last} (first and last 10 steps)")
-    waited = sum(line["data_s"] for line in lines)
-    peak = f"{lines[-1]['rss_gb']:.2f} GB, {lines[-1]['gpu_gb']:.2f} GB on the GPU"
-    print(f"{summary['seconds']:.0f} s of steps, {waited:.0f} s of them for data; peak {peak}")
     if summary["skipped"]:
         print(f"skipped: {summary['skipped']} clips that could not be used, listed in {args.out}/bad.jsonl")
     print(f"model: {summary['model']}")
-    compared = [stem for stem in comparison["sets"] if stem in before]
-    overlap.draw_report(args.out, lines, {stem: (before[stem], after[stem]) for stem in compared})
+    overlap.draw_report(args.out, lines, {stem: (before[stem], after[stem]) for stem in stems})
     data.write_json(os.path.join(args.out, "summary.json"), summary)  # written last: it marks a finished run
 
 

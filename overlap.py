@@ -9,9 +9,9 @@ student, both over the ids that both models may write; S and T are the top-k ids
 U = S ∪ T (the paper's union support), I = S ∩ T. Only VUSS is in the paper.
 
 Prints a table with a column for all rows, each set, each language and each quarter of the transcripts. --out
-gets overlap.json (the table), clips.jsonl (a line a clip) and positions.png; docs/metrics.md defines every
-number. Values are sums over rows divided by counts, over all ranks. It takes about as long as decoding the
-clips with both models.
+gets overlap.json (the table, and the same by tenths) and clips.jsonl (a line a clip); docs/metrics.md defines
+every number. Values are sums over rows divided by counts, over all ranks. It takes about as long as decoding
+the clips with both models.
 """
 
 import collections
@@ -28,7 +28,7 @@ import model
 from data import at_least
 
 QUARTERS = 4  # parts of a transcript in the table
-TENTHS = 10  # and in the picture
+TENTHS = 10  # and in overlap.json
 
 
 def parse_args(argv=None):
@@ -143,7 +143,6 @@ def main(args):
         data.write_json(os.path.join(args.out, "overlap.json"), result)
         lines = [lines_of_all[i] for i in range(len(clips))]
         data.add_lines(os.path.join(args.out, "clips.jsonl"), lines, mode="w")
-        position_figure(tenths, args.k).savefig(os.path.join(args.out, "positions.png"))
     rows = []
     for name in table["all"]:
         row = [name]
@@ -333,45 +332,8 @@ def expectation(weights, values):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Pictures
+# The picture of a run of opd.py
 # ----------------------------------------------------------------------------------------------------------
-
-POSITION_PANELS = {
-    "overlap of sets": ["overlap_ratio", "jaccard", "top1"],
-    "mass on I": ["mass_student", "mass_teacher"],
-    "advantage, nats": ["advantage"],
-    "entropy gap, nats": ["entropy_gap"],
-    "KL, nats": ["kl_union", "kl_full"],
-    "log p of the token, nats": ["teacher_logp"],
-    "rows": ["positions"],
-}
-
-
-def position_figure(tenths, k):
-    """Means by tenth of the transcript, from its begin to its end: eight panels, VUSS / k first."""
-    figure = Figure(figsize=(16, 6), layout="constrained")  # not pyplot's: it needs no screen
-    axes = figure.subplots(2, 4).flatten()
-    middles = (np.arange(TENTHS) + 0.5) / TENTHS
-
-    def draw(axis, name, label, divisor=1):
-        values = [row.get(name, np.nan) / divisor for row in tenths]  # no row in a tenth: a hole
-        axis.plot(middles, values, marker=".", label=label)
-
-    axes[0].set_title("VUSS / k: 1 = the same sets, 2 = disjoint")
-    for nested_k in nested_ks(k):
-        draw(axes[0], f"vuss_{nested_k}", f"k = {nested_k}", nested_k)
-    draw(axes[0], "vuss", f"k = {k}", k)
-    for axis, (title, names) in zip(axes[1:], POSITION_PANELS.items()):
-        axis.set_title(title)
-        for name in names:
-            draw(axis, name, name)
-
-    for axis in axes:
-        axis.set_xlim(0, 1)
-        axis.set_xlabel("relative position in the transcript")
-        if len(axis.lines) > 1:
-            axis.legend(fontsize="small")
-    return figure
 
 
 def draw_report(out, lines, compared):

@@ -156,12 +156,10 @@ def main(args):
         n_cut = 0 if args.text_field == "text" else sum(map(is_cut, clips))
         hours = clips.seconds.sum(dtype=float) / 3600
         epochs = args.steps * args.batch_size / len(clips)
-        last_warmup = min(args.warmup_steps, args.steps - 1)
-        peak_lr = model.cosine_lr(last_warmup, args.steps, args.warmup_steps, args.lr)
         print(f"train: {len(clips)} clips, {hours:.2f} h, left out: {clips.n_long} longer than", end=" ")
         print(f"{args.max_seconds:g} s, {clips.n_failed} not decoded, {clips.n_unwanted} looping", end="; ")
         print(f"without a stop token, as the cap cut them: {n_cut}")
-        print(f"{args.steps} steps = {epochs:.1f} epochs, lr up to {peak_lr:.3g}")
+        print(f"{args.steps} steps = {epochs:.1f} epochs, {args.warmup_steps} of them warm-up")
         print(f"model: {sum(p.numel() for p in student.parameters()) / 1e6:.2f} M parameters", end=", ")
         print(f"{world} process(es) on {device.type}", flush=True)
 

@@ -172,7 +172,6 @@ def test_lines_and_tables_against_each_clip_alone(stage, tmp_path, capsys, state
         for name, mean in mean_of(rows).items():
             assert line[name] == mean, (clip.where, name)
 
-    assert (out / "positions.png").exists()
     result = json.loads((out / "overlap.json").read_text())
     assert [result[key] for key in ("states", "k", "clips")] == [states, K, 6]
     assert result["tenths"] == [mean_of(groups.pop(f"tenth {n}", [])) for n in range(1, 11)]
@@ -213,8 +212,6 @@ def logits_of(speech_lm, batch, ids, stopped):
 
 
 def test_no_cut_into_batches_rows_or_ranks_changes_the_tables(stage, tmp_path, monkeypatch):
-    no_picture = overlap.Figure(figsize=(1, 1))  # the true one takes a second
-    monkeypatch.setattr(overlap, "position_figure", lambda tenths, k: no_picture)
     one = run(stage, tmp_path / "one")
     with monkeypatch.context() as patch:
         patch.setattr(overlap, "measure", functools.partial(overlap.measure, chunk=3))

@@ -415,25 +415,6 @@ def test_compare_refuses_what_is_no_pair_and_names_the_clip(tmp_path, capsys, a,
     assert capsys.readouterr().out == "" and not (tmp_path / "c.json").exists()
 
 
-def test_what_cannot_be_compared_is_left_out_where_that_is_asked_for(tmp_path, capsys):
-    """x has a clip that neither side decoded, v one that A did; y is in one folder, w has other texts."""
-    lines = [result_line(f"../{i}", 2 + i) for i in range(3)]
-    failed = result_line("../0", error="bad")
-    for name, last in (("a", lines[0]), ("b", failed)):
-        write_lines(tmp_path / name / "x.jsonl", [*lines[1:], failed, result_line("../4", text=None)])
-        write_lines(tmp_path / name / "v.jsonl", [last])
-        write_lines(tmp_path / name / "w.jsonl", [result_line("../0", text=name)])
-    write_lines(tmp_path / "a" / "y.jsonl", lines)
-    comparison = evaluation.compare_folders(str(tmp_path / "a"), str(tmp_path / "b"), strict=False)
-    assert list(comparison["sets"]) == comparison["macro"]["stems"] == ["x"]
-    assert comparison["sets"]["x"]["n"] == 2
-    left_out = comparison["left_out"]
-    assert "y.jsonl" in left_out["y"] and "0.wav is not in" in left_out["w"]
-    evaluation.print_comparison(comparison, "before", "after")
-    printed = capsys.readouterr().out.splitlines()
-    assert sorted(printed[-3:]) == [f"{stem}: left out: {left_out[stem]}" for stem in "vwy"]
-
-
 # ---- Coverage by simulation; `python tests/coverage.py` has the whole grid ---------------------------------
 
 
