@@ -112,7 +112,6 @@ class Encoder(nn.Module):
         self.rotary_theta = config.rope_parameters["rope_theta"]
         head_size = D // config.num_attention_heads
         self.rotary_size = int(head_size * config.rope_parameters["partial_rotary_factor"])
-        self.recompute = False  # compute activations again in the backward pass instead of keeping them
 
     def forward(self, mel, frame_lens):
         x = F.gelu(self.conv1(mel))  # (B, D, F)
@@ -121,10 +120,7 @@ class Encoder(nn.Module):
         rotary = rotary_table(positions, self.rotary_size, self.rotary_theta, x.dtype)
         key_mask = (positions < frame_lens[:, None])[:, None, None, :]  # (B, 1, 1, T')
         for layer in self.layers:
-            if self.recompute and self.training:
-                x = checkpoint(layer, x, rotary, key_mask, use_reentrant=False)
-            else:
-                x = layer(x, rotary, key_mask)
+            x = layer(x, rotary, key_mask)
         return self.norm(x)
 
 
@@ -285,7 +281,6 @@ class QwenLM(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([QwenLayer(config) for _ in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.recompute = False  # compute activations again in the backward pass instead of keeping them
 
     def forward(self, embeds, rotary, mask, cache=None, columns=None):
         """Hidden rows at the n positions of `embeds`, the one forward of training and sampling.
@@ -296,10 +291,7 @@ class QwenLM(nn.Module):
         """
         x = embeds
         for i, layer in enumerate(self.layers):
-            if self.recompute and self.training:
-                x = checkpoint(layer, x, rotary, mask, use_reentrant=False)
-            else:
-                x = layer(x, rotary, mask, None if cache is None else cache[i], columns)
+            x = layer(x, rotary, mask, None if cache is None else cache[i], columns)
         return self.norm(x)
 
     def rotary(self, positions, dtype):
@@ -663,9 +655,9 @@ class SpeechLM(nn.Module):
         )
 
     def recompute_activations(self):
-        """Computes activations again in the backward pass: less memory, more time, the same numbers."""
-        self.encoder.recompute = True
-        self.lm.recompute = True
+        """Keeps of each layer only its input for the backward pass: less memory, more time, same numbers."""
+        for layer in (*self.encoder.layers, *self.lm.layers):
+            layer.forward = functools.partial(recomputed, layer.forward)
 
     # ---- audio → embeddings → hidden rows ----
 
@@ -800,6 +792,13 @@ class SpeechLM(nn.Module):
         self.free_decoders()
         self.bf16_copies = {}
         return super()._apply(*args, **kwargs)
+
+
+def recomputed(forward, *args, **kwargs):
+    """forward(…) of a layer, which is run once more in the backward pass."""
+    if torch.is_grad_enabled():
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    return forward(*args, **kwargs)
 
 
 @contextlib.contextmanager
@@ -997,11 +996,6 @@ class Qwen3ASR(SpeechLM):
 
     def processor(self):
         return self.stock_processor
-
-    def recompute_activations(self):
-        self.encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.encoder.disable_input_require_grads()  # a hook that frozen embeddings would need
-        self.lm.recompute = True
 
     def encode(self, batch):
         """Audio embeddings (ΣA, H) of all clips, one clip after the other."""
