@@ -249,6 +249,7 @@ def read_manifest(path, text_field="text"):
 # PyAV, reads the rest. (FFmpeg would decode all Opus at 48 kHz, libsndfile does at the file's own rate.) A
 # playlist is not in the list of formats, because it opens other files.
 FFMPEG_READS = "aac,ac3,aiff,amr,ape,asf,au,avi,caf,flac,flv,matroska,mov,mp3,mpeg,mpegts,ogg,tta,w64,wav,wv"
+resampler = functools.lru_cache(16)(torchaudio.transforms.Resample)  # its filters take long to make
 
 
 def load_audio(clip):
@@ -269,7 +270,7 @@ def load_audio(clip):
             raise InputError(f"{decoded_s:.2f} s decoded, the manifest says {clip.duration:.2f} s")
         if rate > 5_000 * math.gcd(rate, SAMPLE_RATE):  # the filter would be huge
             raise InputError(f"its sample rate, {rate} Hz, has no usable ratio to 16 kHz; resample it")
-    return resampler(rate)(torch.from_numpy(waveform))
+    return resampler(rate, SAMPLE_RATE)(torch.from_numpy(waveform))
 
 
 @contextlib.contextmanager
@@ -283,8 +284,7 @@ def audio_errors(place):
         reason = f"cannot be decoded ({getattr(error, 'strerror', error)})"
         raise AudioError(f"{place}: {reason}; get it anew, or convert it to wav or flac") from None
     except OSError as error:
-        reason = f"{error.strerror}; relative paths start at the manifest's folder"
-        raise AudioError(f"{place}: {reason}") from None
+        raise AudioError(f"{place}: {error.strerror}; relative paths start at the manifest") from None
 
 
 def open_audio(clip):
@@ -323,11 +323,9 @@ def decode(clip, file):
         if len(channels) < end - begin:
             raise InputError(f"is damaged: {len(channels)} of {end - begin} samples decoded; get it anew")
 
-    if len(channels) == 0 and begin_s == 0:
-        raise InputError("holds no samples; re-encode it or remove the line")
-    missing_s = clip.end_time - begin_s - len(channels) / rate
-    if len(channels) == 0 or missing_s > DURATION_TOLERANCE_S:
-        raise InputError(f"{clip.begin_time:g}–{clip.end_time:g} s is outside: the recording ends before")
+    decoded_s = len(channels) / rate
+    if decoded_s == 0 or clip.end_time - begin_s - decoded_s > DURATION_TOLERANCE_S:
+        raise InputError(f"holds {decoded_s:.2f} s from {begin_s:g} s on, and ends before the clip does")
     return channels, rate
 
 
@@ -419,11 +417,6 @@ def ffmpeg_frames(file, begin_s=0.0):
                 position += frame.samples
 
 
-@functools.lru_cache(16)
-def resampler(rate_hz):
-    return torchaudio.transforms.Resample(rate_hz, SAMPLE_RATE)
-
-
 def audio_duration(content, name="audio"):
     """Seconds of a sound file, given as its bytes. An AudioError begins with `name`."""
     with audio_errors(name):
@@ -447,12 +440,10 @@ def clip_from_file(path):
 # ----------------------------------------------------------------------------------------------------------
 
 
-@functools.cache
-def mel_filters():
-    """(128, 201) triangular filters on the slaney mel scale, 0 to 8 kHz, each of area 1."""
-    return torchaudio.functional.melscale_fbanks(
-        N_FFT // 2 + 1, 0.0, 8000.0, N_MELS, SAMPLE_RATE, norm="slaney", mel_scale="slaney"
-    ).T
+# (128, 201) triangular filters on the slaney mel scale, 0 to 8 kHz, each of area 1.
+MEL_FILTERS = torchaudio.functional.melscale_fbanks(
+    N_FFT // 2 + 1, 0.0, 8000.0, N_MELS, SAMPLE_RATE, norm="slaney", mel_scale="slaney"
+).T
 
 
 def log_mel(waveform, padded_samples=None):
@@ -467,7 +458,7 @@ def log_mel(waveform, padded_samples=None):
     window = torch.hann_window(N_FFT)  # around each frame's centre; both ends of the clip are reflected
     spectrum = torch.stft(waveform, N_FFT, HOP, window=window, return_complex=True)
     power = spectrum[:, :-1].abs().square()  # (201, F): the last frame is dropped, as Whisper does
-    mel = (mel_filters() @ power).clamp(min=1e-10).log10()
+    mel = (MEL_FILTERS @ power).clamp(min=1e-10).log10()
     mel = mel.maximum(mel.max() - 8.0)
     return (mel + 4.0) / 4.0
 
@@ -495,7 +486,6 @@ class Batch:
     seconds: torch.Tensor  # (B,) float64 clip durations
     silent: torch.Tensor  # (B,) bool: every sample is zero
     languages: list  # B codes as the manifest has them; None where it names none
-    default_language: str | None  # in the prompts of those
     contexts: list  # B texts that the prompts give beforehand; None where there is none
 
     def to(self, device):
@@ -530,7 +520,6 @@ def collate(waveforms, front_end, languages, default_language=None, contexts=Non
         seconds=torch.tensor([len(waveform) / SAMPLE_RATE for waveform in waveforms], dtype=torch.float64),
         silent=torch.tensor([not waveform.any() for waveform in waveforms]),
         languages=list(languages),
-        default_language=default_language,
         contexts=list(contexts),
     )
 
@@ -853,19 +842,27 @@ def is_readable(checkpoint):
     return True
 
 
-def begin_run(out, config, first_step):
-    """Writes config.json, and cuts metrics.jsonl and its kin back to `first_step`: no step is there twice."""
+def begin_run(args, config, first_step):
+    """Writes config.json, and cuts metrics.jsonl and its kin back to `first_step`: no step is there twice.
+
+    → rank 0's writer to OUT/tensorboard, or None. It drops what an earlier start wrote after first_step.
+    """
     barrier()  # every rank has got this far, so that a refused run leaves no folder behind
     if rank_and_world()[0] > 0:
-        return
-    os.makedirs(out, exist_ok=True)
-    write_json(os.path.join(out, "config.json"), config)
+        return None
+    os.makedirs(args.out, exist_ok=True)
+    write_json(os.path.join(args.out, "config.json"), config)
     for name in ("metrics.jsonl", "samples.jsonl", "bad.jsonl"):
-        path = os.path.join(out, name)
+        path = os.path.join(args.out, name)
         if os.path.exists(path):
             lines = [line for line in read_lines(path) if line["step"] <= first_step]
             add_lines(path + ".new", lines, mode="w")
             os.replace(path + ".new", path)
+    if not getattr(args, "tensorboard", False):
+        return None
+    from torch.utils.tensorboard import SummaryWriter  # an optional package, slow to import
+
+    return SummaryWriter(os.path.join(args.out, "tensorboard"), purge_step=first_step + 1)
 
 
 def check_out(out):
@@ -881,11 +878,11 @@ def report_bad(out, step, bad):
         add_lines(os.path.join(out, "bad.jsonl"), [{"step": step, **entry} for entry in bad_of_all])
 
 
-def stop_not_finite(out, step, what, clips, texts):
-    """Saves this rank's clips and transcripts of the step and stops with status 3; no weight is touched."""
+def stop_not_finite(out, step, what, transcripts):
+    """Saves this rank's [(clip, text)] of the step and stops with status 3; no weight is touched."""
     path = os.path.join(out, f"nonfinite-{step}-{rank_and_world()[0]}.jsonl")
     lines = []
-    for clip, text in zip(clips, texts):
+    for clip, text in transcripts:
         lines.append({"step": step, "clip": clip.where, "audio": clip.audio, "text": text})
     add_lines(path, lines, mode="w")
     barrier()
@@ -921,18 +918,11 @@ def add_lines(path, lines, mode="a"):
         file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
-def tensorboard_writer(args, first_step):
-    """Rank 0's writer to OUT/tensorboard, or None. It drops what an earlier start wrote after first_step."""
-    if not args.tensorboard or rank_and_world()[0] > 0:
-        return None
-    from torch.utils.tensorboard import SummaryWriter  # an optional package, slow to import
-
-    return SummaryWriter(os.path.join(args.out, "tensorboard"), purge_step=first_step + 1)
-
-
-def log_metrics(out, metrics, writer):
-    """Adds a step to metrics.jsonl, and to TensorBoard where there is a writer."""
+def log_metrics(out, metrics, writer, bar):
+    """Adds a step to metrics.jsonl, to TensorBoard where there is a writer, and in part to the bar."""
     add_lines(os.path.join(out, "metrics.jsonl"), [metrics])
+    shown = [key for key in ("loss", "kl", "vuss", "clips_per_s") if key in metrics]
+    bar.set_postfix({key: metrics[key] for key in shown}, refresh=False)
     if writer is not None:
         for name, value in metrics.items():
             if value is not None:  # the error of a set without reference units
@@ -1000,15 +990,6 @@ def run_script(main, args):
 # Languages
 # ----------------------------------------------------------------------------------------------------------
 
-# Qwen3-ASR's thirty languages, by code, as its prompt names them.
-LANGUAGES = """
-    ar:Arabic yue:Cantonese zh:Chinese cs:Czech da:Danish nl:Dutch en:English fil:Filipino fi:Finnish
-    fr:French de:German el:Greek hi:Hindi hu:Hungarian id:Indonesian it:Italian ja:Japanese ko:Korean
-    mk:Macedonian ms:Malay fa:Persian pl:Polish pt:Portuguese ro:Romanian ru:Russian es:Spanish sv:Swedish
-    th:Thai tr:Turkish vi:Vietnamese
-""".split()
-LANGUAGES = dict(pair.split(":") for pair in LANGUAGES)
-
 
 @functools.cache
 def language_code(name):
@@ -1033,7 +1014,7 @@ def language_code(name):
 
 
 def script_language(text, default=None):
-    """The language that the script of a text decides, or None.
+    """The language that the script of a text decides, or the default.
 
     Kana means Japanese, else Hangul Korean, else Han Chinese, unless the default is Cantonese or Japanese.
     Thai and Greek letters decide where most letters are theirs; many languages share the other scripts.
@@ -1047,4 +1028,4 @@ def script_language(text, default=None):
     if "CJK" in scripts:
         return default if default in ("yue", "ja") else "zh"
     most = max(dict.fromkeys(scripts), key=scripts.count, default=None)
-    return {"THAI": "th", "GREEK": "el"}.get(most)
+    return {"THAI": "th", "GREEK": "el"}.get(most, default)

@@ -13,7 +13,6 @@ defines every figure. Decoding takes the real-time factor (RTF in the table) tim
 """
 
 import collections
-import dataclasses
 import importlib.metadata
 import json
 import math
@@ -134,17 +133,14 @@ def decode_and_score(args, style, rank, world, device):
     for clips in sets.values():
         model.check_languages(clips, args.language, speech_lm)
     if args.out:
-        data.begin_run(args.out, config, first_step)  # when all ranks have read the part files
-        if done and rank == 0:
-            print(f"{len(done)} clips are decoded already", flush=True)
+        data.begin_run(args, config, first_step)  # when all ranks have read the part files
         data.barrier()  # the folder is there
     decoding = {name: getattr(args, name) for name in DECODING}
     # A warm-up: what happens once, such as loading kernels, does not count in the real-time factor. (What
     # happens for each shape of a batch, such as capturing a graph, does.)
     first_clip = next(iter(sets.values()))[0]
     transcribe(speech_lm, [first_clip] * 2 * world, device, decoding, "warm-up")
-    scoring = {"style": style, "cluster": args.cluster, "strict": False}
-    return evaluate(speech_lm, sets, device, decoding, args.out, **scoring, done=done, log=log)
+    return evaluate(speech_lm, sets, device, decoding, args.out, style, args.cluster, done, log)
 
 
 def by_stem(paths):
@@ -179,22 +175,18 @@ def read_sets(paths, max_seconds):
     return sets
 
 
-def evaluate(
-    speech_lm, sets, device, decoding, out=None, style="default", cluster=None, strict=True, done=(), log=None
-):
+def evaluate(speech_lm, sets, device, decoding, out=None, style="default", cluster=None, done=(), log=None):
     """Decodes and scores `sets` {stem: clips} on all ranks. → {stem: summary}, see `summarize`.
 
     decoding: some of the keys of DECODING. style: of `normalize`. cluster: of `clusters_of`. Rank 0 writes
-    out/<stem>.jsonl and out/summary.json, or without `out` prints the transcripts of sets without texts. With
-    `strict`, a clip that cannot be decoded is an InputError. done, log: see `transcribe`.
+    out/<stem>.jsonl and out/summary.json, or without `out` prints the transcripts of sets without texts.
+    done, log: see `transcribe`.
     """
     rank, _ = data.rank_and_world()
     summaries = {}
     for stem, clips in sets.items():
         answers, rtf = transcribe(speech_lm, clips, device, decoding, stem, done, log)
         errors = [answer["error"] for answer in answers if "error" in answer]
-        if errors and strict:
-            raise data.InputError(errors[0])
         results = score(result_lines(clips, answers, out), style)
         if rank == 0 and out:
             os.makedirs(out, exist_ok=True)
@@ -209,6 +201,23 @@ def evaluate(
                 print(f"eval.py: not decoded: {error}", file=sys.stderr, flush=True)
     if rank == 0 and out:
         data.write_json(os.path.join(out, "summary.json"), summaries)
+    return summaries
+
+
+def evaluate_run(speech_lm, sets, decoding, args, step):
+    """The evaluation OUT/eval-N of a run of opd.py or sft.py after N steps. → {stem: summary}
+
+    Raises InputError where a clip could not be decoded, unless --on-bad-audio is skip.
+    """
+    if not sets:
+        return {}
+    folder = os.path.join(args.out, f"eval-{step}")
+    summaries = evaluate(speech_lm, sets, speech_lm.device, decoding, folder)
+    speech_lm.free_decoders()  # an evaluation writes longer transcripts, and training needs that memory
+    if data.rank_and_world()[0] == 0:
+        print_summaries(summaries)
+    if args.on_bad_audio == "error" and any(summary["failed"] for summary in summaries.values()):
+        raise data.InputError("--eval: clips were not decoded (or leave such clips out: --on-bad-audio skip)")
     return summaries
 
 
@@ -532,15 +541,8 @@ def percent(log_value):
     return 100 * np.expm1(log_value)
 
 
-@dataclasses.dataclass
-class Estimate:
-    """A figure, its standard error, its 95 % interval and its p. What is not defined is NaN."""
-
-    value: float
-    se: float
-    low: float
-    high: float
-    p: float
+# A figure, its standard error, its 95 % interval and its p. What is not defined is NaN.
+Estimate = collections.namedtuple("Estimate", "value se low high p")
 
 
 def estimate(table, statistic):
@@ -586,13 +588,9 @@ def number_or_none(number):
 # ----------------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
-class CountedSet:
-    """n clips of one set, counted in C − 1 result files."""
-
-    metric: str
-    n: int
-    sums: dict  # (key, value) of a cluster → (C,): errors in each file, then reference units
+# n clips of one set, counted in C − 1 result files. sums: {(key, value) of a cluster: its sums (C,)}, the
+# errors in each file and last the reference units.
+CountedSet = collections.namedtuple("CountedSet", "metric n sums")
 
 
 def read_results(path, cluster=None):

@@ -173,15 +173,6 @@ def compiled(function):
     return function
 
 
-def init_weights(module, spread):
-    """Draws new weights: matrices normal with standard deviation `spread`, biases 0. Norms are born as 1."""
-    for name, parameter in module.named_parameters():
-        if parameter.ndim > 1:
-            nn.init.normal_(parameter, std=spread)
-        elif name.endswith("bias"):
-            nn.init.zeros_(parameter)
-
-
 # ----------------------------------------------------------------------------------------------------------
 # The Qwen LM
 # ----------------------------------------------------------------------------------------------------------
@@ -204,7 +195,7 @@ class QwenAttention(nn.Module):
         H = config.hidden_size
         self.n_heads = config.num_attention_heads
         self.n_key_heads = config.num_key_value_heads
-        self.d = head_size(config)
+        self.d = getattr(config, "head_dim", None) or H // self.n_heads
         is_qwen2 = config.model_type == "qwen2"
         self.q_proj = nn.Linear(H, self.n_heads * self.d, bias=is_qwen2)
         self.k_proj = nn.Linear(H, self.n_key_heads * self.d, bias=is_qwen2)
@@ -297,16 +288,12 @@ class QwenLM(nn.Module):
     def rotary(self, positions, dtype):
         """cos and sin (B, 1, n, d) of positions (B, n), the same for all heads."""
         theta = self.config.rope_parameters["rope_theta"]
-        return rotary_table(positions[:, None], head_size(self.config), theta, dtype)
+        return rotary_table(positions[:, None], self.layers[0].self_attn.d, theta, dtype)
 
     def cache_shape(self, n_clips, n_columns):
         """(layers, 2, B, key heads, L, d): keys and values of L columns."""
         attention = self.layers[0].self_attn
         return (len(self.layers), 2, n_clips, attention.n_key_heads, n_columns, attention.d)
-
-
-def head_size(config):
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def check_text_config(config):
@@ -411,19 +398,16 @@ class FrontEnd:
 
     def prompt(self, n_audio, language=None, context=None):
         """Prompt ids (S,) with n_audio placeholders. Our student's prompt names no language."""
-        has_context = context is not None and context.strip() != ""
-        ids = self.context_template_ids(context) if has_context else self.template_ids
+        ids = self.template_ids
+        if context is not None and context.strip() != "":
+            # Stock processors tokenise the text between two control tokens in one piece, so the words before
+            # the context must not be tokenised apart from it.
+            before, after = self.context_prompt.split(CONTEXT)
+            words = self.added_tokens.split(before)[-1]
+            ids = self.token_ids(before.removesuffix(words)) + self.encode_text(words + context)
+            ids = ids + self.token_ids(after)
         place = ids.index(self.audio_id)
         return ids[:place] + [self.audio_id] * n_audio + ids[place + 1 :]
-
-    def context_template_ids(self, context):
-        """Ids of the prompt that gives a context (one placeholder). A control token in it stays text."""
-        before, after = self.context_prompt.split(CONTEXT)
-        # Stock processors tokenise the text between two control tokens in one piece, so the words before the
-        # context must not be tokenised apart from it.
-        words = self.added_tokens.split(before)[-1]
-        ids = self.token_ids(before.removesuffix(words)) + self.encode_text(words + context)
-        return ids + self.token_ids(after)
 
     def token_ids(self, text):
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -464,13 +448,15 @@ class Qwen3ASRFrontEnd(FrontEnd):
     audio_token = "<|audio_pad|>"
     prompt_tokens = ["<|im_start|>", "<|audio_start|>", audio_token, "<|audio_end|>", "<asr_text>"]
     frame_multiple = 100  # its convolutions see chunks of one second
-    languages = data.LANGUAGES
 
     def __init__(self, processor):
+        from transformers.models.qwen3_asr.processing_qwen3_asr import LANGUAGE_CODE_TO_NAME  # slow to import
+
         system = {"role": "system", "content": [{"type": "text", "text": CONTEXT}]}
         user = {"role": "user", "content": [{"type": "audio", "audio": ""}]}
         prompt = processor.apply_chat_template([system, user], tokenize=False, add_generation_prompt=True)
         super().__init__(processor.tokenizer, prompt.replace(CONTEXT, ""), context_prompt=prompt)
+        self.languages = LANGUAGE_CODE_TO_NAME
 
     def features(self, waveform):
         return data.log_mel(waveform, max(len(waveform), 8_000))  # half a second at least
@@ -525,14 +511,18 @@ class SpeechLM(nn.Module):
         self.model["audio_tower"] = Encoder(audio)
         self.model["multi_modal_projector"] = Adapter(config)
         self.model["language_model"] = QwenLM(text)
-        init_weights(self.encoder, audio.initializer_range)
-        init_weights(self.adapter, text.initializer_range)
-        init_weights(self.lm, text.initializer_range)
+        # New weights: matrices are normal, biases 0. Norms are born as 1.
+        for name, parameter in self.named_parameters():
+            part = audio if name.startswith("model.audio_tower.") else text
+            if parameter.ndim > 1:
+                nn.init.normal_(parameter, std=part.initializer_range)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.lm.embed_tokens.weight
         else:
-            init_weights(self.lm_head, text.initializer_range)
+            nn.init.normal_(self.lm_head.weight, std=text.initializer_range)
         self.set_up(config, FrontEnd(tokenizer))
 
     def set_up(self, config, front_end):
@@ -596,8 +586,7 @@ class SpeechLM(nn.Module):
             absent = [file for file in BESIDE_WEIGHTS[kind] if not os.path.exists(os.path.join(folder, file))]
             if not absent:
                 raise
-            source = "the folder or hub repository that this model came from"
-            raise data.InputError(f"{name} has no {absent[0]}; copy it from {source}") from error
+            raise data.InputError(f"{name} has no {absent[0]}; copy it from the model's source") from error
         for key, parameter in speech_lm.named_parameters():
             if not parameter.isfinite().all():
                 raise data.InputError(f"{name}: {key} holds NaN or infinite weights")
@@ -701,7 +690,7 @@ class SpeechLM(nn.Module):
             hidden = self.lm(embeds, self.lm.rotary(positions_of(mask), embeds.dtype), causal_mask(mask))
         return hidden[:, S - 1 :][row_mask[:, :T]]
 
-    def with_script_languages(self, batch, texts):
+    def with_script_languages(self, batch, texts, default_language):
         """The batch with prompts in which a clip without a language has that of its text's script.
 
         texts: B strings, such as the student's rollouts. Other prompts stay as they are; ours names none.
@@ -710,12 +699,10 @@ class SpeechLM(nn.Module):
             return batch
         prompts = []
         for b, text in enumerate(texts):
-            script = data.script_language(text, batch.default_language)
-            language = batch.languages[b] or script or batch.default_language
+            language = batch.languages[b] or data.script_language(text, default_language)
             prompts.append(self.front_end.prompt(int(batch.audio_lens[b]), language, batch.contexts[b]))
         prompt_ids, prompt_mask = data.pad_left(prompts, self.front_end.pad_id)
-        batch = dataclasses.replace(batch, prompt_ids=prompt_ids, prompt_mask=prompt_mask)
-        return batch.to(self.device)
+        return dataclasses.replace(batch, prompt_ids=prompt_ids, prompt_mask=prompt_mask).to(self.device)
 
     # ---- sampling ----
 
@@ -741,27 +728,47 @@ class SpeechLM(nn.Module):
         was_training = self.training
         self.eval()
         forbidden = self.forbidden if forbidden is None else forbidden
+        B, S = batch.prompt_ids.shape
         caps = torch.full_like(batch.audio_lens, max_new_tokens)  # (B,)
         if tokens_per_second > 0:
             caps = caps.minimum((batch.seconds * tokens_per_second).floor().long() + 16)
-        assert uniforms is None or uniforms.shape[1] >= int(caps.max()), "uniforms: a draw for each token"
+        T = int(caps.max())
+        assert uniforms is None or uniforms.shape[1] >= T, "uniforms: a draw for each token"
         if temperature > 0 and uniforms is None:
-            uniforms = torch.rand(len(caps), max_new_tokens, dtype=torch.float64, device=caps.device)
+            uniforms = torch.rand(B, max_new_tokens, dtype=torch.float64, device=caps.device)
         # Without autocast's cache: it is emptied at the end, and a captured graph would read freed memory.
         with self.autocast(cache_enabled=False), bf16_weights(self):
             encoded = self.encode(batch) if encoded is None else encoded
-            ids = write_tokens(self, batch, encoded, caps, forbidden, temperature, uniforms)
+            decoder = self.decoder(B, S + T, temperature)
+
+            # The prompt in one pass. Its last column predicts the first token.
+            decoder.begin(batch.prompt_mask, forbidden, uniforms)
+            embeds = self.embed_prompt(batch, encoded)  # (B, S, H)
+            rotary = self.lm.rotary(positions_of(batch.prompt_mask), embeds.dtype)
+            columns = torch.arange(S, device=caps.device)
+            cache = decoder.cache[:, :, :B]
+            hidden = self.lm(embeds, rotary, causal_mask(batch.prompt_mask), cache, columns)
+            decoder.hidden[:B] = hidden[:, -1]
+
+            # Then one token after another. A clip that has stopped goes on until all have.
+            ids = decoder.ids[:B, S : S + T]
+            for n_written in range(1, T + 1):
+                decoder.write_token(self)
+                # On a GPU, asking whether all have stopped waits for the device: after every fourth token.
+                if ids.is_cuda and n_written % 4:
+                    continue
+                has_stopped = (ids == self.front_end.stop_id).any(dim=1)
+                if (has_stopped | (caps <= n_written)).all():
+                    break
         self.train(was_training)
 
         # A rollout ends at its first stop token or at its cap; what was written behind it is dropped.
         positions = torch.arange(ids.shape[1], device=ids.device)
         is_stop = ids == self.front_end.stop_id
         stop_at = torch.where(is_stop, positions, ids.shape[1]).amin(dim=1)  # (B,)
-        rollout = Rollout(ids, lens=stop_at.minimum(caps), stopped=stop_at < caps)
-        row_mask = rollout.row_mask()
-        T = int(row_mask.sum(dim=1).max())
-        ids = ids.masked_fill(~row_mask, self.front_end.pad_id)
-        return Rollout(ids[:, :T], rollout.lens, rollout.stopped)
+        n_rows = caps.minimum(stop_at + 1)  # (B,) with the stop token
+        ids = ids.masked_fill(positions >= n_rows[:, None], self.front_end.pad_id)
+        return Rollout(ids[:, : int(n_rows.max())], lens=stop_at.minimum(caps), stopped=stop_at < caps)
 
     def decoder(self, n_clips, n_columns, temperature):
         """The `Decoder` for this many clips and columns, both rounded up so that few are made.
@@ -826,36 +833,6 @@ def bf16_weights(speech_lm):
     finally:
         for module, name, weight in places:
             setattr(module, name, weight)
-
-
-def write_tokens(speech_lm, batch, encoded, caps, forbidden, temperature, uniforms):
-    """The sampling loop: the prompt in one pass, then one token after another. → ids (B, T)
-
-    A clip that has stopped goes on until all have; `sample` drops what is behind its stop token.
-    """
-    lm = speech_lm.lm
-    B, S = batch.prompt_ids.shape
-    T = int(caps.max())
-    decoder = speech_lm.decoder(B, S + T, temperature)
-
-    # The prompt. Its last column predicts the first token.
-    decoder.begin(batch.prompt_mask, forbidden, uniforms)
-    embeds = speech_lm.embed_prompt(batch, encoded)  # (B, S, H)
-    rotary = lm.rotary(positions_of(batch.prompt_mask), embeds.dtype)
-    columns = torch.arange(S, device=caps.device)
-    cache = decoder.cache[:, :, :B]
-    decoder.hidden[:B] = lm(embeds, rotary, causal_mask(batch.prompt_mask), cache, columns)[:, -1]
-
-    ids = decoder.ids[:B, S : S + T]
-    for n_written in range(1, T + 1):
-        decoder.write_token(speech_lm)
-        # On a GPU, asking whether all clips have stopped waits for the device: only after every fourth token.
-        if ids.is_cuda and n_written % 4:
-            continue
-        has_stopped = (ids == speech_lm.front_end.stop_id).any(dim=1)
-        if (has_stopped | (caps <= n_written)).all():
-            break
-    return ids.clone()
 
 
 def decoder_size(n_clips, n_columns):
@@ -1036,8 +1013,7 @@ def weight_files(folder):
     index = os.path.join(folder, "model.safetensors.index.json")
     if not os.path.exists(os.path.join(folder, names[0])):
         if not os.path.exists(index):
-            remedy = "load other formats by transformers, and save them by save_pretrained"
-            raise data.InputError(f"no model.safetensors and no index of its parts; {remedy}")
+            raise data.InputError("no model.safetensors and no index of its parts; save it by transformers")
         names = sorted(set(data.read_json(index)["weight_map"].values()))
     paths = [os.path.join(folder, name) for name in names]
     for path in paths:
@@ -1053,25 +1029,16 @@ BESIDE_WEIGHTS = {
 }
 
 
-def read_config(name, folder):
-    """The config.json of a model folder as a dict."""
-    path = os.path.join(folder, "config.json")
-    if not os.path.isfile(path):
-        raise data.InputError(f"{name} is no model folder: it has no config.json")
-    return data.read_json(path)
-
-
 def model_kind(name, folder):
     """The kind in config.json, glmasr or qwen3_asr. InputError for others, with the command that converts."""
-    config = read_config(name, folder)
+    config = data.read_json(os.path.join(folder, "config.json"))
     kind = config.get("model_type")
     if "script" in config:
         raise data.InputError(f"{name} is a run without a finished model; give one of its step-N")
     if "whisper_config" in config:
         raise data.InputError(f"{name} is a released ARK-ASR; run python -m prepare.ark {name} --out DIR")
     if "thinker_config" in config:
-        remedy = "take the repository whose name ends in -hf, such as Qwen/Qwen3-ASR-1.7B-hf"
-        raise data.InputError(f"{name} has Qwen3-ASR's original form (thinker.* keys); {remedy}")
+        raise data.InputError(f"{name} has thinker.* keys; take its -hf form, as Qwen/Qwen3-ASR-1.7B-hf")
     if kind not in ("glmasr", "qwen3_asr"):
         raise data.InputError(f"{name}: model_type is {kind!r}; python -m prepare.student makes a student")
     return kind
@@ -1084,16 +1051,11 @@ def check_languages(clips, default_language, *models):
     """
     for model in models:
         known = model.front_end.languages
-        if not known:
-            continue
-        names = f"the prompt of {model.architecture} knows {', '.join(sorted(known))}"
-        if default_language is not None and default_language not in known:
-            raise data.InputError(f"--language {default_language}: {names}")
         for clip in clips:
-            if clip.language is None and default_language is None:
-                raise data.InputError(f'{clip.where}: no "language": give --language; {names}')
-            if clip.language is not None and clip.language not in known:
-                raise data.InputError(f'{clip.where}: "language" {clip.language}: {names}')
+            language = clip.language or default_language
+            if known and language not in known:
+                names = f"the prompt of {model.architecture} knows {', '.join(sorted(known))}"
+                raise data.InputError(f"{clip.where}: language {language}: give one, or --language; {names}")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1238,17 +1200,10 @@ def block_topk(logits, k, block=128):
     return values, best.gather(1, places // block) * block + places % block
 
 
-def support_scores(head_weight, hidden, support_ids):
+class SupportScores(torch.autograd.Function):
     """The student's raw logits on the support only: (V, H), (N, H), (N, U) ids → (N, U) with gradient.
 
-    float32 (float64 if the matrix is). No (N, V) tensor is made.
-    """
-    return SupportScores.apply(head_weight, hidden.to(head_weight.dtype), support_ids.clamp(min=0))
-
-
-class SupportScores(torch.autograd.Function):
-    """scores[n, u] = weight[ids[n, u]] · hidden[n], without a tensor (N, U, H) of gathered rows.
-
+    scores[n, u] = weight[ids[n, u]] · hidden[n], of one dtype. No (N, V) tensor, and no (N, U, H) of rows.
     All three products are kernels of an embedding bag with weights. The gradient of `hidden` is such a bag,
     scores are its derivative by the weights, and the gradient of `weight` is its derivative by the matrix.
     """
@@ -1256,6 +1211,7 @@ class SupportScores(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight, hidden, ids):
         hidden = hidden.contiguous()
+        ids = ids.clamp(min=0)
         bags = torch.arange(len(ids), device=ids.device).repeat_interleave(ids.shape[1])
         first = torch.arange(len(ids), device=ids.device) * ids.shape[1]  # of each bag, among all ids
         ctx.save_for_backward(weight, hidden, ids, bags)
@@ -1276,6 +1232,9 @@ class SupportScores(torch.autograd.Function):
             hidden, ids.flatten(), bags, sizes, ids.new_empty(0), len(weight), False, 0, grad.flatten(), -1
         )
         return grad_weight, grad_hidden, None
+
+
+support_scores = SupportScores.apply
 
 
 def full_kl(student, student_hidden, teacher, teacher_hidden, alignment, *divergence):
@@ -1353,8 +1312,8 @@ def align_vocabularies(student, teacher):
     n_shared = int((to_teacher >= 0).sum())
     n_text = student_forbidden.count(False)
     if n_shared < 0.99 * n_text:
-        shared = f"only {n_shared} of the student's {n_text} text tokens are in the teacher's vocabulary"
-        raise data.InputError(f"--student, --teacher: {shared}; they need one tokenizer, token by token")
+        shared = f"the teacher has {n_shared} of the student's {n_text} text tokens"
+        raise data.InputError(f"{shared}; they need one tokenizer, token by token")
     return Alignment(to_teacher, to_student, to_teacher < 0, to_student < 0)
 
 
@@ -1364,8 +1323,7 @@ def mapped_rollout(rollout, to_other):
     to_other: (V,) `Alignment.to_teacher` or `to_student`.
     """
     ids = to_other[rollout.ids]
-    remedy = "forbid it to the model that writes, or leave the clip out"
-    assert (ids[rollout.row_mask()] >= 0).all(), f"a transcript token has no counterpart: {remedy}"
+    assert (ids[rollout.row_mask()] >= 0).all(), "a transcript token has no counterpart; forbid it"
     return Rollout(ids.clamp(min=0), rollout.lens, rollout.stopped)  # padding becomes id 0 and is never read
 
 
@@ -1469,23 +1427,19 @@ def merged_weights(speech_lm):
 # Optimizer, schedule, checkpoints. `trained` is {name: parameter} of all that trains.
 # ----------------------------------------------------------------------------------------------------------
 
-PARTS = {  # by the names of stock transformers; with tied weights the embeddings are the output matrix too
-    "encoder": ("model.audio_tower.",),
-    "adapter": ("model.multi_modal_projector.",),
-    "lm": ("model.language_model.", "lm_head."),
-}
+PARTS = ("encoder", "adapter", "lm")
 
 
-def trained_parameters(model, parts=tuple(PARTS)):
+def trained_parameters(model, parts=PARTS):
     """Freezes the parts that are not named, and returns {name: parameter} of all that trains.
 
     The paper trains all parts. A parameter that is frozen already stays so: an adapter such as LoRA freezes
     the weights under it. A module that a fork adds belongs to no part, and trains.
     """
-    for part in PARTS.keys() - set(parts):
-        for name, parameter in model.named_parameters():
-            if name.startswith(PARTS[part]):
-                parameter.requires_grad_(False)
+    for part in set(PARTS) - set(parts):
+        getattr(model, part).requires_grad_(False)
+    if "lm" not in parts:
+        model.head.requires_grad_(False)  # with tied weights the embeddings
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -1512,30 +1466,20 @@ def sum_gradients(trained, bucket_floats=2**24):
 
     A gradient that a rank does not have, as after a step without a micro-batch, counts as zeros.
     """
-    buckets = [[]]
-    size = 0
+    buckets = {}
+    offset = 0
     for parameter in trained.values():
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        if buckets[-1] and size + parameter.numel() > bucket_floats:
-            buckets.append([])
-            size = 0
-        buckets[-1].append(parameter.grad)
-        size += parameter.numel()
+        buckets.setdefault(offset // bucket_floats, []).append(parameter.grad)
+        offset += parameter.numel()
     if dist.is_initialized():
-        for grads in buckets:
+        for grads in buckets.values():
             flat = torch.cat([grad.flatten() for grad in grads])
             dist.all_reduce(flat)
             parts = flat.split([grad.numel() for grad in grads])
             for grad, part in zip(grads, parts):
                 grad.copy_(part.view_as(grad))
-
-
-def check_replicas(trained):
-    """Stops where the ranks' weights have come apart: every rank holds the same student, bit for bit."""
-    sums = [parameter.detach().view(torch.int32).sum(dtype=torch.int64) for parameter in trained.values()]
-    checksums = data.gather(torch.stack(sums).tolist())
-    assert all(checksum == checksums[0] for checksum in checksums), "the ranks' weights have come apart"
 
 
 def save_checkpoint(out, step, model, trained, optimizer, keep):
@@ -1545,7 +1489,10 @@ def save_checkpoint(out, step, model, trained, optimizer, keep):
     tensor that the stock folder does not hold, such as A. All ranks call it; rank 0 writes. Complete or not
     at all: written beside and renamed. The last `keep` checkpoints stay.
     """
-    check_replicas(trained)
+    # Every rank holds the same student, bit for bit.
+    sums = [parameter.detach().view(torch.int32).sum(dtype=torch.int64) for parameter in trained.values()]
+    checksums = data.gather(torch.stack(sums).tolist())
+    assert all(checksum == checksums[0] for checksum in checksums), "the ranks' weights have come apart"
     if data.rank_and_world()[0] == 0:
         for leftover in glob.glob(os.path.join(glob.escape(out), "step-*.partial")):
             shutil.rmtree(leftover)
@@ -1600,10 +1547,8 @@ def complete_or_absent(final):
     os.makedirs(partial)
     try:
         yield partial
-        for folder, _, names in os.walk(partial):
-            for name in names:
-                flush(os.path.join(folder, name))
-            flush(folder)
+        for path in glob.glob(os.path.join(glob.escape(partial), "**"), recursive=True):
+            flush(path)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, SafetensorError):  # such as a full disk; it names no path

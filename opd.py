@@ -169,7 +169,7 @@ def main(args):
         check = functools.partial(model.check_reference, front_end=student.front_end, to_teacher=to_teacher)
 
     def make_micro_batch(step, indices, batch_clips, waveforms):
-        """One micro-batch, made by a data worker: clips, both models' Batch, uniforms (B, T), references."""
+        """One micro-batch, made by a data worker: clips, both models' Batch, uniforms (B, T)."""
         languages = [clip.language for clip in batch_clips]
         contexts = [clip.context for clip in batch_clips]
         student_contexts = contexts if args.context == "both" else None
@@ -179,10 +179,7 @@ def main(args):
         # Sampling is a function of (seed, step, clip): the same whatever the ranks and micro-batches.
         generators = [np.random.default_rng((args.seed, 2, step, i)) for i in indices]
         uniforms = np.stack([generator.random(args.max_new_tokens) for generator in generators])
-        references = None
-        if args.states == "reference":
-            references = student.front_end.transcripts([clip.text for clip in batch_clips])
-        return batch_clips, batch, teacher_batch, torch.from_numpy(uniforms), references
+        return batch_clips, batch, teacher_batch, torch.from_numpy(uniforms)
 
     dataset = data.StepDataset(clips, args, make_micro_batch, check)
     if rank == 0:
@@ -191,8 +188,6 @@ def main(args):
         print(f"train: {len(clips)} clips, {hours:.2f} h, left out: {clips.n_long} longer than", end=" ")
         print(f"{args.max_seconds:g} s, {clips.n_failed} not decoded")
         print(f"{args.steps} steps = {epochs:.1f} epochs, {args.warmup_steps} of them warm-up")
-        for name, speech_lm in (("student", student), ("teacher", teacher)):
-            print(f"{name}: {sum(p.numel() for p in speech_lm.parameters()) / 1e6:.2f} M parameters")
         print(f"{world} process(es) on {device.type}", flush=True)
 
     # ---- before ------------------------------------------------------------------------------------------
@@ -212,27 +207,15 @@ def main(args):
     decoding = {"batch_seconds": args.micro_seconds, "language": args.language}
     decoding["no_context"] = args.context != "both"
 
-    def run_eval(step):
-        if not eval_sets:
-            return {}
-        folder = os.path.join(args.out, f"eval-{step}")
-        strict = args.on_bad_audio == "error"
-        summaries = eval.evaluate(student, eval_sets, device, decoding, folder, strict=strict)
-        student.free_decoders()  # an evaluation writes longer transcripts, and training needs that memory
-        if rank == 0:
-            eval.print_summaries(summaries)
-        return summaries
-
-    data.begin_run(args.out, config, first_step)
-    writer = data.tensorboard_writer(args, first_step)
+    writer = data.begin_run(args, config, first_step)
     if first_step == 0:
-        run_eval(0)
+        eval.evaluate_run(student, eval_sets, decoding, args, 0)
 
     # ---- training loop -----------------------------------------------------------------------------------
     caps = {"max_new_tokens": args.max_new_tokens, "tokens_per_second": args.tokens_per_second}
     student_writing = {**caps, "temperature": args.temperature, "forbidden": alignment.student_forbidden}
     teacher_writing = {**caps, "forbidden": alignment.teacher_forbidden}  # greedy
-    given_rollout = functools.partial(arm_rollout, teacher, teacher_writing, alignment)
+    given_rollout = functools.partial(arm_rollout, student, teacher, teacher_writing, alignment)
     other_loss = functools.partial(arm_loss, args, student, teacher, alignment)
     papers_loss = ("kl", "union", "forward", 1.0)
     has_other_loss = (args.objective, args.support, args.divergence, args.tau) != papers_loss
@@ -249,9 +232,8 @@ def main(args):
         samples = []
         sums = collections.Counter()  # (metric, what its sum is divided by) → sum
         counts = collections.Counter(skipped=len(bad))
-        step_clips = []
-        step_texts = []
-        for batch_clips, batch, teacher_batch, uniforms, references in micro_batches:
+        transcripts = []  # (clip, its transcript)
+        for batch_clips, batch, teacher_batch, uniforms in micro_batches:
             batch = batch.to(device)
             teacher_batch = teacher_batch.to(device)
             uniforms = uniforms.to(device)
@@ -267,12 +249,12 @@ def main(args):
             if states == "student":
                 rollout = student.sample(batch, **student_writing, uniforms=uniforms, encoded=encoded)
             else:
-                rollout = given_rollout(states, references, teacher_batch, teacher_encoded)
+                rollout = given_rollout(states, batch_clips, teacher_batch, teacher_encoded)
 
             # Both models read the same tokens, id by id, the teacher behind its own prompt. (Where no line
             # names a language for that prompt, the script of the transcript decides it.)
             texts = student.front_end.texts(rollout)
-            teacher_batch = teacher.with_script_languages(teacher_batch, texts)
+            teacher_batch = teacher.with_script_languages(teacher_batch, texts, args.language)
             student_hidden = student(batch, rollout, encoded)  # (N, H)
             teacher_rollout = model.mapped_rollout(rollout, alignment.to_teacher)
             teacher_hidden = teacher(teacher_batch, teacher_rollout, teacher_encoded)  # (N, H')
@@ -316,8 +298,7 @@ def main(args):
             sums["capped", "clips"] += int((~rollout.stopped).sum())
             sums["looping", "clips"] += sum(eval.looping(text) for text in texts)
             sums["silent", "clips"] += int(batch.silent.sum())
-            step_clips += batch_clips
-            step_texts += texts
+            transcripts += zip(batch_clips, texts)
             if is_sampled and not samples:
                 written = teacher.sample(teacher_batch, **teacher_writing, encoded=teacher_encoded)
                 teacher_texts = teacher.front_end.texts(written)
@@ -333,9 +314,9 @@ def main(args):
         for parameter in trained.values():
             parameter.grad /= max(counts["positions"], 1)
         grad_norm = nn.utils.clip_grad_norm_(trained.values(), args.clip or math.inf).item()
-        if not math.isfinite(sums["loss", "positions"]) or not math.isfinite(grad_norm):
+        if not math.isfinite(sums["loss", "positions"] + grad_norm):
             figures = f"loss {sums['loss', 'positions']}, gradient norm {grad_norm}"
-            data.stop_not_finite(args.out, done, figures, step_clips, step_texts)
+            data.stop_not_finite(args.out, done, figures, transcripts)
 
         # ---- step ----------------------------------------------------------------------------------------
         lr = model.cosine_lr(step, args.steps, args.warmup_steps, args.lr)
@@ -355,20 +336,18 @@ def main(args):
 
         # ---- eval, save ----------------------------------------------------------------------------------
         if args.eval_every and done % args.eval_every == 0 and done < args.steps:
-            for stem, summary in run_eval(done).items():
+            for stem, summary in eval.evaluate_run(student, eval_sets, decoding, args, done).items():
                 metrics[f"{stem}/{summary['metric']}"] = summary["value"]
         if rank == 0:
-            data.log_metrics(args.out, metrics, writer)
+            data.log_metrics(args.out, metrics, writer, bar)
             data.add_lines(os.path.join(args.out, "samples.jsonl"), samples)
-            shown = ("loss", "kl", "vuss", "clips_per_s")
-            bar.set_postfix({key: f"{metrics[key]:.3g}" for key in shown if key in metrics}, refresh=False)
         if done % args.save_every == 0 or done == args.steps:
             model.save_checkpoint(args.out, done, student, trained, optimizer, args.keep)
         started = time.perf_counter()
 
     # ---- after -------------------------------------------------------------------------------------------
     model.save_model(args.out, student)
-    after = run_eval(args.steps)
+    after = eval.evaluate_run(student, eval_sets, decoding, args, args.steps)
     if rank == 0:
         report(args, after)
     data.barrier()
@@ -401,8 +380,7 @@ def report(args, after):
         "skipped": sum(line["skipped"] for line in lines),
         "model": os.path.join(args.out, "model"),
     }
-    first, last = [eval.number_text(summary[key], ".2f") for key in ("vuss_first", "vuss_last")]
-    print(f"VUSS {first} → {last} (first and last 10 steps)")
+    print(f"VUSS {np.mean(vuss[:10]):.2f} → {np.mean(vuss[-10:]):.2f} (first and last 10 steps)")
     if summary["skipped"]:
         print(f"skipped: {summary['skipped']} clips that could not be used, listed in {args.out}/bad.jsonl")
     print(f"model: {summary['model']}")
@@ -435,10 +413,10 @@ def sample_lines(step, front_end, clips, rollout, teacher_texts, kl, n=2):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def arm_rollout(teacher, teacher_writing, alignment, states, references, teacher_batch, teacher_encoded):
+def arm_rollout(student, teacher, teacher_writing, alignment, states, clips, teacher_batch, teacher_encoded):
     """The `Rollout`, in the student's ids, of the manifest's transcripts or the teacher's greedy ones."""
     if states == "reference":
-        return references.to(teacher.device)
+        return student.front_end.transcripts([clip.text for clip in clips]).to(student.device)
     written = teacher.sample(teacher_batch, **teacher_writing, encoded=teacher_encoded)
     return model.mapped_rollout(written, alignment.to_student)
 

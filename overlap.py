@@ -123,12 +123,11 @@ def main(args):
             }
 
     # ---- tables over all ranks -------------------------------------------------------------------------
+    lines = collections.ChainMap(*data.gather(lines))
     total = collections.defaultdict(collections.Counter)
-    lines_of_all = {}
-    for rank_sums, rank_lines in data.gather((sums, lines)):
+    for rank_sums in data.gather(sums):
         for group, group_sums in rank_sums.items():
             total[group].update(group_sums)  # adds, negative values too
-        lines_of_all.update(rank_lines)
     if rank > 0:
         return
     tenths = [means(total.pop(f"tenth {n + 1}", {})) for n in range(TENTHS)]
@@ -137,11 +136,9 @@ def main(args):
     # ---- report ----------------------------------------------------------------------------------------
     if args.out:
         os.makedirs(args.out, exist_ok=True)
-        flags = ("student", "teacher", "data", "states", "context", "k")
-        result = {name: getattr(args, name) for name in flags}
-        result.update(clips=len(clips), measures=table, tenths=tenths)
+        result = {**vars(args), "clips": len(clips), "measures": table, "tenths": tenths}
         data.write_json(os.path.join(args.out, "overlap.json"), result)
-        lines = [lines_of_all[i] for i in range(len(clips))]
+        lines = [lines[i] for i in range(len(clips))]
         data.add_lines(os.path.join(args.out, "clips.jsonl"), lines, mode="w")
     rows = []
     for name in table["all"]:
@@ -193,19 +190,17 @@ def measure(student, teacher, alignment, clips, language, args, device, chunk=25
     contexts = [clip.context for clip in clips]
     student_contexts = contexts if args.context == "both" else None
     teacher_contexts = contexts if args.context != "none" else None
-    student_batch = data.collate(waveforms, student.front_end, languages, language, student_contexts)
+    batch = data.collate(waveforms, student.front_end, languages, language, student_contexts)
     teacher_batch = data.collate(waveforms, teacher.front_end, languages, language, teacher_contexts)
-    student_batch = student_batch.to(device)
+    batch = batch.to(device)
     teacher_batch = teacher_batch.to(device)
-    student_encoded = student.encode(student_batch)
+    encoded = student.encode(batch)
     teacher_encoded = teacher.encode(teacher_batch)
 
     # Both write, whichever transcript is scored: clips.jsonl keeps it, for simpler comparisons of the two.
     # The teacher's ids map one to one, because those without a counterpart are forbidden to it.
     caps = {"max_new_tokens": args.max_new_tokens, "tokens_per_second": args.tokens_per_second}
-    student_written = student.sample(
-        student_batch, **caps, forbidden=alignment.student_forbidden, encoded=student_encoded
-    )
+    student_written = student.sample(batch, **caps, forbidden=alignment.student_forbidden, encoded=encoded)
     teacher_written = teacher.sample(
         teacher_batch, **caps, forbidden=alignment.teacher_forbidden, encoded=teacher_encoded
     )
@@ -221,10 +216,10 @@ def measure(student, teacher, alignment, clips, language, args, device, chunk=25
     else:
         rollout = transcripts[args.states]
     transcripts["scored"] = rollout
-    teacher_batch = teacher.with_script_languages(teacher_batch, student.front_end.texts(rollout))
+    teacher_batch = teacher.with_script_languages(teacher_batch, student.front_end.texts(rollout), language)
 
     # Both score their tokens.
-    student_hidden = student(student_batch, rollout, student_encoded)  # (N, H)
+    student_hidden = student(batch, rollout, encoded)  # (N, H)
     same_rollout = model.mapped_rollout(rollout, alignment.to_teacher)
     teacher_hidden = teacher(teacher_batch, same_rollout, teacher_encoded)  # (N, H')
     token_ids = rollout.ids[rollout.row_mask()]  # (N,)
@@ -268,7 +263,7 @@ def set_overlap(student_topk, teacher_topk, support_mask):
     n_union = support_mask.sum(dim=1).double()
     n_both = n_student + n_teacher - n_union
     values = {"vuss": n_union}
-    for k in nested_ks(K):  # the best k ids of a list are its first k
+    for k in [2**n for n in range((K - 1).bit_length())]:  # below K; the best k ids are the first k
         _, nested_mask = model.union_support(student_topk[:, :k], teacher_topk[:, :k])
         values[f"vuss_{k}"] = nested_mask.sum(dim=1).double()
     same_first = (student_topk[:, 0] == teacher_topk[:, 0]) & (student_topk[:, 0] >= 0)
@@ -278,11 +273,6 @@ def set_overlap(student_topk, teacher_topk, support_mask):
     values["jaccard"] = n_both / n_union.clamp(min=1)
     values["top1"] = same_first.double()
     return values
-
-
-def nested_ks(k):
-    """1, 2, 4, … below k."""
-    return [2**n for n in range((k - 1).bit_length())]
 
 
 def probability_overlap(student_logits, teacher_logits, student_topk, teacher_topk, token_ids):
@@ -298,8 +288,9 @@ def probability_overlap(student_logits, teacher_logits, student_topk, teacher_to
     - teacher_logp = log p of the transcript's token, nats;
     - first_student, first_teacher = q and p of the student's likeliest id.
     """
-    log_p = teacher_logits.double().log_softmax(dim=1)  # (N, V)
-    log_q = student_logits.double().log_softmax(dim=1)
+    # −1e9 in place of −∞, because 0 · (−∞) would be NaN.
+    log_p = teacher_logits.double().log_softmax(dim=1).clamp(min=-1e9)  # (N, V)
+    log_q = student_logits.double().log_softmax(dim=1).clamp(min=-1e9)
     p = log_p.exp()
     q = log_q.exp()
     first_student, first_ids = q.max(dim=1)
@@ -316,19 +307,13 @@ def probability_overlap(student_logits, teacher_logits, student_topk, teacher_to
         "mass_student": union_log_q.exp().where(both_mask, 0.0).sum(dim=1),
         "mass_teacher": union_log_p.exp().where(both_mask, 0.0).sum(dim=1),
         "advantage": -reverse_kl / both_mask.sum(dim=1).clamp(min=1),
-        "entropy_gap": (expectation(q, log_q) - expectation(p, log_p)).abs(),
+        "entropy_gap": ((q * log_q).sum(dim=1) - (p * log_p).sum(dim=1)).abs(),
         "kl_union": kl_union,
-        "kl_full": expectation(p, log_p - log_q),
+        "kl_full": model.kl_rows(log_p, log_q),
         "teacher_logp": log_p.gather(1, token_ids[:, None])[:, 0],
         "first_student": first_student,
         "first_teacher": p.gather(1, first_ids[:, None])[:, 0],
     }
-
-
-def expectation(weights, values):
-    """Σ weights · values over the last dimension, with 0 · (±∞) = 0."""
-    products = weights * values
-    return products.where(weights > 0, 0.0).sum(dim=-1)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -359,17 +344,12 @@ def draw_report(out, lines, compared):
         axis.set_xlabel("step")
         axis.legend(fontsize="small")
 
-    # None, where a set has no reference units or one cluster, becomes NaN, which is not drawn.
-    places = np.arange(len(compared))
-    for n, (shift, marker, colour) in enumerate([(0.15, "o", "grey"), (-0.15, "s", "C0")]):
-        errors = []
-        for summaries in compared.values():
-            errors.append([summaries[n][key] for key in ("value", "low", "high")])
-        errors = np.array(errors, dtype=float).reshape(-1, 3)
-        error_axis.plot(errors[:, 0], places + shift, marker, color=colour)
-        error_axis.hlines(places + shift, errors[:, 1], errors[:, 2], color=colour)
-    names = [name.replace("$", r"\$") for name in compared]  # matplotlib sets what is between $ as a formula
-    error_axis.set_yticks(places, names)
+    # None, where a set has no reference units or one cluster, is not drawn.
+    for place, summaries in enumerate(compared.values()):
+        for summary, shift, marker, colour in zip(summaries, (0.15, -0.15), "os", ("grey", "C0")):
+            error_axis.plot([summary["value"]], [place + shift], marker, color=colour)
+            error_axis.hlines(place + shift, summary["low"], summary["high"], color=colour)
+    error_axis.set_yticks(range(len(compared)), list(compared), parse_math=False)  # $ is no formula
     error_axis.invert_yaxis()
     error_axis.set_title("error, %: before (grey), after; 95 %")
     figure.savefig(os.path.join(out, "report.png"), dpi=80)

@@ -132,12 +132,8 @@ def main(args):
     eval_sets = eval.read_sets(args.eval, args.max_seconds)
     model.check_languages(clips.languages.values(), args.language, student)
     for set_clips in eval_sets.values():
-        # What would end the run after hours shows now: a line without its speaker, a damaged clip.
         model.check_languages(set_clips, args.language, student)
-        eval.clusters_of(set_clips)
-        if args.on_bad_audio == "error":
-            for i in range(rank, len(set_clips), world):
-                data.load_audio(set_clips[i])
+        eval.clusters_of(set_clips)  # a line without its speaker shows now, not after hours
 
     def make_micro_batch(step, indices, batch_clips, waveforms):
         """One micro-batch, built by a data worker: clips, Batch, the transcripts as a Rollout."""
@@ -153,31 +149,16 @@ def main(args):
 
     dataset = data.StepDataset(clips, args, make_micro_batch)
     if rank == 0:
-        n_cut = 0 if args.text_field == "text" else sum(map(is_cut, clips))
         hours = clips.seconds.sum(dtype=float) / 3600
         epochs = args.steps * args.batch_size / len(clips)
         print(f"train: {len(clips)} clips, {hours:.2f} h, left out: {clips.n_long} longer than", end=" ")
-        print(f"{args.max_seconds:g} s, {clips.n_failed} not decoded, {clips.n_unwanted} looping", end="; ")
-        print(f"without a stop token, as the cap cut them: {n_cut}")
+        print(f"{args.max_seconds:g} s, {clips.n_failed} not decoded, {clips.n_unwanted} looping")
         print(f"{args.steps} steps = {epochs:.1f} epochs, {args.warmup_steps} of them warm-up")
-        print(f"model: {sum(p.numel() for p in student.parameters()) / 1e6:.2f} M parameters", end=", ")
         print(f"{world} process(es) on {device.type}", flush=True)
 
     # ---- before ------------------------------------------------------------------------------------------
-    data.begin_run(args.out, config, first_step)
-    writer = data.tensorboard_writer(args, first_step)
+    writer = data.begin_run(args, config, first_step)
     decoding = {"batch_seconds": args.micro_seconds, "language": args.language, "no_context": args.no_context}
-
-    def run_eval(step):
-        if not eval_sets:
-            return {}
-        folder = os.path.join(args.out, f"eval-{step}")
-        strict = args.on_bad_audio == "error"
-        summaries = eval.evaluate(student, eval_sets, device, decoding, folder, strict=strict)
-        student.free_decoders()  # training does not need their memory
-        if rank == 0:
-            eval.print_summaries(summaries)
-        return summaries
 
     # ---- training loop -----------------------------------------------------------------------------------
     steps = data.step_batches(dataset, first_step, args.steps, args.workers)
@@ -235,11 +216,10 @@ def main(args):
         sums = data.sum_over_ranks(sums)
         model.sum_gradients(trained)
         grad_norm = nn.utils.clip_grad_norm_(trained.values(), args.clip or math.inf).item()
-        losses = (sums["loss", "tokens"], sums["ctc", "clips"])
-        if not math.isfinite(sum(losses)) or not math.isfinite(grad_norm):
-            figures = f"Σ of cross-entropy and of CTC {losses}, gradient norm {grad_norm}"
+        if not math.isfinite(sums["loss", "tokens"] + sums["ctc", "clips"] + grad_norm):
+            figures = f"loss {sums['loss', 'tokens']}, CTC {sums['ctc', 'clips']}, gradient norm {grad_norm}"
             step_clips = sum([batch_clips for batch_clips, _, _ in micro_batches], [])
-            data.stop_not_finite(args.out, done, figures, step_clips, [clip.text for clip in step_clips])
+            data.stop_not_finite(args.out, done, figures, [(clip, clip.text) for clip in step_clips])
 
         # ---- step ----------------------------------------------------------------------------------------
         lr = model.cosine_lr(step, args.steps, args.warmup_steps, args.lr)
@@ -259,19 +239,17 @@ def main(args):
 
         # ---- eval, save ----------------------------------------------------------------------------------
         if args.eval_every and done % args.eval_every == 0 and done < args.steps:
-            for stem, summary in run_eval(done).items():
+            for stem, summary in eval.evaluate_run(student, eval_sets, decoding, args, done).items():
                 metrics[f"{stem}/{summary['metric']}"] = summary["value"]
         if rank == 0:
-            data.log_metrics(args.out, metrics, writer)
-            shown = ("loss", "clips_per_s")
-            bar.set_postfix({key: f"{metrics[key]:.3g}" for key in shown if key in metrics}, refresh=False)
+            data.log_metrics(args.out, metrics, writer, bar)
         if done % args.save_every == 0 or done == args.steps:
             model.save_checkpoint(args.out, done, student, trained, optimizer, args.keep)
         started = time.perf_counter()
 
     # ---- after -------------------------------------------------------------------------------------------
     model.save_model(args.out, student)
-    summaries = run_eval(args.steps)
+    summaries = eval.evaluate_run(student, eval_sets, decoding, args, args.steps)
     if rank == 0:
         lines = data.read_lines(os.path.join(args.out, "metrics.jsonl"))
         skipped = sum(line["skipped"] for line in lines)

@@ -8,6 +8,7 @@ reordered. A clip alone scores the same in both if both give it as many audio to
 up, the release down. In a batch the release's scores also depend on the padding, which it does not mask.
 """
 
+import os
 import re
 
 import torch
@@ -58,7 +59,7 @@ def main(args):
 def convert(name):
     """The released ARK-ASR as a `SpeechLM`, in the data type of its weights."""
     folder = model.local_folder(name)
-    released = model.read_config(name, folder)
+    released = data.read_json(os.path.join(folder, "config.json"))
     if "whisper_config" not in released:
         raise data.InputError(f"{name} is no released ARK-ASR: its config.json has no whisper_config")
     if released.get("merge_factor", 4) != 4:

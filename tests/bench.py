@@ -229,14 +229,9 @@ def decode_floor_s(speech_lm, batch):
     target = torch.empty_like(source)
     copy_s = alternate(lambda: target.copy_(source))[0]
     n_floats = sum(parameter.numel() for parameter in speech_lm.lm.parameters())  # the tied head is in it
-    n_floats += batch.prompt_ids.numel() * cache_floats(speech_lm.config.text_config)
+    n_floats += batch.prompt_ids.numel() * math.prod(speech_lm.lm.cache_shape(1, 1))
     value_bytes = 2 if speech_lm.bf16 else speech_lm.head.weight.element_size()
     return n_floats * value_bytes / (2 * source.numel() / copy_s)
-
-
-def cache_floats(config):
-    """Keys and values of a position, over all layers."""
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * model.head_size(config)
 
 
 def union_loss_figures(n_rows, vocab_size, hidden, device):
@@ -410,13 +405,14 @@ def lm_memory(speech_lm, length, bf16, recompute):
     has_lora = len(speech_lm.peft_models) > 0
     value_bytes = 2 if bf16 else 4
     n_inputs = 5 if bf16 else 2
-    n_queries = config.num_attention_heads * model.head_size(config)
+    d = speech_lm.lm.layers[0].self_attn.d
+    n_queries = config.num_attention_heads * d
     n_values = n_inputs * H + 4 * n_queries + length + 4 * config.intermediate_size
     if bf16 and has_lora:
         n_values += n_queries  # peft casts the input of o_proj to float32, and autocast casts it back
     layer = 2 * 4 * H + value_bytes * n_values
     if config.model_type == "qwen3":  # norms of q and k in float32, in bf16 also what a trained weight scales
-        n_qk = n_queries + config.num_key_value_heads * model.head_size(config)
+        n_qk = n_queries + config.num_key_value_heads * d
         layer += 4 * n_qk * (2 if bf16 and not has_lora else 1)
     kept_bytes = 4 * H  # the last norm's
     kept_bytes += config.num_hidden_layers * (4 * H if recompute else layer)
@@ -474,8 +470,9 @@ def step_memory(student, teacher, seconds, bf16, recompute):
     # up, and a token's logits, twice. While one writes, a layer at the prompt's positions.
     n_rows, n_columns = model.decoder_size(math.ceil(n_clips), SEQUENCE)
     kept = 0
-    for config in (text, teacher.config.text_config):
-        kept += n_rows * (n_columns * value_bytes * cache_floats(config) + 2 * 4 * config.vocab_size)
+    for speech_lm in (student, teacher):
+        kept += value_bytes * math.prod(speech_lm.lm.cache_shape(n_rows, n_columns))
+        kept += n_rows * 2 * 4 * speech_lm.config.text_config.vocab_size
     rollout = encoded + n_positions * lm_extra_bytes
 
     # The top-k of either model: a chunk of logits, twice, and in bf16 a copy of the head.

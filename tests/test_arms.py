@@ -109,7 +109,7 @@ def test_arms_see_the_same_clips_prompts_and_draws(stage, tmp_path, monkeypatch)
 
     def seen_batches(*args):
         for step, micro_batches, bad in step_batches(*args):
-            for batch_clips, batch, teacher_batch, uniforms, _ in micro_batches:
+            for batch_clips, batch, teacher_batch, uniforms in micro_batches:
                 tensors = [batch.mel, batch.prompt_ids, teacher_batch.mel, teacher_batch.prompt_ids, uniforms]
                 seen.append([clip.where for clip in batch_clips])
                 seen.append([tensor.double().sum().item() for tensor in tensors])

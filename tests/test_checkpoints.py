@@ -17,6 +17,7 @@ from conftest import (
     tiny_model,
 )
 from torch.testing import assert_close
+from transformers.models.qwen3_asr.processing_qwen3_asr import LANGUAGE_CODE_TO_NAME
 
 import data
 import model as m
@@ -39,7 +40,7 @@ def load_both(folder):
 
 
 def request(processor, wave, code):
-    return processor.apply_transcription_request(wave.numpy(), language=data.LANGUAGES[code])
+    return processor.apply_transcription_request(wave.numpy(), language=LANGUAGE_CODE_TO_NAME[code])
 
 
 @torch.no_grad()
@@ -64,7 +65,7 @@ def test_qwen3_asr_prompts_and_audio_tokens_are_the_processors(qwen):
     for n_samples in (100, 7999, 8000, 8159, 15999, 16000, 16001, 16159, 16160, 40123):
         ids = request(processor, noise(2.6)[:n_samples], "en")["input_ids"]
         assert int((ids == processor.audio_token_id).sum()) == front_end.n_audio_tokens(n_samples), n_samples
-    for code in data.LANGUAGES:
+    for code in LANGUAGE_CODE_TO_NAME:
         ids = request(processor, noise(0.5), code)["input_ids"][0].tolist()
         assert front_end.prompt(7, code) == ids, code
     assert len(speech_lm.forbidden) == len(processor.tokenizer) + 7  # rows without a token are forbidden too
@@ -141,12 +142,12 @@ def test_language_of_the_manifest_then_of_a_deciding_script_then_the_default(qwe
     codes = ["de", None, None, "en", None]
     contexts = ["names", "names", None, None, None]
     batch = data.collate([noise(0.5)] * 5, speech_lm.front_end, codes, "fr", contexts)
-    named = speech_lm.with_script_languages(batch, ["今天", "안녕", "hello", "今天", "<|im_end|> καλά"])
+    named = speech_lm.with_script_languages(batch, ["今天", "안녕", "hello", "今天", "<|im_end|> καλά"], "fr")
     for prompts, codes in ((batch, "de fr fr en fr"), (named, "de ko fr en el")):
         for ids, mask, code, context in zip(prompts.prompt_ids, prompts.prompt_mask, codes.split(), contexts):
             assert ids[mask].tolist() == speech_lm.front_end.prompt(7, code, context)
     all_named = batch_of(speech_lm, [0.5], ["de"])
-    assert speech_lm.with_script_languages(all_named, ["今天"]) is all_named
+    assert speech_lm.with_script_languages(all_named, ["今天"], None) is all_named
 
 
 def test_a_language_that_no_prompt_names_is_an_error_of_its_line(qwen):
@@ -154,9 +155,9 @@ def test_a_language_that_no_prompt_names_is_an_error_of_its_line(qwen):
     for number, language in enumerate([None, "is"], start=4):
         clips.append(types.SimpleNamespace(where=f"m.jsonl:{number}", language=language))
     m.check_languages(clips, None, tiny_model())  # whose prompt names none
-    with pytest.raises(data.InputError, match='m.jsonl:5: "language" is: the prompt .* ar, cs, .*, zh'):
+    with pytest.raises(data.InputError, match="m.jsonl:5: language is: .* ar, cs, .*, zh"):
         m.check_languages(clips, "en", tiny_model(), qwen[2])
-    with pytest.raises(data.InputError, match='m.jsonl:4: no "language": give --language'):
+    with pytest.raises(data.InputError, match="m.jsonl:4: language None: give one, or --language"):
         m.check_languages(clips, None, qwen[2])
 
 

@@ -328,7 +328,7 @@ def test_a_tensor_that_is_missing_is_named(tmp_path, kind):
 def test_a_file_that_is_missing_is_named_with_where_to_copy_it_from(tmp_path, kind, name):
     folder = folder_of(kind, tmp_path / "m")
     (folder / name).unlink()
-    assert f"m has no {name}; copy it from the folder or hub repository" in error_of(folder)
+    assert f"m has no {name}; copy it from the model's source" in error_of(folder)
 
 
 def with_nan(folder):
@@ -346,12 +346,11 @@ def with_old_rope(folder):
 
 
 REFUSED = {  # what is done to a folder of ours, and what the one line says
-    "m is no model folder: it has no config.json": lambda folder: (folder / "config.json").unlink(),
     "model.audio_tower.conv1.bias holds NaN": with_nan,
     'write "rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"}': with_old_rope,
     "model_type is 'qwen3'; python -m prepare.student makes": {"model_type": "qwen3"},
     "m is a released ARK-ASR; run python -m prepare.ark": {"model_type": "arkasr", "whisper_config": {}},
-    "name ends in -hf, such as Qwen/Qwen3-ASR-1.7B-hf": {"model_type": "qwen3_asr", "thinker_config": {}},
+    "take its -hf form, as Qwen/Qwen3-ASR-1.7B-hf": {"model_type": "qwen3_asr", "thinker_config": {}},
     "model and tokenizer differ: audio token 5": {"audio_token_id": 5},
     "model_type is 'llama'; the LM is Qwen2 or Qwen3": glm_asr_nano_folder,
     "m is a run without a finished model; give one of its": {"script": "opd.py"},

@@ -60,12 +60,12 @@ def test_a_models_transcripts_are_learned_as_they_are(stage, tmp_path, capsys):
     out = tmp_path / "all"
     line = runs.train(sft, stage, out, *flags)[0]
     assert (line["tokens"], line["cut"]) == (3 + 1 + 2 + len(looping), 2 / 3)
-    assert "1 not decoded, 0 looping; without a stop token, as the cap cut them: 2" in capsys.readouterr().out
+    assert "1 not decoded, 0 looping\n" in capsys.readouterr().out
     out = tmp_path / "dropped"
     flags += ["--batch-size", 2, "--lr", 0, "--drop-looping"]
     line = runs.train(sft, stage, out, *flags)[0]
     assert (line["tokens"], line["cut"]) == (3 + 1 + 2, 1 / 2)
-    assert "1 not decoded, 1 looping; without a stop token, as the cap cut them: 1" in capsys.readouterr().out
+    assert "1 not decoded, 1 looping\n" in capsys.readouterr().out
     # CTC is of the complete transcript alone, over both clips.
     student = model.SpeechLM.from_pretrained(stage / "student")
     state = runs.state_of(out, 1)
