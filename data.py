@@ -524,6 +524,17 @@ def collate(waveforms, front_end, languages, default_language=None, contexts=Non
     )
 
 
+def collate_both(clips, waveforms, student, teacher, args):
+    """The `Batch` of clips for the student and for the teacher. args: --language and --context."""
+    languages = [clip.language for clip in clips]
+    contexts = [clip.context for clip in clips]
+    student_contexts = contexts if args.context == "both" else None
+    teacher_contexts = contexts if args.context != "none" else None
+    student_batch = collate(waveforms, student.front_end, languages, args.language, student_contexts)
+    teacher_batch = collate(waveforms, teacher.front_end, languages, args.language, teacher_contexts)
+    return student_batch, teacher_batch
+
+
 def pad_left(prompts, pad_id):
     """Prompt ids (B, S) and their mask (B, S) from B lists of ids."""
     options = {"batch_first": True, "padding_side": "left"}

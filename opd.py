@@ -170,12 +170,7 @@ def main(args):
 
     def make_micro_batch(step, indices, batch_clips, waveforms):
         """One micro-batch, made by a data worker: clips, both models' Batch, uniforms (B, T)."""
-        languages = [clip.language for clip in batch_clips]
-        contexts = [clip.context for clip in batch_clips]
-        student_contexts = contexts if args.context == "both" else None
-        teacher_contexts = contexts if args.context != "none" else None
-        batch = data.collate(waveforms, student.front_end, languages, args.language, student_contexts)
-        teacher_batch = data.collate(waveforms, teacher.front_end, languages, args.language, teacher_contexts)
+        batch, teacher_batch = data.collate_both(batch_clips, waveforms, student, teacher, args)
         # Sampling is a function of (seed, step, clip): the same whatever the ranks and micro-batches.
         generators = [np.random.default_rng((args.seed, 2, step, i)) for i in indices]
         uniforms = np.stack([generator.random(args.max_new_tokens) for generator in generators])
@@ -187,7 +182,7 @@ def main(args):
         epochs = args.steps * args.batch_size / len(clips)
         print(f"train: {len(clips)} clips, {hours:.2f} h, left out: {clips.n_long} longer than", end=" ")
         print(f"{args.max_seconds:g} s, {clips.n_failed} not decoded")
-        print(f"{args.steps} steps = {epochs:.1f} epochs, {args.warmup_steps} of them warm-up")
+        print(f"{args.steps} steps = {epochs:.1f} epochs, warm-up over {args.warmup_steps}")
         print(f"{world} process(es) on {device.type}", flush=True)
 
     # ---- before ------------------------------------------------------------------------------------------
@@ -293,11 +288,15 @@ def main(args):
             sums["kl", "kl_rows"] += kl.sum().item()
             for name, values in overlap.set_overlap(student_topk, teacher_topk, support_mask).items():
                 sums[name, "rows"] += values.sum().item()
-            sums["mean_tokens", "clips"] += int(rollout.lens.sum())
-            sums["empty", "clips"] += int((rollout.lens == 0).sum())
-            sums["capped", "clips"] += int((~rollout.stopped).sum())
-            sums["looping", "clips"] += sum(eval.looping(text) for text in texts)
-            sums["silent", "clips"] += int(batch.silent.sum())
+            clip_values = {
+                "mean_tokens": rollout.lens,
+                "empty": rollout.lens == 0,
+                "capped": ~rollout.stopped,
+                "silent": batch.silent,
+            }
+            for name, values in clip_values.items():
+                sums[name, "clips"] += values.sum().item()
+            sums["looping", "clips"] += sum(map(eval.looping, texts))
             transcripts += zip(batch_clips, texts)
             if is_sampled and not samples:
                 written = teacher.sample(teacher_batch, **teacher_writing, encoded=teacher_encoded)

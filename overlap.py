@@ -86,7 +86,7 @@ def main(args):
     batches = data.cut_micro_batches(range(rank, len(clips), world), durations, args.batch_seconds)
     for indices in tqdm(batches, disable=rank > 0, desc="overlap"):
         batch_clips = [clips[i] for i in indices]
-        transcripts, values = measure(student, teacher, alignment, batch_clips, args.language, args, device)
+        transcripts, values = measure(student, teacher, alignment, batch_clips, args, device)
         # To the CPU at once: below are many small sums, and each would wait for the device.
         rollout = transcripts["scored"].to("cpu")
         values = {name: value.cpu() for name, value in values.items()}
@@ -179,19 +179,14 @@ def means(sums):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def measure(student, teacher, alignment, clips, language, args, device, chunk=256):
-    """All measures of a batch of clips, `chunk` rows at a time. language: of clips that name none.
+def measure(student, teacher, alignment, clips, args, device, chunk=256):
+    """All measures of a batch of clips, `chunk` rows at a time.
 
     → {"student", "teacher", "scored": `Rollout`}: what both models write, and the transcripts whose rows are
     scored, all in the student's ids; {measure: (N,) float64}.
     """
     waveforms = [data.load_audio(clip) for clip in clips]
-    languages = [clip.language for clip in clips]
-    contexts = [clip.context for clip in clips]
-    student_contexts = contexts if args.context == "both" else None
-    teacher_contexts = contexts if args.context != "none" else None
-    batch = data.collate(waveforms, student.front_end, languages, language, student_contexts)
-    teacher_batch = data.collate(waveforms, teacher.front_end, languages, language, teacher_contexts)
+    batch, teacher_batch = data.collate_both(clips, waveforms, student, teacher, args)
     batch = batch.to(device)
     teacher_batch = teacher_batch.to(device)
     encoded = student.encode(batch)
@@ -216,7 +211,8 @@ def measure(student, teacher, alignment, clips, language, args, device, chunk=25
     else:
         rollout = transcripts[args.states]
     transcripts["scored"] = rollout
-    teacher_batch = teacher.with_script_languages(teacher_batch, student.front_end.texts(rollout), language)
+    texts = student.front_end.texts(rollout)
+    teacher_batch = teacher.with_script_languages(teacher_batch, texts, args.language)
 
     # Both score their tokens.
     student_hidden = student(batch, rollout, encoded)  # (N, H)

@@ -153,7 +153,7 @@ def main(args):
         epochs = args.steps * args.batch_size / len(clips)
         print(f"train: {len(clips)} clips, {hours:.2f} h, left out: {clips.n_long} longer than", end=" ")
         print(f"{args.max_seconds:g} s, {clips.n_failed} not decoded, {clips.n_unwanted} looping")
-        print(f"{args.steps} steps = {epochs:.1f} epochs, {args.warmup_steps} of them warm-up")
+        print(f"{args.steps} steps = {epochs:.1f} epochs, warm-up over {args.warmup_steps}")
         print(f"{world} process(es) on {device.type}", flush=True)
 
     # ---- before ------------------------------------------------------------------------------------------

@@ -149,8 +149,8 @@ def check_models(args):
 
     # The teacher on the student's transcripts: what the first step of OPD will see.
     caps = {"max_new_tokens": MAX_NEW_TOKENS, "tokens_per_second": model.TOKENS_PER_SECOND}
-    options = argparse.Namespace(states="student", context="both", k=K, **caps)
-    transcripts, values = overlap.measure(student, teacher, alignment, clips, args.language, options, device)
+    options = argparse.Namespace(language=args.language, states="student", context="both", k=K, **caps)
+    transcripts, values = overlap.measure(student, teacher, alignment, clips, options, device)
     kl = values["kl_union"].mean()
     print("the teacher on the student's transcripts:")
     print(f"  KL {kl:.3f} nats a token (sound: below 2; misaligned ids or prompts: above 5)")
