@@ -185,7 +185,7 @@ class Clips:
 
     seconds: (n,) float32, durations. languages: {code, or None where a line names none: first clip with it}.
     text_field: the key of the transcript; None: no transcript is read. Raises InputError where a line has
-    none, or markup in it, which would be learned as speech; not with learns_text=False.
+    none, or markup in it, which would be learned as speech. With learns_text=False neither is an error.
     """
 
     def __init__(self, paths, max_seconds, text_field=None, is_wanted=None, learns_text=True):
@@ -284,7 +284,7 @@ def audio_errors(place):
         reason = f"cannot be decoded ({getattr(error, 'strerror', error)})"
         raise AudioError(f"{place}: {reason}; get it anew, or convert it to wav or flac") from None
     except OSError as error:
-        raise AudioError(f"{place}: {error.strerror}; relative paths start at the manifest") from None
+        raise AudioError(f"{place}: {error.strerror}; paths start in the manifest's folder") from None
 
 
 def open_audio(clip):
@@ -562,7 +562,7 @@ class BatchOrder:
         self.batch_size = batch_size
         self.seed = seed
         self.pool_batches = max(min(pool_batches, len(seconds) // batch_size), 1)  # at most one epoch
-        self.pool = functools.lru_cache(1)(self.pool)  # kept for the steps that follow
+        self.pool = functools.lru_cache(1)(self.pool)  # the last one is kept for the steps that follow
 
     def epoch(self, epoch):
         """(n,) the permutation of one epoch."""
@@ -804,7 +804,7 @@ def look_at_run(args, script, inputs):
     if "summary.json" in names:
         print(f"{out}: finished{f' at step {step}' if steps else ''}; nothing to do", flush=True)
         return None, None, config
-    if "steps" in vars(args):  # not of eval.py, which says itself how much is decoded
+    if "steps" in vars(args):  # eval.py has none
         print(f"{out}: goes on from step {step}", flush=True)
     return step, steps.get(step), config
 
@@ -856,7 +856,7 @@ def is_readable(checkpoint):
 def begin_run(args, config, first_step):
     """Writes config.json, and cuts metrics.jsonl and its kin back to `first_step`: no step is there twice.
 
-    → rank 0's writer to OUT/tensorboard, or None. It drops what an earlier start wrote after first_step.
+    → rank 0's writer to OUT/tensorboard, or None. What a start before wrote there after `first_step` goes.
     """
     barrier()  # every rank has got this far, so that a refused run leaves no folder behind
     if rank_and_world()[0] > 0:

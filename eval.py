@@ -164,11 +164,12 @@ def read_sets(paths, max_seconds):
     sets = {}
     for stem, path in by_stem(paths).items():
         if path.endswith((".jsonl", ".json")):
-            sets[stem] = data.Clips([path], math.inf, "text", learns_text=False)
-            longest = sets[stem][sets[stem].seconds.argmax()]
+            clips = data.Clips([path], math.inf, "text", learns_text=False)
+            longest = clips[clips.seconds.argmax()]
         else:
             longest = data.clip_from_file(path)
-            sets[stem] = [longest]
+            clips = [longest]
+        sets[stem] = clips
         if longest.duration > max_seconds:
             too_long = f"{longest.duration:.1f} s, over --max-seconds {max_seconds:g}"
             raise data.InputError(f"{longest.where}: {too_long}; split it (docs/data.md), or raise that")
@@ -216,8 +217,11 @@ def evaluate_run(speech_lm, sets, decoding, args, step):
     speech_lm.free_decoders()  # an evaluation writes longer transcripts, and training needs that memory
     if data.rank_and_world()[0] == 0:
         print_summaries(summaries)
-    if args.on_bad_audio == "error" and any(summary["failed"] for summary in summaries.values()):
-        raise data.InputError("--eval: clips were not decoded (or leave such clips out: --on-bad-audio skip)")
+    n_failed = sum(summary["failed"] for summary in summaries.values())
+    if n_failed and args.on_bad_audio == "error":
+        data.barrier()  # torchrun stops rank 0 as soon as another rank ends: it names the clips first
+        remedy = "mend them, or go on by --resume --on-bad-audio skip"
+        raise data.InputError(f"--eval: {n_failed} clip(s) not decoded, named above; {remedy}")
     return summaries
 
 
@@ -244,7 +248,7 @@ def transcribe(speech_lm, clips, device, decoding, label, done=(), log=None):
     # Rank 0's share, by batches: each holds about as much audio, be it of a few long clips or of many short.
     hours = sum(durations[indices].sum() for indices in batches) / 3600
     is_hidden = rank > 0 or len(batches) < 2
-    bar = tqdm(batches, desc=f"{label}, {hours:.2f} h", leave=False, disable=is_hidden)
+    bar = tqdm(batches, desc=f"{label}, {hours:.2f} h a rank", leave=False, disable=is_hidden)
     decoded_s = 0.0
     start = time.perf_counter()
     for indices in bar:

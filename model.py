@@ -12,8 +12,8 @@ Legend, used in all files:
     T' encoder frames, 50 a second     D  hidden size of the encoder
     d  size of an attention head       L  columns that a position may attend to
 
-Order: encoder and adapter, the LM, prompts and token ids, the speech-LM, sampling, Qwen3-ASR, the loss,
-vocabularies and self-check, LoRA, optimizer and checkpoints.
+Order: encoder and adapter, the LM, prompts and token ids, the speech-LM, sampling, Qwen3-ASR, model folders,
+the loss, vocabularies and self-check, LoRA, optimizer and checkpoints.
 """
 
 import contextlib
@@ -154,6 +154,20 @@ def rotate(x, cos, sin):
     return torch.cat([turned, x[..., size:]], dim=-1) if size < x.shape[-1] else turned
 
 
+# ----------------------------------------------------------------------------------------------------------
+# The Qwen LM
+# ----------------------------------------------------------------------------------------------------------
+# Qwen2 and Qwen3, with the parameter names and the operations of stock transformers: in float32 on a CPU its
+# hidden rows are stock's bit for bit. It stands here so that one forward serves training, the prompt and
+# single tokens. Whatever sits on a module (a hook, LoRA, another class) is then in all three.
+
+
+class RMSNorm(nn.RMSNorm):
+    def forward(self, x):
+        # torch's fused kernel wants one dtype. Under autocast q and k are bf16, but the weights are float32.
+        return super().forward(x.to(self.weight.dtype))
+
+
 def fused(function, x):
     """Returns a small function, or its compiled form where x (…, 1, size) is one token of a rollout on a GPU.
 
@@ -171,20 +185,6 @@ def compiled(function):
     if data.rank_and_world()[0] == 0:
         print(f"{function.__name__} is not compiled: no C compiler or no {header}; rollouts take longer")
     return function
-
-
-# ----------------------------------------------------------------------------------------------------------
-# The Qwen LM
-# ----------------------------------------------------------------------------------------------------------
-# Qwen2 and Qwen3, with the parameter names and the operations of stock transformers: in float32 on a CPU its
-# hidden rows are stock's bit for bit. It stands here so that one forward serves training, the prompt and
-# single tokens. Whatever sits on a module (a hook, LoRA, another class) is then in all three.
-
-
-class RMSNorm(nn.RMSNorm):
-    def forward(self, x):
-        # torch's fused kernel wants one dtype. Under autocast q and k are bf16, but the weights are float32.
-        return super().forward(x.to(self.weight.dtype))
 
 
 class QwenAttention(nn.Module):
@@ -644,7 +644,7 @@ class SpeechLM(nn.Module):
         )
 
     def recompute_activations(self):
-        """Keeps of each layer only its input for the backward pass: less memory, more time, same numbers."""
+        """Keeps only the layers' inputs, and runs them again in the backward pass, with the same numbers."""
         for layer in (*self.encoder.layers, *self.lm.layers):
             layer.forward = functools.partial(recomputed, layer.forward)
 
@@ -803,7 +803,7 @@ class SpeechLM(nn.Module):
 
 def recomputed(forward, *args, **kwargs):
     """forward(…) of a layer, which is run once more in the backward pass."""
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled():  # not while sampling: a captured graph must not read the random state
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
     return forward(*args, **kwargs)
 
@@ -982,6 +982,11 @@ class Qwen3ASR(SpeechLM):
             return self.audio_features(batch.mel.to(self.head.weight.dtype), mel_mask).pooler_output
 
 
+# ----------------------------------------------------------------------------------------------------------
+# Model folders, and what a model's prompt can name
+# ----------------------------------------------------------------------------------------------------------
+
+
 def local_folder(name):
     """`name` if it is a folder, else the cached, or now downloaded, folder of that hub repository.
 
@@ -1051,11 +1056,16 @@ def check_languages(clips, default_language, *models):
     """
     for model in models:
         known = model.front_end.languages
+        if not known:
+            continue
+        names = f"the prompt of {model.architecture} knows {', '.join(sorted(known))}"
         for clip in clips:
             language = clip.language or default_language
-            if known and language not in known:
-                names = f"the prompt of {model.architecture} knows {', '.join(sorted(known))}"
-                raise data.InputError(f"{clip.where}: language {language}: give one, or --language; {names}")
+            if language is None:
+                raise data.InputError(f"{clip.where}: no language: give it, or --language; {names}")
+            if language not in known:
+                source = "its language" if clip.language else "--language"
+                raise data.InputError(f"{clip.where}: {source} is {language}; {names}")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1203,7 +1213,7 @@ def block_topk(logits, k, block=128):
 class SupportScores(torch.autograd.Function):
     """The student's raw logits on the support only: (V, H), (N, H), (N, U) ids → (N, U) with gradient.
 
-    scores[n, u] = weight[ids[n, u]] · hidden[n], of one dtype. No (N, V) tensor, and no (N, U, H) of rows.
+    scores[n, u] = weight[ids[n, u]] · hidden[n]. No (N, V) tensor is made, and no (N, U, H) of rows.
     All three products are kernels of an embedding bag with weights. The gradient of `hidden` is such a bag,
     scores are its derivative by the weights, and the gradient of `weight` is its derivative by the matrix.
     """
@@ -1234,6 +1244,7 @@ class SupportScores(torch.autograd.Function):
         return grad_weight, grad_hidden, None
 
 
+# (weight (V, H), hidden (N, H) of the same dtype, ids (N, U), below 0 = not counted) → scores (N, U)
 support_scores = SupportScores.apply
 
 
@@ -1547,7 +1558,7 @@ def complete_or_absent(final):
     os.makedirs(partial)
     try:
         yield partial
-        for path in glob.glob(os.path.join(glob.escape(partial), "**"), recursive=True):
+        for path in glob.glob(os.path.join(glob.escape(partial), "**"), recursive=True):  # itself too
             flush(path)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)

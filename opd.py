@@ -73,7 +73,7 @@ def parse_args(argv=None):
     add("--train", nargs="+", required=True, metavar="M", help="manifests; --states reference reads text")
     add("--eval", nargs="*", default=[], metavar="M", help="manifests to score before and after")
     add("--language", type=data.language_code, help="of clips whose line names none (Qwen3-ASR wants one)")
-    add("--context", choices=["both", "teacher", "none"], default="both", help="whose prompt gives it")
+    add("--context", choices=["both", "teacher", "none"], default="both", help="the prompts that have it")
     add("--max-seconds", type=seconds, default=30.0, help="longer clips do not train, and are counted")
     add("--on-bad-audio", choices=["error", "skip"], default="error", help="skip: list it in bad.jsonl")
     add("--workers", type=whole, default=2, help="processes a rank that read ahead; 0 = none")
@@ -87,7 +87,7 @@ def parse_args(argv=None):
     add("--tokens-per-second", type=weight, default=25.0, help="cap too: this × seconds + 16; 0 = off")
     # objective
     add("--k", type=count, default=32, help="top-k ids of each model")
-    add("--support", choices=supports, default="union", help="ids of the KL: S_t ∪ T_t, T_t, S_t, both, all")
+    add("--support", choices=supports, default="union", help="ids of the KL; intersection: S_t ∩ T_t")
     add("--divergence", choices=["forward", "reverse", "jsd"], default="forward", help="forward: KL(p ‖ q)")
     add("--beta", type=float, help="the teacher's weight in --divergence jsd; 0.5 if absent")
     add("--tau", type=data.at_least(1e-3), default=1.0, help="temperature of both distributions in the loss")
@@ -169,7 +169,7 @@ def main(args):
         check = functools.partial(model.check_reference, front_end=student.front_end, to_teacher=to_teacher)
 
     def make_micro_batch(step, indices, batch_clips, waveforms):
-        """One micro-batch, made by a data worker: clips, both models' Batch, uniforms (B, T)."""
+        """One micro-batch, made by a data worker: clips, both models' Batch, a uniform draw a token."""
         batch, teacher_batch = data.collate_both(batch_clips, waveforms, student, teacher, args)
         # Sampling is a function of (seed, step, clip): the same whatever the ranks and micro-batches.
         generators = [np.random.default_rng((args.seed, 2, step, i)) for i in indices]
@@ -182,7 +182,8 @@ def main(args):
         epochs = args.steps * args.batch_size / len(clips)
         print(f"train: {len(clips)} clips, {hours:.2f} h, left out: {clips.n_long} longer than", end=" ")
         print(f"{args.max_seconds:g} s, {clips.n_failed} not decoded")
-        print(f"{args.steps} steps = {epochs:.1f} epochs, warm-up over {args.warmup_steps}")
+        warmup_steps = min(args.warmup_steps, args.steps)
+        print(f"{args.steps} steps = {epochs:.1f} epochs, the first {warmup_steps} are warm-up")
         print(f"{world} process(es) on {device.type}", flush=True)
 
     # ---- before ------------------------------------------------------------------------------------------
@@ -210,6 +211,7 @@ def main(args):
     caps = {"max_new_tokens": args.max_new_tokens, "tokens_per_second": args.tokens_per_second}
     student_writing = {**caps, "temperature": args.temperature, "forbidden": alignment.student_forbidden}
     teacher_writing = {**caps, "forbidden": alignment.teacher_forbidden}  # greedy
+    # The controlled arms that flags choose; their functions are at the end of the file.
     given_rollout = functools.partial(arm_rollout, student, teacher, teacher_writing, alignment)
     other_loss = functools.partial(arm_loss, args, student, teacher, alignment)
     papers_loss = ("kl", "union", "forward", 1.0)
@@ -353,19 +355,20 @@ def main(args):
 
 
 def report(args, after):
-    """Prints and draws what a run has done, and writes summary.json. after: of the last evaluation."""
+    """Prints and draws what a run has done, and writes summary.json. after: {set: summary} at the end."""
     lines = data.read_lines(os.path.join(args.out, "metrics.jsonl"))
     before_path = os.path.join(args.out, "eval-0", "summary.json")
     before = data.read_json(before_path) if os.path.exists(before_path) else {}
     comparison = {"sets": {}}
     # A resume may give other sets than the start did, and a set without texts has no error.
-    stems = [stem for stem in after if before.get(stem, {}).get("units")]
+    stems = [stem for stem in sorted(after) if before.get(stem, {}).get("units")]
     if stems:
         folders = [os.path.join(args.out, f"eval-{step}") for step in (0, args.steps)]
         try:
             comparison = eval.compare_folders(*folders, stems=stems)
             eval.print_comparison(comparison, "before", "after")
-        except data.InputError as error:
+        except (data.InputError, OSError) as error:
+            comparison["not_compared"] = str(error)
             print(f"before and after are not compared: {error}")
     vuss = [line["vuss"] for line in lines if "vuss" in line] or [math.nan]  # no step had a row
     summary = {

@@ -11,7 +11,7 @@ U = S ∪ T (the paper's union support), I = S ∩ T. Only VUSS is in the paper.
 Prints a table with a column for all rows, each set, each language and each quarter of the transcripts. --out
 gets overlap.json (the table, and the same by tenths) and clips.jsonl (a line a clip); docs/metrics.md defines
 every number. Values are sums over rows divided by counts, over all ranks. It takes about as long as decoding
-the clips with both models.
+the clips with both models. (`draw_report` is the picture of a run of opd.py.)
 """
 
 import collections
@@ -42,7 +42,7 @@ def parse_args(argv=None):
     # data
     add("--data", nargs="+", required=True, metavar="m.jsonl", help="manifests or audio files")
     add("--language", type=data.language_code, help="in the prompt of clips whose line names none")
-    add("--context", choices=["both", "teacher", "none"], default="both", help="whose prompt gives it")
+    add("--context", choices=["both", "teacher", "none"], default="both", help="the prompts that have it")
     add("--batch-seconds", type=at_least(0.01), default=600.0, help="seconds of audio scored at once")
     add("--max-seconds", type=at_least(0.01), default=30.0, help="longest clip accepted; longer is an error")
     # transcripts
@@ -50,7 +50,7 @@ def parse_args(argv=None):
     add("--max-new-tokens", type=at_least(1, int), default=800, help="cap on a written transcript")
     add("--tokens-per-second", type=at_least(0), default=25.0, help="cap too: this × seconds + 16; 0 = off")
     # output
-    add("--out", help="new folder for tables and pictures; without it the table is only printed")
+    add("--out", help="new folder for tables; without it the table is only printed")
     return parser.parse_args(argv)
 
 
@@ -342,7 +342,8 @@ def draw_report(out, lines, compared):
 
     # None, where a set has no reference units or one cluster, is not drawn.
     for place, summaries in enumerate(compared.values()):
-        for summary, shift, marker, colour in zip(summaries, (0.15, -0.15), "os", ("grey", "C0")):
+        looks = [(0.15, "o", "grey"), (-0.15, "s", "C0")]  # before, after
+        for summary, (shift, marker, colour) in zip(summaries, looks):
             error_axis.plot([summary["value"]], [place + shift], marker, color=colour)
             error_axis.hlines(place + shift, summary["low"], summary["high"], color=colour)
     error_axis.set_yticks(range(len(compared)), list(compared), parse_math=False)  # $ is no formula

@@ -5,7 +5,7 @@ r"""Supervised fine-tuning: cross-entropy on transcripts (the paper's Base and T
 
 The loss is the mean over the transcript tokens and stop tokens of the whole global batch. TD ("teacher data")
 is the same on transcripts that the teacher wrote: a result file of eval.py is a manifest, its key is "hyp". A
-transcript that the cap cut ("stopped": false) has no stop token to learn, and is counted.
+transcript that the cap cut ("stopped": false) has no stop token to learn, and is counted as `cut`.
 
 Not in the paper:
     1. --ctc-weight adds a CTC loss on the encoder's 50 Hz output, over UTF-8 bytes. It makes a model with
@@ -134,12 +134,15 @@ def main(args):
     for set_clips in eval_sets.values():
         model.check_languages(set_clips, args.language, student)
         eval.clusters_of(set_clips)  # a line without its speaker shows now, not after hours
+        if args.on_bad_audio == "error":
+            for i in range(rank, len(set_clips), world):
+                data.load_audio(set_clips[i])  # and so does a damaged clip
 
     def make_micro_batch(step, indices, batch_clips, waveforms):
         """One micro-batch, built by a data worker: clips, Batch, the transcripts as a Rollout."""
         languages = [clip.language or data.script_language(clip.text, args.language) for clip in batch_clips]
         contexts = None if args.no_context else [clip.context for clip in batch_clips]
-        batch = data.collate(waveforms, student.front_end, languages, args.language, contexts)
+        batch = data.collate(waveforms, student.front_end, languages, contexts=contexts)
         for b, i in enumerate(indices):
             n_frames = batch.mel_lens[b]
             batch.mel[b, :, :n_frames] = spec_augment(batch.mel[b, :, :n_frames], args, step, i)
@@ -153,7 +156,8 @@ def main(args):
         epochs = args.steps * args.batch_size / len(clips)
         print(f"train: {len(clips)} clips, {hours:.2f} h, left out: {clips.n_long} longer than", end=" ")
         print(f"{args.max_seconds:g} s, {clips.n_failed} not decoded, {clips.n_unwanted} looping")
-        print(f"{args.steps} steps = {epochs:.1f} epochs, warm-up over {args.warmup_steps}")
+        warmup_steps = min(args.warmup_steps, args.steps)
+        print(f"{args.steps} steps = {epochs:.1f} epochs, the first {warmup_steps} are warm-up")
         print(f"{world} process(es) on {device.type}", flush=True)
 
     # ---- before ------------------------------------------------------------------------------------------

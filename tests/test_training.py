@@ -288,6 +288,19 @@ def test_a_bad_clip_ends_the_run_with_one_line_of_the_rank_that_meets_it(script,
     assert not (out / "model").exists()
 
 
+def test_a_bad_evaluation_clip_ends_the_run_once_rank_0_has_named_it(stage, tmp_path):
+    """On all ranks, with the results that are there."""
+    lines = runs.lines_of(stage / "m.jsonl")[:3]
+    lines[1]["audio"] = "none.wav"
+    path = runs.write_lines(tmp_path / "e.jsonl", lines)
+    argv = runs.argv_of(opd, stage, tmp_path / "run", "--eval", path)
+    results = runs.run_ranks(lambda: runs.status_of(opd, argv), 2)
+    assert [status for status, _ in results] == [2, 2], results
+    text = results[0][1]
+    assert f"not decoded: {path}:2: " in text and "--eval: 1 clip(s) not decoded, named above" in text
+    assert "error" in runs.lines_of(tmp_path / "run/eval-0/e.jsonl")[1]
+
+
 # ---- numbers that are not finite ---------------------------------------------------------------------------
 
 
