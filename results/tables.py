@@ -224,7 +224,7 @@ def draw_changes(path, runs, base):
     groups = {}
     for arm, own in runs.items():
         groups[arm] = [macro_change([line], base) for line in own]
-    dots(path, groups, "macro change against the base, %")
+    dots(path, groups, "change against the base, %")
 
 
 def draw_opd_against_offline(path, conditions):
@@ -1013,12 +1013,18 @@ def label_contrasts(lines):
     return markdown(CONTRAST_HEADER, rows)
 
 
-def label_filter(lines):
-    """SFT on the half of the clips of whose transcripts the weak teacher is surest, and on a random half."""
+def label_halves(lines):
+    """{which half: its lines}: the clips of whose transcripts the weak teacher is surest, or random ones."""
     halves = collections.defaultdict(list)
     for line in lines:
         if line["question"] == "labels-filter":
             halves[line["condition"]].append(line)
+    return halves
+
+
+def label_filter(lines):
+    """SFT on one half of the clips, on the other, and on all."""
+    halves = label_halves(lines)
     runs = label_runs(lines)
     everything = runs["weak", "ce-teacher"]
     rows = [
@@ -1054,7 +1060,8 @@ def label_rates(lines):
 
 def draw_labels(lines):
     runs = {f"{arm}, {teacher}": own for (teacher, arm), own in label_runs(lines).items()}
-    del runs["ce-reference, weak"]  # it reads no teacher
+    runs["ce-reference"] = runs.pop("ce-reference, good")  # it reads no teacher
+    del runs["ce-reference, weak"]
     draw_changes(HERE / "labels.png", runs, evaluation_of(lines, "labels", BASE))
 
 
@@ -1147,8 +1154,13 @@ def answers(lines):
     section = "Audio without transcripts"
     ask("labels", f"{asked} (primary)", own, ("weak", "ce-teacher"), ("weak", "opd"), section)
     one_rate = same_rate_label_runs(lines)
-    ask("labels-rate", "… at one learning rate", one_rate, ("weak", "ce-teacher"), ("weak", "opd"), section)
     ask("labels", "… a good teacher", own, ("good", "ce-teacher"), ("good", "opd"), section)
+    asked = "… a good teacher, with twice the rate (three seeds)"
+    ask("labels-rate", asked, one_rate, ("good", "ce-teacher"), ("good", "opd"), section)
+    asked = "A weak teacher: `teacher-kl`, not `ce-teacher` (one of ten, not corrected)"
+    ask("labels", asked, own, ("weak", "ce-teacher"), ("weak", "teacher-kl"), section)
+    asked = "A weak teacher: `ce-teacher` on the half of whose transcripts it is surest, not on a random half"
+    ask("labels-filter", asked, label_halves(lines), "random", "surest", section)
 
     own = recipe_runs(lines)
     asked = "OPD, not more SFT, after TD (one of four, not corrected)"
@@ -1162,7 +1174,7 @@ def answers(lines):
         asked = f"… after {td_steps} steps of TD"
         if td_steps == 0:
             asked = "A teacher of another style: OPD, not more TD"
-        asked += " (primary)" if td_steps != 200 else ""
+        asked = "The same after 200 steps of TD (not primary)" if td_steps == 200 else f"{asked} (primary)"
         ask("ready", asked, own, ("style", td_steps, "td"), ("style", td_steps, "opd"), "Readiness")
     asked = "Its KL along its own transcripts, not TD, after 50 steps of TD (the largest of ten)"
     ask("ready-kl", asked, own, ("style", 50, "td"), ("style", 50, "teacher-kl"), "Readiness")
