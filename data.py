@@ -781,7 +781,7 @@ def look_at_run(args, script, inputs):
     if not names or names == ["config.json.new"]:  # killed before its first file was complete
         return 0, None, config
     if not args.resume:
-        raise InputError(f"--out {out} is not empty: choose a new folder, or go on with its run by --resume")
+        raise InputError(f"--out {out} is not empty: choose another, or go on by the same flags and --resume")
 
     old = read_json(os.path.join(out, "config.json")) if "config.json" in names else {}
     if old.get("script") != script:

@@ -986,7 +986,7 @@ def label_arms(lines):
             if (teacher, arm) == ("weak", "ce-reference"):  # it reads no teacher: one row
                 continue
             fresh = np.mean([rate(line, "fresh") for line in own])
-            name = arm if arm == "ce-reference" else f"{arm}, {teacher}"
+            name = f"{arm} (shared: good)" if arm == "ce-reference" else f"{arm}, {teacher}"
             row = rates_row(name, own) + [f"{fresh:.1f}", change_cell(own, base)]
             rows.append([*row, shared_cell([line["shared"] for line in own]), f"{own[0]['lr']:g}"])
     shared = "shared errors, % of the teacher's, of the student's"
@@ -1051,10 +1051,12 @@ def label_rates(lines):
     """The arms at one learning rate, where some have another of their own."""
     runs = same_rate_label_runs(lines)
     rows = []
-    for other in LABEL_ARMS[1:]:
+    pairs = [("opd", other) for other in LABEL_ARMS[1:]]
+    pairs += [("teacher-kl", "ce-teacher"), ("ce-teacher", "ce-reference")]
+    for arm, other in pairs:
         for teacher in ("weak", "good"):
-            name = f"opd against {other}, {teacher} teacher, both with lr {LABEL_RATE:g}"
-            rows.append(contrast_row(name, runs[teacher, other], runs[teacher, "opd"]))
+            name = f"{arm} against {other}, {teacher} teacher, both with lr {LABEL_RATE:g}"
+            rows.append(contrast_row(name, runs[teacher, other], runs[teacher, arm]))
     return markdown(CONTRAST_HEADER, rows)
 
 
@@ -1157,8 +1159,6 @@ def answers(lines):
     ask("labels", "… a good teacher", own, ("good", "ce-teacher"), ("good", "opd"), section)
     asked = "… a good teacher, with twice the rate (three seeds)"
     ask("labels-rate", asked, one_rate, ("good", "ce-teacher"), ("good", "opd"), section)
-    asked = "A weak teacher: `teacher-kl`, not `ce-teacher` (one of ten, not corrected)"
-    ask("labels", asked, own, ("weak", "ce-teacher"), ("weak", "teacher-kl"), section)
     asked = "A weak teacher: `ce-teacher` on the half of whose transcripts it is surest, not on a random half"
     ask("labels-filter", asked, label_halves(lines), "random", "surest", section)
 
