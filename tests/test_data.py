@@ -417,7 +417,7 @@ def test_a_new_run_wants_a_new_or_an_empty_folder(tmp_path):
         for resume in (False, True):  # nothing to resume: it begins
             step, checkpoint, _ = data.open_run(run_args(tmp_path / name, resume=resume), "opd.py", {})
             assert (step, checkpoint) == (0, None)
-    for resume, message in ((False, "used is not empty: choose a new"), (True, "holds no run of opd.py")):
+    for resume, message in ((False, "used is not empty: choose another"), (True, "holds no run of opd.py")):
         with pytest.raises(InputError, match=message):
             data.open_run(run_args(tmp_path / "used", resume=resume), "opd.py", {})
     assert not (tmp_path / "new").exists()
