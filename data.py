@@ -865,7 +865,7 @@ def begin_run(args, config, first_step):
     write_json(os.path.join(args.out, "config.json"), config)
     for name in ("metrics.jsonl", "samples.jsonl", "bad.jsonl"):
         path = os.path.join(args.out, name)
-        if os.path.exists(path):
+        if "steps" in vars(args) and os.path.exists(path):  # not eval.py's results of a set of that name
             lines = [line for line in read_lines(path) if line["step"] <= first_step]
             add_lines(path + ".new", lines, mode="w")
             os.replace(path + ".new", path)

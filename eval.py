@@ -134,6 +134,8 @@ def decode_and_score(args, style, rank, world, device):
         model.check_languages(clips, args.language, speech_lm)
     if args.out:
         data.begin_run(args, config, first_step)  # when all ranks have read the part files
+        if done and rank == 0:
+            print(f"{len(done)} clips are decoded already", flush=True)
         data.barrier()  # the folder is there
     decoding = {name: getattr(args, name) for name in DECODING}
     # A warm-up: what happens once, such as loading kernels, does not count in the real-time factor. (What
@@ -649,20 +651,23 @@ def result_stems(folder):
     return stems
 
 
-def compare_folders(folder_a, folder_b, style="default", cluster=None, stems=None):
-    """Compares the result files of two folders, paired by name (all, or those of `stems`), or two files.
-
-    → {"sets": {stem: `pair_figures`}, "macro"}. The macro is the primary figure of several sets,
-    `change_figures` of its `stems`, those with two clusters or more. Raises InputError where a pair cannot be
-    compared (`count_set`).
-    """
+def compare_folders(folder_a, folder_b, style="default", cluster=None):
+    """Compares the result files of two folders, paired by name, or two files. → see `compare_sets`"""
     pairs = {}
     if os.path.isdir(folder_a):
-        for stem in stems or sorted({*result_stems(folder_a), *result_stems(folder_b)}):
+        for stem in sorted({*result_stems(folder_a), *result_stems(folder_b)}):
             pairs[stem] = [os.path.join(folder, f"{stem}.jsonl") for folder in (folder_a, folder_b)]
     else:
         pairs[pathlib.Path(folder_a).stem] = [folder_a, folder_b]
-    counted = {stem: count_set(paths, style, cluster) for stem, paths in pairs.items()}
+    return compare_sets({stem: count_set(paths, style, cluster) for stem, paths in pairs.items()})
+
+
+def compare_sets(counted):
+    """Compares two systems over {stem: `CountedSet`}. → {"sets": {stem: `pair_figures`}, "macro"}
+
+    The macro is the primary figure of several sets, `change_figures` of its `stems`, those with two clusters
+    or more.
+    """
     sets = {stem: pair_figures(own) for stem, own in counted.items()}
     in_macro = [stem for stem in sets if sets[stem]["clusters"] > 1]
     macro = change_figures([counted[stem] for stem in in_macro]) if in_macro else {}

@@ -1036,7 +1036,10 @@ BESIDE_WEIGHTS = {
 
 def model_kind(name, folder):
     """The kind in config.json, glmasr or qwen3_asr. InputError for others, with the command that converts."""
-    config = data.read_json(os.path.join(folder, "config.json"))
+    path = os.path.join(folder, "config.json")
+    if not os.path.isfile(path):
+        raise data.InputError(f"{name} is no model folder: it has no config.json")
+    config = data.read_json(path)
     kind = config.get("model_type")
     if "script" in config:
         raise data.InputError(f"{name} is a run without a finished model; give one of its step-N")
@@ -1059,13 +1062,12 @@ def check_languages(clips, default_language, *models):
         if not known:
             continue
         names = f"the prompt of {model.architecture} knows {', '.join(sorted(known))}"
+        if default_language is not None and default_language not in known:
+            raise data.InputError(f"--language {default_language}: {names}")
         for clip in clips:
             language = clip.language or default_language
-            if language is None:
-                raise data.InputError(f"{clip.where}: no language: give it, or --language; {names}")
             if language not in known:
-                source = "its language" if clip.language else "--language"
-                raise data.InputError(f"{clip.where}: {source} is {language}; {names}")
+                raise data.InputError(f'{clip.where}: "language" {language}: give it, or --language; {names}')
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1558,7 +1560,8 @@ def complete_or_absent(final):
     os.makedirs(partial)
     try:
         yield partial
-        for path in glob.glob(os.path.join(glob.escape(partial), "**"), recursive=True):  # itself too
+        everything = os.path.join(glob.escape(partial), "**")  # and the folder itself
+        for path in glob.glob(everything, recursive=True, include_hidden=True):
             flush(path)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)

@@ -359,17 +359,18 @@ def report(args, after):
     lines = data.read_lines(os.path.join(args.out, "metrics.jsonl"))
     before_path = os.path.join(args.out, "eval-0", "summary.json")
     before = data.read_json(before_path) if os.path.exists(before_path) else {}
-    comparison = {"sets": {}}
-    # A resume may give other sets than the start did, and a set without texts has no error.
-    stems = [stem for stem in sorted(after) if before.get(stem, {}).get("units")]
-    if stems:
-        folders = [os.path.join(args.out, f"eval-{step}") for step in (0, args.steps)]
+    counted = {}
+    not_compared = {}  # set → why
+    for stem in sorted(before.keys() & after.keys()):  # a resume may give other sets than the start did
+        paths = [os.path.join(args.out, f"eval-{step}", f"{stem}.jsonl") for step in (0, args.steps)]
         try:
-            comparison = eval.compare_folders(*folders, stems=stems)
-            eval.print_comparison(comparison, "before", "after")
+            counted[stem] = eval.count_set(paths)
         except (data.InputError, OSError) as error:
-            comparison["not_compared"] = str(error)
-            print(f"before and after are not compared: {error}")
+            not_compared[stem] = str(error)
+            print(f"{stem}: before and after are not compared: {error}")
+    comparison = {**eval.compare_sets(counted), "not_compared": not_compared}
+    if counted:
+        eval.print_comparison(comparison, "before", "after")
     vuss = [line["vuss"] for line in lines if "vuss" in line] or [math.nan]  # no step had a row
     summary = {
         "steps": args.steps,
@@ -386,7 +387,7 @@ def report(args, after):
     if summary["skipped"]:
         print(f"skipped: {summary['skipped']} clips that could not be used, listed in {args.out}/bad.jsonl")
     print(f"model: {summary['model']}")
-    overlap.draw_report(args.out, lines, {stem: (before[stem], after[stem]) for stem in stems})
+    overlap.draw_report(args.out, lines, {stem: (before[stem], after[stem]) for stem in counted})
     data.write_json(os.path.join(args.out, "summary.json"), summary)  # written last: it marks a finished run
 
 

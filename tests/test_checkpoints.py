@@ -155,9 +155,9 @@ def test_a_language_that_no_prompt_names_is_an_error_of_its_line(qwen):
     for number, language in enumerate([None, "is"], start=4):
         clips.append(types.SimpleNamespace(where=f"m.jsonl:{number}", language=language))
     m.check_languages(clips, None, tiny_model())  # whose prompt names none
-    with pytest.raises(data.InputError, match="m.jsonl:5: its language is is; the prompt .* ar, cs, .*, zh"):
+    with pytest.raises(data.InputError, match='m.jsonl:5: "language" is: .* ar, cs, .*, zh'):
         m.check_languages(clips, "en", tiny_model(), qwen[2])
-    with pytest.raises(data.InputError, match="m.jsonl:4: no language: give it, or --language"):
+    with pytest.raises(data.InputError, match='m.jsonl:4: "language" None: give it, or --language'):
         m.check_languages(clips, None, qwen[2])
 
 

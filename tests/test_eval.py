@@ -254,7 +254,7 @@ def test_flags_reach_the_decoder(tmp_path, wav, command, capsys):
 def test_language_is_needed_where_the_prompt_names_one(tmp_path, wav, command, capsys):
     path = write_manifest(tmp_path / "m.jsonl", line(language=None), line(language="fr"))
     assert command("--data", path, stub=StubModel(["en", "fr"])) == 2
-    assert "m.jsonl:1: no language: give it, or --language" in capsys.readouterr().err
+    assert 'm.jsonl:1: "language" None: give it, or --language' in capsys.readouterr().err
     stub = StubModel(["en", "fr"])
     assert command("--data", path, "--language", "English", "--out", tmp_path / "out", stub=stub) == 0
     assert stub.prompted == ["en", "en", "en", "fr"]  # the first two of them a warm-up

@@ -54,6 +54,8 @@ def test_a_run_leaves_a_picture(stage, tmp_path, monkeypatch):
     lines = [{**line, "text": ""} for line in lines_of(stage / "m.jsonl")]
     write_lines(tmp_path / "silence.jsonl", lines)
     train(opd, stage, tmp_path / "run", "--eval", stage / "m.jsonl", tmp_path / "silence.jsonl")
+    change = data.read_json(tmp_path / "run/summary.json")["change"]
+    assert list(change["sets"]) == ["m"] and list(change["not_compared"]) == ["silence"]
     train(opd, stage, tmp_path / "bare")
     for name in ("run", "bare"):
         assert (tmp_path / name / "report.png").read_bytes().startswith(b"\x89PNG")
