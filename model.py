@@ -747,19 +747,18 @@ class SpeechLM(nn.Module):
             rotary = self.lm.rotary(positions_of(batch.prompt_mask), embeds.dtype)
             columns = torch.arange(S, device=caps.device)
             cache = decoder.cache[:, :, :B]
-            hidden = self.lm(embeds, rotary, causal_mask(batch.prompt_mask), cache, columns)
-            decoder.hidden[:B] = hidden[:, -1]
+            hidden = self.lm(embeds, rotary, causal_mask(batch.prompt_mask), cache, columns)[:, -1]
+            decoder.pick_token(self, F.pad(hidden, (0, 0, 0, len(decoder.ids) - B)))
 
             # Then one token after another. A clip that has stopped goes on until all have.
             ids = decoder.ids[:B, S : S + T]
-            for n_written in range(1, T + 1):
-                decoder.write_token(self)
+            for n_written in range(1, T):
                 # On a GPU, asking whether all have stopped waits for the device: after every fourth token.
-                if ids.is_cuda and n_written % 4:
-                    continue
-                has_stopped = (ids == self.front_end.stop_id).any(dim=1)
-                if (has_stopped | (caps <= n_written)).all():
-                    break
+                if not ids.is_cuda or n_written % 4 == 0:
+                    has_stopped = (ids == self.front_end.stop_id).any(dim=1)
+                    if (has_stopped | (caps <= n_written)).all():
+                        break
+                decoder.write_token(self)
         self.train(was_training)
 
         # A rollout ends at its first stop token or at its cap; what was written behind it is dropped.
@@ -856,33 +855,36 @@ class Decoder:
         shape = lm.cache_shape(n_clips, n_columns)
         self.temperature = temperature
         self.cache = storage[: math.prod(shape)].view(shape)
-        self.column = torch.zeros(1, dtype=torch.long, device=device)  # of the next token
+        self.column = torch.zeros(1, dtype=torch.long, device=device)  # of the last token
         self.ids = torch.zeros(n_clips, n_columns, dtype=torch.long, device=device)
-        self.attended = torch.zeros(n_clips, 1, 1, n_columns, dtype=torch.bool, device=device)
-        self.hidden = lm.embed_tokens.weight.new_zeros(n_clips, lm.config.hidden_size)
-        positions = torch.arange(n_columns, device=device)[:, None]
-        self.cos, self.sin = lm.rotary(positions, self.hidden.dtype)  # (L, 1, 1, d)
+        # A float mask, 0 = attended and −∞ = not: of a bool mask attention would make one in each layer.
+        self.mask = torch.zeros(n_clips, 1, 1, n_columns, dtype=storage.dtype, device=device)
+        self.positions = torch.zeros(n_clips, dtype=torch.long, device=device)  # of the last token
+        all_positions = torch.arange(n_columns, device=device)[:, None]
+        self.cos, self.sin = lm.rotary(all_positions, lm.embed_tokens.weight.dtype)  # (L, 1, 1, d)
         self.forbidden = torch.zeros_like(speech_lm.forbidden)
         self.uniforms = torch.zeros(n_clips, n_columns, dtype=torch.float64, device=device)
         self.graph = None
         self.n_rollouts = 0
 
     def begin(self, prompt_mask, forbidden, uniforms):
-        """Sets the state for the first token behind prompts (B, S)."""
+        """Sets the state to prompts (B, S) without a token behind them."""
         B, S = prompt_mask.shape
         self.n_rollouts += 1
         self.cache.zero_()  # what is masked counts 0 times, and 0 · NaN would be NaN
-        self.column.fill_(S)
+        self.column.fill_(S - 1)
         self.ids.fill_(-1)
-        self.attended.fill_(False)
-        self.attended[:B, 0, 0, :S] = prompt_mask
+        self.mask.fill_(-math.inf)
+        self.mask[:B, 0, 0, :S].masked_fill_(prompt_mask, 0.0)
+        self.positions.fill_(-1)
+        self.positions[:B] += prompt_mask.sum(dim=1)
         self.forbidden.copy_(forbidden)
         if uniforms is not None:
             n = min(uniforms.shape[1], self.ids.shape[1] - S)
             self.uniforms[:B, S : S + n] = uniforms[:, :n]
 
     def write_token(self, speech_lm):
-        """Writes the next token of all clips."""
+        """Reads the last token of all clips, and writes the next."""
         if self.graph is not None:
             self.graph.replay()
             return
@@ -897,19 +899,21 @@ class Decoder:
             self.graph = graph
 
     def step(self, speech_lm):
-        """The kernels that write a token. They work in place, and no value is asked of the device."""
+        """The kernels of `write_token`. They work in place, and no value is asked of the device."""
         lm = speech_lm.lm
-        logits = head_logits(speech_lm, self.hidden).masked_fill(self.forbidden, -math.inf)  # (B, V)
+        token = self.ids.index_select(1, self.column)  # (B, 1)
+        self.mask.index_fill_(3, self.column, 0.0)
+        rotary = (self.cos.index_select(0, self.positions), self.sin.index_select(0, self.positions))
+        hidden = lm(lm.embed_tokens(token), rotary, self.mask, self.cache, self.column)
+        self.pick_token(speech_lm, hidden[:, 0])
+
+    def pick_token(self, speech_lm, hidden):
+        """Writes the token that hidden rows (B, H) predict."""
+        self.column.add_(1)
+        self.positions.add_(1)
+        logits = head_logits(speech_lm, hidden).masked_fill(self.forbidden, -math.inf)  # (B, V)
         token = pick_tokens(logits, self.temperature, self.uniforms.index_select(1, self.column))
         self.ids.index_copy_(1, self.column, token[:, None])
-        self.attended.index_fill_(3, self.column, True)
-        positions = self.attended[:, 0, 0].sum(dim=1) - 1
-        rotary = (self.cos.index_select(0, positions), self.sin.index_select(0, positions))
-        embeds = lm.embed_tokens(token)[:, None]  # (B, 1, H)
-        # As a float mask, made once for all layers: attention would turn a bool mask into one in each.
-        mask = torch.zeros_like(self.attended, dtype=self.cache.dtype).masked_fill(~self.attended, -math.inf)
-        self.hidden.copy_(lm(embeds, rotary, mask, self.cache, self.column)[:, 0])
-        self.column.add_(1)
 
 
 def pick_tokens(logits, temperature, uniforms):
