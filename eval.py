@@ -193,9 +193,7 @@ def evaluate(speech_lm, sets, device, decoding, out=None, style="default", clust
         results = score(result_lines(clips, answers, out), style)
         if rank == 0 and out:
             os.makedirs(out, exist_ok=True)
-            path = os.path.join(out, f"{stem}.jsonl")
-            data.add_lines(path, results, mode="w")
-            results = map(json.loads, open(path, encoding="utf-8"))  # one by one: never all in memory
+            results = write_through(results, os.path.join(out, f"{stem}.jsonl"))
         summaries[stem] = summarize(results, clusters_of(clips, cluster), style, rtf)
         if rank == 0:
             if not out and summaries[stem]["scored"] == 0:
@@ -305,6 +303,14 @@ def result_lines(clips, answers, out):
         if out:
             fields["audio"] = os.path.relpath(os.path.realpath(clip.audio), os.path.realpath(out))
         yield {**fields, **answer}
+
+
+def write_through(results, path):
+    """Yields result lines, and writes each to a file on its way, so that they are never all in memory."""
+    with open(path, "w", encoding="utf-8") as file:
+        for result in results:
+            file.write(json.dumps(result, ensure_ascii=False) + "\n")
+            yield result
 
 
 def print_transcripts(clips, answers):
