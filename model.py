@@ -728,37 +728,16 @@ class SpeechLM(nn.Module):
         was_training = self.training
         self.eval()
         forbidden = self.forbidden if forbidden is None else forbidden
-        B, S = batch.prompt_ids.shape
         caps = torch.full_like(batch.audio_lens, max_new_tokens)  # (B,)
         if tokens_per_second > 0:
             caps = caps.minimum((batch.seconds * tokens_per_second).floor().long() + 16)
-        T = int(caps.max())
-        assert uniforms is None or uniforms.shape[1] >= T, "uniforms: a draw for each token"
+        assert uniforms is None or uniforms.shape[1] >= int(caps.max()), "uniforms: a draw for each token"
         if temperature > 0 and uniforms is None:
-            uniforms = torch.rand(B, max_new_tokens, dtype=torch.float64, device=caps.device)
+            uniforms = torch.rand(len(caps), max_new_tokens, dtype=torch.float64, device=caps.device)
         # Without autocast's cache: it is emptied at the end, and a captured graph would read freed memory.
         with self.autocast(cache_enabled=False), bf16_weights(self):
             encoded = self.encode(batch) if encoded is None else encoded
-            decoder = self.decoder(B, S + T, temperature)
-
-            # The prompt in one pass. Its last column predicts the first token.
-            decoder.begin(batch.prompt_mask, forbidden, uniforms)
-            embeds = self.embed_prompt(batch, encoded)  # (B, S, H)
-            rotary = self.lm.rotary(positions_of(batch.prompt_mask), embeds.dtype)
-            columns = torch.arange(S, device=caps.device)
-            cache = decoder.cache[:, :, :B]
-            hidden = self.lm(embeds, rotary, causal_mask(batch.prompt_mask), cache, columns)[:, -1]
-            decoder.pick_token(self, F.pad(hidden, (0, 0, 0, len(decoder.ids) - B)))
-
-            # Then one token after another. A clip that has stopped goes on until all have.
-            ids = decoder.ids[:B, S : S + T]
-            for n_written in range(1, T):
-                # On a GPU, asking whether all have stopped waits for the device: after every fourth token.
-                if not ids.is_cuda or n_written % 4 == 0:
-                    has_stopped = (ids == self.front_end.stop_id).any(dim=1)
-                    if (has_stopped | (caps <= n_written)).all():
-                        break
-                decoder.write_token(self)
+            ids = write_tokens(self, batch, encoded, caps, forbidden, temperature, uniforms)
         self.train(was_training)
 
         # A rollout ends at its first stop token or at its cap; what was written behind it is dropped.
@@ -832,6 +811,36 @@ def bf16_weights(speech_lm):
     finally:
         for module, name, weight in places:
             setattr(module, name, weight)
+
+
+def write_tokens(speech_lm, batch, encoded, caps, forbidden, temperature, uniforms):
+    """The sampling loop: the prompt in one pass, then one token after another. → ids (B, T)
+
+    A clip that has stopped goes on until all have; `sample` drops what is behind its stop token.
+    """
+    lm = speech_lm.lm
+    B, S = batch.prompt_ids.shape
+    T = int(caps.max())
+    decoder = speech_lm.decoder(B, S + T, temperature)
+
+    # The prompt. Its last column predicts the first token.
+    decoder.begin(batch.prompt_mask, forbidden, uniforms)
+    embeds = speech_lm.embed_prompt(batch, encoded)  # (B, S, H)
+    rotary = lm.rotary(positions_of(batch.prompt_mask), embeds.dtype)
+    columns = torch.arange(S, device=caps.device)
+    cache = decoder.cache[:, :, :B]
+    hidden = lm(embeds, rotary, causal_mask(batch.prompt_mask), cache, columns)[:, -1]
+    decoder.pick_token(speech_lm, F.pad(hidden, (0, 0, 0, len(decoder.ids) - B)))
+
+    ids = decoder.ids[:B, S : S + T]
+    for n_written in range(1, T):
+        # On a GPU, asking whether all clips have stopped waits for the device: only after every fourth token.
+        if not ids.is_cuda or n_written % 4 == 0:
+            has_stopped = (ids == speech_lm.front_end.stop_id).any(dim=1)
+            if (has_stopped | (caps <= n_written)).all():
+                break
+        decoder.write_token(speech_lm)
+    return ids
 
 
 def decoder_size(n_clips, n_columns):
@@ -1038,12 +1047,17 @@ BESIDE_WEIGHTS = {
 }
 
 
-def model_kind(name, folder):
-    """The kind in config.json, glmasr or qwen3_asr. InputError for others, with the command that converts."""
+def read_config(name, folder):
+    """The config.json of a model folder as a dict."""
     path = os.path.join(folder, "config.json")
     if not os.path.isfile(path):
         raise data.InputError(f"{name} is no model folder: it has no config.json")
-    config = data.read_json(path)
+    return data.read_json(path)
+
+
+def model_kind(name, folder):
+    """The kind in config.json, glmasr or qwen3_asr. InputError for others, with the command that converts."""
+    config = read_config(name, folder)
     kind = config.get("model_type")
     if "script" in config:
         raise data.InputError(f"{name} is a run without a finished model; give one of its step-N")

@@ -8,7 +8,6 @@ reordered. A clip alone scores the same in both if both give it as many audio to
 up, the release down. In a batch the release's scores also depend on the padding, which it does not mask.
 """
 
-import os
 import re
 
 import torch
@@ -59,7 +58,7 @@ def main(args):
 def convert(name):
     """The released ARK-ASR as a `SpeechLM`, in the data type of its weights."""
     folder = model.local_folder(name)
-    released = data.read_json(os.path.join(folder, "config.json"))
+    released = model.read_config(name, folder)
     if "whisper_config" not in released:
         raise data.InputError(f"{name} is no released ARK-ASR: its config.json has no whisper_config")
     if released.get("merge_factor", 4) != 4:

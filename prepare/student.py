@@ -9,7 +9,6 @@ config.json. Control tokens of the prompt that the tokenizer lacks are added to 
 """
 
 import copy
-import os
 
 import torch
 import transformers
@@ -83,7 +82,7 @@ def from_parts(encoder_name, lm_name):
 def load_stock(model_class, folder):
     """A stock model in float32. InputError where weights are missing: transformers would draw them."""
     options = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
-    kind = data.read_json(os.path.join(folder, "config.json")).get("model_type")
+    kind = model.read_config(folder, folder).get("model_type")
     try:
         stock, info = model_class.from_pretrained(folder, **options)
     except ValueError as error:

@@ -346,6 +346,7 @@ def with_old_rope(folder):
 
 
 REFUSED = {  # what is done to a folder of ours, and what the one line says
+    "m is no model folder: it has no config.json": lambda folder: (folder / "config.json").unlink(),
     "model.audio_tower.conv1.bias holds NaN": with_nan,
     'write "rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"}': with_old_rope,
     "model_type is 'qwen3'; python -m prepare.student makes": {"model_type": "qwen3"},
