@@ -73,7 +73,7 @@ def parse_args(argv=None):
     add("--train", nargs="+", required=True, metavar="M", help="manifests; --states reference reads text")
     add("--eval", nargs="*", default=[], metavar="M", help="manifests to score before and after")
     add("--language", type=data.language_code, help="of clips whose line names none (Qwen3-ASR wants one)")
-    add("--context", choices=["both", "teacher", "none"], default="both", help="the prompts that have it")
+    add("--context", choices=["both", "teacher", "none"], default="both", help="whose prompt has the context")
     add("--max-seconds", type=seconds, default=30.0, help="longer clips do not train, and are counted")
     add("--on-bad-audio", choices=["error", "skip"], default="error", help="skip: list it in bad.jsonl")
     add("--workers", type=whole, default=2, help="processes a rank that read ahead; 0 = none")
@@ -372,18 +372,21 @@ def report(args, after):
     if counted:
         eval.print_comparison(comparison, "before", "after")
     vuss = [line["vuss"] for line in lines if "vuss" in line] or [math.nan]  # no step had a row
+    first = np.mean(vuss[:10])
+    last = np.mean(vuss[-10:])
     summary = {
         "steps": args.steps,
         "before": before,
         "after": after,
         "change": comparison,
-        "vuss_first": eval.number_or_none(np.mean(vuss[:10])),
-        "vuss_last": eval.number_or_none(np.mean(vuss[-10:])),
+        "vuss_first": eval.number_or_none(first),
+        "vuss_last": eval.number_or_none(last),
         "seconds": sum(line["step_s"] for line in lines),
         "skipped": sum(line["skipped"] for line in lines),
         "model": os.path.join(args.out, "model"),
     }
-    print(f"VUSS {np.mean(vuss[:10]):.2f} → {np.mean(vuss[-10:]):.2f} (first and last 10 steps)")
+    shown = f"{eval.number_text(first, '.2f')} → {eval.number_text(last, '.2f')}"
+    print(f"VUSS {shown} (first and last 10 steps)")
     if summary["skipped"]:
         print(f"skipped: {summary['skipped']} clips that could not be used, listed in {args.out}/bad.jsonl")
     print(f"model: {summary['model']}")

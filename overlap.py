@@ -42,7 +42,7 @@ def parse_args(argv=None):
     # data
     add("--data", nargs="+", required=True, metavar="m.jsonl", help="manifests or audio files")
     add("--language", type=data.language_code, help="in the prompt of clips whose line names none")
-    add("--context", choices=["both", "teacher", "none"], default="both", help="the prompts that have it")
+    add("--context", choices=["both", "teacher", "none"], default="both", help="whose prompt has the context")
     add("--batch-seconds", type=at_least(0.01), default=600.0, help="seconds of audio scored at once")
     add("--max-seconds", type=at_least(0.01), default=30.0, help="longest clip accepted; longer is an error")
     # transcripts

@@ -220,8 +220,9 @@ def main(args):
         sums = data.sum_over_ranks(sums)
         model.sum_gradients(trained)
         grad_norm = nn.utils.clip_grad_norm_(trained.values(), args.clip or math.inf).item()
-        if not math.isfinite(sums["loss", "tokens"] + sums["ctc", "clips"] + grad_norm):
-            figures = f"sum {sums['loss', 'tokens']}, of CTC {sums['ctc', 'clips']}, gradient {grad_norm}"
+        losses = (sums["loss", "tokens"], sums["ctc", "clips"])
+        if not math.isfinite(sum(losses) + grad_norm):
+            figures = f"Σ of cross-entropy and of CTC {losses}, gradient norm {grad_norm}"
             step_clips = sum([batch_clips for batch_clips, _, _ in micro_batches], [])
             data.stop_not_finite(args.out, done, figures, [(clip, clip.text) for clip in step_clips])
 

@@ -260,12 +260,7 @@ def glm_asr_nano_folder(path, seed=0, width=32):
     """A stock GlmAsr folder over a Llama LM, like zai-org/GLM-ASR-Nano-2512: an encoder to take over."""
     specials = "<|endoftext|> <|user|> <|assistant|> <|begin_of_audio|> <|end_of_audio|> <|pad|>".split()
     tokenizer = byte_tokenizer(specials=specials)
-    text = {
-        **qwen_text_sizes(48),
-        "model_type": "llama",
-        "head_dim": 12,
-        "vocab_size": len(tokenizer),
-    }
+    text = {**qwen_text_sizes(48), "model_type": "llama", "head_dim": 12, "vocab_size": len(tokenizer)}
     config = transformers.GlmAsrConfig(
         audio_config=tiny_config(width=width)["audio_config"],
         text_config=text,

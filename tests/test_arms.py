@@ -168,8 +168,7 @@ def test_flags_without_meaning_are_refused(flags, capsys):
 
 
 @pytest.mark.parametrize(
-    "parts, kind",
-    [("encoder", "tied"), ("lm", "tied"), ("lm", "untied"), ("adapter", "qwen3_asr")],
+    "parts, kind", [("encoder", "tied"), ("lm", "tied"), ("lm", "untied"), ("adapter", "qwen3_asr")]
 )
 def test_parts_that_do_not_train_stay_bit_for_bit(parts, kind, stage, tmp_path):
     student = tmp_path / "student"

@@ -1,6 +1,8 @@
 """What shows a run: report.png, and TensorBoard."""
 
+import argparse
 import importlib
+import json
 import math
 
 import pytest
@@ -29,8 +31,8 @@ def test_the_picture_has_the_metrics_and_the_errors(tmp_path, monkeypatch):
         for curve in axis.lines:
             (_, first), (step, last) = curve.get_xydata().tolist()
             assert math.isnan(first) and (step, last) == (2, line[curve.get_label()])
-    points = [curve.get_xydata().tolist()[0] for curve in axes[3].lines[:2]]
-    assert points == [[20, 0.15], [10, -0.15]]
+    points = [curve.get_xydata().tolist()[0] for curve in axes[3].lines]
+    assert points[:2] == [[20, 0.15], [10, -0.15]] and all(math.isnan(x) for x, _ in points[2:])
     intervals = axes[3].collections[0].get_segments()
     assert intervals[0].tolist() == [[15, 0.15], [25, 0.15]]
 
@@ -44,7 +46,24 @@ def test_a_run_without_a_row_has_no_vuss(stage, tmp_path, capsys):
     train(opd, stage, tmp_path / "run", *flags)
     summary = data.read_json(tmp_path / "run/summary.json")
     assert (summary["skipped"], summary["vuss_first"], summary["vuss_last"]) == (1, None, None)
-    assert "VUSS nan → nan" in capsys.readouterr().out
+    assert "VUSS – → –" in capsys.readouterr().out
+
+
+def test_a_set_that_cannot_be_compared_is_named_beside_the_others(tmp_path, capsys):
+    line = {"audio": "/a.wav", "duration": 1, "text": "ja", "language": "de", "hyp": "", "stopped": True}
+    before = {"x": line, "v": {**line, "error": "bad"}, "w": line, "silence": {**line, "text": ""}, "y": line}
+    after = {"x": line, "v": line, "w": {**line, "text": "nein"}, "silence": before["silence"]}
+    for step, sets in enumerate((before, after)):
+        for stem, own in sets.items():
+            write_lines(tmp_path / f"eval-{step}/{stem}.jsonl", [own])
+    (tmp_path / "eval-0/summary.json").write_text(json.dumps(before))
+    write_lines(tmp_path / "metrics.jsonl", [{"step": 1, "step_s": 1.0, "skipped": 0}])
+    opd.report(argparse.Namespace(out=str(tmp_path), steps=1), before)
+    change = data.read_json(tmp_path / "summary.json")["change"]
+    assert list(change["sets"]) == ["x"] and list(change["not_compared"]) == ["silence", "v", "w", "y"]
+    printed = capsys.readouterr().out
+    for stem, reason in change["not_compared"].items():
+        assert f"{stem}: before and after are not compared: {reason}\n" in printed
 
 
 @pytest.mark.slow
@@ -54,8 +73,6 @@ def test_a_run_leaves_a_picture(stage, tmp_path, monkeypatch):
     lines = [{**line, "text": ""} for line in lines_of(stage / "m.jsonl")]
     write_lines(tmp_path / "silence.jsonl", lines)
     train(opd, stage, tmp_path / "run", "--eval", stage / "m.jsonl", tmp_path / "silence.jsonl")
-    change = data.read_json(tmp_path / "run/summary.json")["change"]
-    assert list(change["sets"]) == ["m"] and list(change["not_compared"]) == ["silence"]
     train(opd, stage, tmp_path / "bare")
     for name in ("run", "bare"):
         assert (tmp_path / name / "report.png").read_bytes().startswith(b"\x89PNG")

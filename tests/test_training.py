@@ -289,7 +289,6 @@ def test_a_bad_clip_ends_the_run_with_one_line_of_the_rank_that_meets_it(script,
 
 
 def test_a_bad_evaluation_clip_ends_the_run_once_rank_0_has_named_it(stage, tmp_path):
-    """On all ranks, with the results that are there."""
     lines = runs.lines_of(stage / "m.jsonl")[:3]
     lines[1]["audio"] = "none.wav"
     path = runs.write_lines(tmp_path / "e.jsonl", lines)
